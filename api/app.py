@@ -1,0 +1,42 @@
+"""The application: routes, settings and what they share."""
+
+import orjson
+from sanic import Sanic
+
+from api import comments, health, images, posts
+from api.problems import Errors
+from storage.objects import open_store
+from storage.scripts import Redis
+from storage.settings import Settings, signing_secret
+
+BODY_BYTES = 64 * 1024  # the longest JSON body: a comment of 2,200 characters, each escaped as two \uXXXX, and slack
+IDLE = 30  # seconds without a byte after which a connection goes
+
+
+def create(settings: Settings) -> Sanic:
+    app = Sanic("imagegram", error_handler=Errors(), configure_logging=False, dumps=orjson.dumps, loads=orjson.loads)
+    app.config.update(
+        ACCESS_LOG=False,
+        FALLBACK_ERROR_FORMAT="text",
+        REQUEST_MAX_SIZE=BODY_BYTES,
+        REQUEST_TIMEOUT=IDLE,
+        RESPONSE_TIMEOUT=IDLE,
+        KEEP_ALIVE_TIMEOUT=120,  # longer than a proxy keeps its idle connections: it closes first, never in mid-request
+        GRACEFUL_SHUTDOWN_TIMEOUT=25,
+        MOTD=False,
+    )
+    app.ctx.settings = settings
+    app.ctx.secret = signing_secret(settings)
+    for room in (posts, comments, images, health):
+        app.blueprint(room.routes)
+
+    @app.before_server_start
+    async def open(app):
+        app.ctx.db = Redis(settings.redis_url)
+        app.ctx.objects = open_store(settings.store_url)
+
+    @app.after_server_stop
+    async def close(app):
+        await app.ctx.db.close()
+
+    return app

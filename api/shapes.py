@@ -1,0 +1,151 @@
+"""The shapes of the contract: what a request may look like, and how rows become JSON."""
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import UTC, datetime
+from urllib.parse import urlencode
+
+import orjson
+from sanic.response import HTTPResponse
+
+from api.problems import Problem
+from storage import keys
+from storage.comments import Comment
+from storage.posts import Place, Post
+from storage.settings import PAGE_BYTES, TEXT_CHARACTERS
+
+LIMIT = 20
+MOST = 100
+SIDE = 600  # pixels of the served image
+COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
+
+
+def invalid(detail: str) -> Problem:
+    return Problem(422, "invalid", detail)
+
+
+# Requests
+
+
+def limit(request) -> int:
+    text = request.args.get("limit", str(LIMIT))
+    if not COUNT.fullmatch(text) or not 1 <= int(text) <= MOST:
+        raise invalid(f"limit is a whole number from 1 to {MOST}")
+    return int(text)
+
+
+def _opened(request) -> str:
+    try:
+        cursor = request.args.get("cursor", "")
+        return urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except ValueError:
+        raise _no_cursor() from None
+
+
+def _no_cursor() -> Problem:
+    return invalid("this cursor was not given by this list")
+
+
+def place(request) -> Place | None:
+    """The place in the feed that the cursor names."""
+    if not request.args.get("cursor"):
+        return None
+    count, _, post = _opened(request).partition(":")
+    found = keys.ID.fullmatch(post)
+    if not found or found[1] or not COUNT.fullmatch(count):
+        raise _no_cursor()
+    return Place(int(count), post)
+
+
+def before(request) -> str:
+    """The comment id that the cursor names."""
+    comment = _opened(request)
+    if comment and not keys.COMMENT_ID.fullmatch(comment):
+        raise _no_cursor()
+    return comment
+
+
+def fields(request) -> dict:
+    """The JSON object in the body."""
+    try:
+        body = orjson.loads(request.body)
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, "malformed", f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise invalid("the body must be a JSON object")
+    return body
+
+
+def text(value, name: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"{name} must be a string")
+    if len(value) > TEXT_CHARACTERS:
+        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters")
+    return value
+
+
+# Answers
+
+
+def answer(body, status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
+    return HTTPResponse(orjson.dumps(body), status, headers, "application/json")
+
+
+def time(ms: int) -> str:
+    """RFC 3339, in UTC with milliseconds."""
+    moment = datetime.fromtimestamp(ms / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
+
+
+def comment(row: Comment) -> dict:
+    return {"id": row.id, "author": row.author, "text": row.text, "created_at": time(keys.comment_ms(row.id))}
+
+
+def post(row: Post) -> dict:
+    shown = {
+        "id": row.id,
+        "author": row.author,
+        "caption": row.caption,
+        "created_at": time(keys.created_ms(row.id)),
+        "status": row.status,
+        "image": None,
+        "comment_count": row.comment_count,
+        "latest_comments": [comment(Comment(*orjson.loads(entry))) for entry in row.latest],
+    }
+    if row.status == "ready":
+        shown["image"] = {
+            "url": f"/v1/images/{row.id}.jpg",
+            "width": SIDE,
+            "height": SIDE,
+            "thumbhash": row.thumbhash,
+        }
+    if row.status == "failed":
+        shown["error"] = {"code": row.code, "detail": row.detail}
+    return shown
+
+
+def created(post_id: str, author: str, caption: str) -> dict:
+    """A post as it was made, which is also what a repeated request is told."""
+    return post(Post(post_id, 0, author, caption, "processing", None, None, None, []))
+
+
+def page(request, items: list[dict], more: bool, cursor: str) -> HTTPResponse:
+    """A page of a list: as many items as fit, and the place behind the last of them.
+
+    `cursor` is a template that the last item fills in.
+    """
+    encoded, size = [], 0
+    for item in items:
+        if size >= PAGE_BYTES:
+            break
+        encoded.append(orjson.dumps(item))
+        size += len(encoded[-1]) + 1
+    more = more or len(encoded) < len(items)
+    following, headers = None, {}
+    if more and encoded:
+        place = cursor.format(**items[len(encoded) - 1])
+        following = urlsafe_b64encode(place.encode()).decode().rstrip("=")
+        query = urlencode({"limit": limit(request), "cursor": following})
+        headers["Link"] = f'<{request.path}?{query}>; rel="next"'
+    body = b'{"items":[%b],"next":%b}' % (b",".join(encoded), orjson.dumps(following))
+    return HTTPResponse(body, 200, headers, "application/json")

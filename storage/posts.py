@@ -1,0 +1,123 @@
+"""Posts: made of uploads, read, listed, deleted."""
+
+import asyncio
+from heapq import merge
+from itertools import islice
+from typing import NamedTuple
+
+from storage import keys
+from storage.objects import Folder, S3
+from storage.scripts import Redis
+from storage.settings import DAY_MS, PAGE_BYTES
+
+
+class Post(NamedTuple):
+    """A row as scripts return it. `latest` holds ["id","author","text"] in JSON, newest first."""
+
+    id: str
+    comment_count: int
+    author: str
+    caption: str
+    status: str  # processing, ready or failed
+    thumbhash: str | None  # base64
+    code: str | None  # why it failed
+    detail: str | None
+    latest: list[str]
+
+
+class Place(NamedTuple):
+    """A place in the feed's order: behind a post of this id with so many comments, wherever that post is now."""
+
+    comment_count: int
+    id: str
+
+
+class Page(NamedTuple):
+    posts: list[Post]
+    more: bool
+    token: str  # what `changes` is asked with, to learn what has changed since this page was read
+
+
+async def create(
+    db: Redis, author: str, upload: str, caption: str, once: str | None = None, request: str = "-"
+) -> tuple[str, int]:
+    """Make a post of a finished upload; it lives where the upload does.
+
+    Returns its id and 0, 1 if the idempotency key `once` was used before, 2 if the upload had become this post.
+    Raises Reused, NoUpload, Expired, Incomplete, Empty.
+    """
+    partition = keys.partition_of_upload(upload)
+    post = keys.new_post_id(partition)
+    named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
+    if once:
+        named.append(once)
+    return await db.call("create_post", named, db.clock, upload, post, author, caption, request, DAY_MS)
+
+
+async def read(db: Redis, post: str) -> Post:
+    """Raises NoPost."""
+    return Post(*await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
+
+
+async def feed(db: Redis, partitions: int, limit: int, after: Place | None = None) -> Page:
+    """A page of the feed, behind a place in its order.
+
+    Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
+    """
+    pages = await asyncio.gather(*(_feed_page(db, partition, limit, after) for partition in range(partitions)))
+    rows = merge(*(posts for _, _, _, posts in pages), key=lambda row: (row[1], row[0]), reverse=True)
+    posts = [Post(*row) for row in islice(rows, limit)]
+    return Page(
+        posts=posts,
+        more=any(more for _, _, more, _ in pages) or sum(len(posts) for *_, posts in pages) > len(posts),
+        token=",".join(f"{epoch}.{revision}" for epoch, revision, _, _ in pages),
+    )
+
+
+async def _feed_page(db: Redis, partition: int, limit: int, after: Place | None):
+    return await db.call(
+        "feed_page",
+        [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)],
+        *(after or ("", "")),
+        limit,
+        PAGE_BYTES,
+        keys.post_prefix(partition),
+        keys.latest_prefix(partition),
+    )
+
+
+async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> None:
+    """Delete a post with its comments, and the image that was served.
+
+    Its original goes when no backup can name it any more; should this process die in between, the outbox
+    erases the image. Raises NoPost, Forbidden.
+    """
+    partition = keys.partition_of_post(post)
+    await db.call(
+        "delete_post",
+        [keys.post(post), keys.comments(post), keys.latest(post)]
+        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)],
+        db.clock,
+        post,
+        author,
+        DAY_MS,
+    )
+    await erase_image(objects, post)
+
+
+async def image(objects: Folder | S3, post: str) -> bytes:
+    """The served JPEG. Raises NoPost, or objects.NotFound where there is none (yet)."""
+    keys.partition_of_post(post)
+    return await objects.get(keys.image(post))
+
+
+
+
+async def put_image(objects: Folder | S3, post: str, jpeg: bytes) -> None:
+    """Store the served JPEG; the same bytes may be put again."""
+    await objects.put(keys.image(post), jpeg)
+
+
+async def erase_image(objects: Folder | S3, post: str) -> None:
+    """Nothing is served of this post any more. It may be gone already."""
+    await objects.delete([keys.image(post)])
