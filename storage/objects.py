@@ -1,0 +1,399 @@
+"""Object storage: a folder, or S3 and what speaks its protocol, behind the same few verbs.
+
+What a verb has put is durable when it returns, and is seen whole or not at all. No locks and no cache:
+whoever must be the only one uses `create`. Does not know which objects there are: names are made elsewhere.
+"""
+
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from aiofiles.base import wrap
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds the memory of a stream
+TMP = ".tmp-"  # begins with a dot, which no object's name may
+LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
+
+# Narrower than what folders and S3 take: such names mean the same to both, to a shell and in a URL, they
+# cannot leave the folder, and S3's own quoting never comes into play.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+class NotFound(Exception):
+    """There is no object of this name."""
+
+
+class Exists(Exception):
+    """`create` found the name taken.
+
+    Over S3 a create whose answer was lost is sent again, so it may also be our own first try: who must know
+    reads the object.
+    """
+
+
+class Unavailable(Exception):
+    """The store is out of reach or cannot do it: network, time, rights, full disk. The message says which."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    size: int  # bytes
+    modified: float  # unix seconds
+
+
+def open_store(url: str) -> "Folder | S3":
+    """The store at `file:///absolute/path` or `s3://bucket/prefix` (the rest: the usual AWS_* variables).
+
+    Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        return Folder(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and parts.netloc:
+        return S3(parts.netloc, parts.path.strip("/"))
+    raise ValueError(f"{url}: wanted file:///absolute/path or s3://bucket/prefix")
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of an object")
+    return name
+
+
+def _checked_prefix(prefix: str) -> str:
+    if prefix and not prefix.endswith("/"):
+        raise ValueError(f"{prefix!r} is no folder: wanted '' or a path that ends in '/'")
+    return prefix and _checked(prefix[:-1]) + "/"
+
+
+class Folder:
+    """Objects as files below a folder.
+
+    A verb is one hop to a thread, because the hop costs more than most of the calls in it; only streams take
+    one for each piece. A verb whose caller is cancelled may still complete, whole.
+    """
+
+    def __init__(self, root: Path):
+        self._root = root
+        _make_folder(root)
+
+    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
+        """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
+        path = self._path(name)
+        if isinstance(data, bytes):
+            await _hop(_finish, self._root, path, None, data, os.rename)
+            return
+        file = await _hop(_open_tmp, path)
+        held = bytearray()
+        try:
+            async for piece in data:
+                held += piece
+                if len(held) >= PIECE:
+                    await _hop(file.write, held)
+                    held = bytearray()
+        except BaseException:
+            await _hop(_discard, file)
+            raise
+        await _hop(_finish, self._root, path, file, held, os.rename)
+
+    async def create(self, name: str, data: bytes) -> None:
+        """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
+        await _hop(_finish, self._root, self._path(name), None, data, os.link)
+
+    async def get(self, name: str) -> bytes:
+        """The object's bytes. Raises NotFound, Unavailable."""
+        return await _hop(Path.read_bytes, self._path(name), missing=NotFound)
+
+    async def read(self, name: str) -> AsyncIterator[bytes]:
+        """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
+        piece, file = await _hop(_open_and_read, self._path(name), missing=NotFound)
+        try:
+            while piece:
+                yield piece
+                piece = await _hop(file.read, PIECE) if file else b""
+        finally:
+            if file:
+                file.close()
+
+    async def size(self, name: str) -> int:
+        """Bytes of the object. Raises NotFound, Unavailable."""
+        return await _hop(_size, self._path(name), missing=NotFound)
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Remove the objects; one that is missing is as good as removed. Raises Unavailable."""
+        await _hop(_delete, self._root, [self._path(name) for name in names])
+
+    async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
+        """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable.
+
+        One hop a folder. What is put or deleted meanwhile may show or not.
+        """
+        waiting = [_checked_prefix(prefix)]
+        while waiting:
+            below = waiting.pop()
+            if isinstance(below, Entry):
+                yield below
+            else:
+                waiting += reversed(await _hop(_scan, self._root, below))
+
+    async def free(self) -> int | None:
+        """Bytes free on the folder's disk. Raises Unavailable."""
+        return await _hop(_free, self._root)
+
+    async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
+        """Remove what puts that died half way left `older` seconds ago: how many. Raises Unavailable."""
+        return await _hop(_sweep, self._root, time.time() - older)
+
+    def _path(self, name: str) -> Path:
+        return self._root / _checked(name)
+
+
+async def _hop(function, *arguments, missing=Unavailable):
+    try:
+        return await wrap(function)(*arguments)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise missing(str(error)) from error
+    except FileExistsError as error:
+        raise Exists(str(error)) from error
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _open_tmp(path: Path):
+    """A new file in the folder of `path`, which is made; what is in it keeps the folder from being pruned."""
+    while True:
+        try:
+            return open(path.parent / f"{TMP}{secrets.token_hex(8)}", "xb")
+        except FileNotFoundError:
+            _make_folder(path.parent)  # and a delete may prune it again before we are in: then once more
+
+
+def _finish(root: Path, path: Path, file, last: bytes, name_it) -> None:
+    """Write the last bytes, then what makes a put durable, in this order: bytes, name, folder, folders above.
+
+    Folders that were there before are synced too. Another put may have made them a moment ago without having
+    come to its own fsync; syncing a clean folder costs 0.04 ms beside 0.8 ms for 1 MiB.
+    """
+    file = file or _open_tmp(path)
+    try:
+        file.write(last)
+        file.flush()
+        os.fsync(file.fileno())
+        name_it(file.name, path)  # os.rename replaces; os.link raises FileExistsError
+        folder = path.parent
+        _sync_folder(folder)
+        while folder != root:
+            folder = folder.parent
+            _sync_folder(folder)
+    finally:
+        _discard(file)
+
+
+def _discard(file) -> None:
+    """Close a tmp file, and remove it unless it became the object."""
+    with suppress(OSError):  # flushing to a full disk: the fault that counts was raised by the write
+        file.close()
+    with suppress(FileNotFoundError):
+        os.unlink(file.name)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it; each new one is synced in its parent."""
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            _make_folder(path.parent)
+        else:
+            _sync_folder(path.parent)
+            return
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _open_and_read(path: Path):
+    """The first piece, and the open file if there may be more: an image is read in one hop."""
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        piece = file.read(PIECE)
+        if len(piece) < PIECE:
+            return piece, None
+        stack.pop_all()
+        return piece, file
+
+
+def _size(path: Path) -> int:
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path} is a folder")
+    return found.st_size
+
+
+def _delete(root: Path, paths: list[Path]) -> None:
+    """Unlink, sync, then prune: rmdir refuses a folder that a put has begun to use."""
+    folders = set()
+    for path in paths:
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            path.unlink()
+            folders.add(path.parent)
+    for folder in folders:
+        with suppress(FileNotFoundError):  # pruned by another delete, which our unlinks came before
+            _sync_folder(folder)
+        while folder != root:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+            folder = folder.parent
+
+
+def _scan(root: Path, prefix: str) -> list[Entry | str]:
+    """What is in one folder, objects as Entry and folders as prefix, in the order of all names below it."""
+    found: list[Entry | str] = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / prefix) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if not NAME.fullmatch(name):
+                continue  # a tmp file, or none of ours
+            with suppress(FileNotFoundError):
+                if entry.is_dir():
+                    found.append(name + "/")
+                else:
+                    status = entry.stat()
+                    found.append(Entry(name, status.st_size, status.st_mtime))
+    # "a/" sorts after "a-b", as its objects do in S3
+    return sorted(found, key=lambda item: item if isinstance(item, str) else item.name)
+
+
+def _free(root: Path) -> int:
+    disk = os.statvfs(root)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _sweep(root: Path, before: float) -> int:
+    removed = 0
+    for folder, _, files in os.walk(root):
+        for name in files:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                if name.startswith(TMP) and path.stat().st_mtime < before:
+                    path.unlink()
+                    removed += 1
+    return removed
+
+
+class S3:
+    """Objects in a bucket, by obstore.
+
+    A store that does not answer is given up after 5 s: a person waits. Streams are put in parts; those of
+    a process that died stay hidden in the bucket: give it a lifecycle rule (AbortIncompleteMultipartUpload).
+    """
+
+    def __init__(self, bucket: str, prefix: str = ""):
+        self._store = obstore.store.S3Store(
+            bucket,
+            prefix=prefix or None,
+            # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may
+            # take long (a big object over a slow line), silence within it may not.
+            config={"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"},
+            retry_config={
+                "max_retries": 2,
+                "retry_timeout": timedelta(seconds=5),
+                "backoff": {"init_backoff": timedelta(milliseconds=50)},
+            },
+        )
+
+    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
+        """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
+        whole = isinstance(data, bytes)
+        with _s3_errors():
+            # One part at a time: the memory of one, not of twelve.
+            await obstore.put_async(
+                self._store, _checked(name), data, use_multipart=not whole, max_concurrency=1
+            )
+
+    async def create(self, name: str, data: bytes) -> None:
+        """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
+        with _s3_errors():
+            await obstore.put_async(self._store, _checked(name), data, mode="create", use_multipart=False)
+
+    async def get(self, name: str) -> bytes:
+        """The object's bytes. Raises NotFound, Unavailable."""
+        with _s3_errors(missing=NotFound):
+            found = await obstore.get_async(self._store, _checked(name))
+            return bytes(await found.bytes_async())
+
+    async def read(self, name: str) -> AsyncIterator[bytes]:
+        """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
+        with _s3_errors(missing=NotFound):
+            found = await obstore.get_async(self._store, _checked(name))
+            stream = found.stream(min_chunk_size=PIECE // 4)
+        while True:
+            with _s3_errors():
+                piece = await anext(stream, None)
+            if piece is None:
+                return
+            piece = memoryview(piece)
+            for start in range(0, len(piece), PIECE):
+                yield bytes(piece[start : start + PIECE])
+
+    async def size(self, name: str) -> int:
+        """Bytes of the object. Raises NotFound, Unavailable."""
+        with _s3_errors(missing=NotFound):
+            return (await obstore.head_async(self._store, _checked(name)))["size"]
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Remove the objects; one that is missing is as good as removed. Raises Unavailable."""
+        with _s3_errors():
+            await obstore.delete_async(self._store, [_checked(name) for name in names])
+
+    async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
+        """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable."""
+        stream = obstore.list(self._store, _checked_prefix(prefix) or None, chunk_size=1000)
+        while True:
+            with _s3_errors():
+                page = await anext(stream, None)
+            if page is None:
+                return
+            for meta in page:
+                yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    async def free(self) -> int | None:
+        """None: a bucket does not fill up."""
+        return None
+
+    async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
+        """0: nothing but the bucket's lifecycle rule sees what puts left that died half way."""
+        return 0
+
+
+@contextmanager
+def _s3_errors(missing=Unavailable) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise missing(str(error).split("\n\n")[0]) from error
+    except (AlreadyExistsError, PreconditionError) as error:
+        raise Exists(str(error)) from error
+    except (BaseError, OSError) as error:
+        # obstore's text goes on with a dump of its structures
+        raise Unavailable(str(error).split("\n\n")[0]) from error
