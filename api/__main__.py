@@ -3,6 +3,7 @@ make the first call."""
 
 import argparse
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -51,7 +52,7 @@ def serve(settings) -> None:
     environment.signing_secret(settings)  # made once, before there are several who want it
     # Bound in the parent, so that a port that is taken is said once, and a port of 0 is one port for all.
     first = listen(settings)
-    settings = environment.replace(settings, port=first.getsockname()[1])
+    settings = dataclasses.replace(settings, port=first.getsockname()[1])
     sockets = [first] + [listen(settings) for _ in range(settings.api_processes - 1)]
     parent, children = os.getpid(), set()
     for listening in sockets:

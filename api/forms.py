@@ -7,8 +7,9 @@ here. A form that breaks off or is refused leaves nothing behind.
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from api import shapes
 from api.problems import Problem
-from api.shapes import text
+from api.protocol import refuse_body
 from storage import posts, uploads
 from storage.errors import TooLarge
 from storage.settings import FORM_SLACK, IMAGE_BYTES, TEXT_CHARACTERS
@@ -82,10 +83,8 @@ class Form:
 
 
 def boundary(request) -> bytes:
-    """Raises Problem 415 for anything that is no form, 413 for one that is declared too long, 422 without boundary."""
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    if kind != b"multipart/form-data":
-        raise Problem(415, "type", "a post is sent as multipart/form-data")
+    """Raises TooLarge for a form that is declared too long, Problem 422 for one without boundary."""
+    _, options = parse_options_header(request.headers.get("content-type", ""))
     if int(request.headers.get("content-length", 0)) > IMAGE_BYTES + FORM_SLACK:
         raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
     if not options.get(b"boundary"):
@@ -93,33 +92,46 @@ def boundary(request) -> bytes:
     return options[b"boundary"]
 
 
-async def publish(request, user: str) -> tuple[str, str]:
-    """Take a form and make a post of it. Returns its id and its caption.
+async def publish(request, user: str) -> tuple[str, str, bool]:
+    """Take a form and make a post of it. Returns its id, its caption and whether this was done before.
 
-    Raises Problem, TooLarge, Format, Empty, Quota.
+    A repeated form is answered before its body is read, and not compared with the first. Of two under one
+    Idempotency-Key at the same time, the second to end gets the first one's post.
+    Raises Problem, TooLarge, Format, Empty, Quota, NoPost.
     """
-    ctx, form, caption = request.app.ctx, Form(boundary(request)), bytearray()
+    ctx, form, once = request.app.ctx, Form(boundary(request)), shapes.once(request, body=None)
+    if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
+        refuse_body(request)
+        return post.id, post.caption, True
     async with uploads.receiving(ctx.db, ctx.objects, user, ctx.settings.partitions) as image:
-        received = 0
-        async for body in request.stream:
-            received += len(body)
-            if received > IMAGE_BYTES + FORM_SLACK:
-                raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
-            for field, data in form.feed(body):
-                if field == "image":
-                    await image.write(data)
-                elif len(caption) + len(data) > CAPTION_BYTES:
-                    raise text("x" * (TEXT_CHARACTERS + 1), "caption")
-                else:
-                    caption += data
-        if not form.ended:
-            raise damaged("the form has no end")
-        if "image" not in form.names:
-            raise damaged("the form has no image")
-        try:
-            words = text(caption.decode(), "caption")
-        except UnicodeDecodeError:
-            raise damaged("caption is not UTF-8") from None
+        caption = await receive(request, form, image)
         await image.finish()
-        post, _ = await posts.create(ctx.db, user, image.upload, words)
-    return post, words
+        post, how = await posts.create(ctx.db, user, image.upload, caption, once)
+    if how == posts.REPLAYED:
+        await uploads.discard(ctx.db, ctx.objects, user, image.upload)
+        caption = (await posts.read(ctx.db, post)).caption
+    return post, caption, how == posts.REPLAYED
+
+
+async def receive(request, form: Form, image: uploads.Appender) -> str:
+    """Write the form's image as it arrives. Returns the caption. Raises Problem, TooLarge, Format."""
+    received, caption = 0, bytearray()
+    async for body in request.stream:
+        received += len(body)
+        if received > IMAGE_BYTES + FORM_SLACK:
+            raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
+        for field, data in form.feed(body):
+            if field == "image":
+                await image.write(data)
+            elif len(caption) + len(data) > CAPTION_BYTES:
+                raise shapes.invalid(f"caption may have up to {TEXT_CHARACTERS} characters")
+            else:
+                caption += data
+    if not form.ended:
+        raise damaged("the form has no end")
+    if "image" not in form.names:
+        raise damaged("the form has no image")
+    try:
+        return shapes.text(caption.decode(), "caption")
+    except UnicodeDecodeError:
+        raise damaged("caption is not UTF-8") from None

@@ -1,21 +1,20 @@
 """Whether the process lives, and whether it can serve."""
 
 from sanic import Blueprint
-
-from api import shapes
+from sanic.response import json
 
 routes = Blueprint("health")
 
 
 @routes.get("/healthz")
 async def healthz(request):
-    return shapes.answer({"status": "ok"})
+    return json({"status": "ok"})
 
 
 @routes.get("/readyz")
 async def readyz(request):
     await request.app.ctx.db.ping()
-    return shapes.answer({"status": "ok", "redis": "ok", "store": await store(request.app.ctx.objects)})
+    return json({"status": "ok", "redis": "ok", "store": await store(request.app.ctx.objects)})
 
 
 async def store(objects) -> str:

@@ -34,6 +34,7 @@ STATUS = {
     errors.Offset: 409,
     errors.Stale: 409,
     errors.Expired: 410,
+    errors.Outdated: 410,
     errors.TooLarge: 413,
     errors.Format: 415,
     errors.Empty: 422,

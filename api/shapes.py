@@ -8,15 +8,19 @@ from urllib.parse import urlencode
 import orjson
 from sanic.response import HTTPResponse
 
+from api.answers import Answer
 from api.problems import Problem
 from storage import keys
 from storage.comments import Comment
+from storage.errors import TooLarge
 from storage.posts import Place, Post
 from storage.settings import PAGE_BYTES, TEXT_CHARACTERS
 
+JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
 LIMIT = 20
 MOST = 100
 SIDE = 600  # pixels of the served image
+VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
 
 
@@ -65,6 +69,24 @@ def before(request) -> str:
     return comment
 
 
+def once(request, body: bytes | None) -> keys.Once | None:
+    """The Idempotency-Key, with a digest of the body unless that is not compared."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not VISIBLE.fullmatch(key):
+        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters")
+    return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
+
+
+async def receive(request) -> None:
+    """Read a JSON body of a route that streams."""
+    async for data in request.stream:
+        request.body += data
+        if len(request.body) > JSON_BYTES:
+            raise TooLarge(f"a JSON body may have up to {JSON_BYTES} bytes")
+
+
 def fields(request) -> dict:
     """The JSON object in the body."""
     try:
@@ -87,8 +109,12 @@ def text(value, name: str) -> str:
 # Answers
 
 
-def answer(body, status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
-    return HTTPResponse(orjson.dumps(body), status, headers, "application/json")
+def created(body: dict, location: str, replayed: bool = False) -> HTTPResponse:
+    """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
+    headers = {"Location": location}
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return HTTPResponse(orjson.dumps(body), 201, headers, "application/json")
 
 
 def time(ms: int) -> str:
@@ -124,12 +150,12 @@ def post(row: Post) -> dict:
     return shown
 
 
-def created(post_id: str, author: str, caption: str) -> dict:
+def new_post(post_id: str, author: str, caption: str) -> dict:
     """A post as it was made, which is also what a repeated request is told."""
     return post(Post(post_id, 0, author, caption, "processing", None, None, None, []))
 
 
-def page(request, items: list[dict], more: bool, cursor: str) -> HTTPResponse:
+def page(request, items: list[dict], more: bool, cursor: str, links: tuple[str, ...] = ()) -> Answer:
     """A page of a list: as many items as fit, and the place behind the last of them.
 
     `cursor` is a template that the last item fills in.
@@ -140,12 +166,11 @@ def page(request, items: list[dict], more: bool, cursor: str) -> HTTPResponse:
             break
         encoded.append(orjson.dumps(item))
         size += len(encoded[-1]) + 1
-    more = more or len(encoded) < len(items)
-    following, headers = None, {}
-    if more and encoded:
+    following = None
+    if encoded and (more or len(encoded) < len(items)):
         place = cursor.format(**items[len(encoded) - 1])
         following = urlsafe_b64encode(place.encode()).decode().rstrip("=")
         query = urlencode({"limit": limit(request), "cursor": following})
-        headers["Link"] = f'<{request.path}?{query}>; rel="next"'
+        links = (f'<{request.path}?{query}>; rel="next"', *links)
     body = b'{"items":[%b],"next":%b}' % (b",".join(encoded), orjson.dumps(following))
-    return HTTPResponse(body, 200, headers, "application/json")
+    return Answer(body, {"Link": ", ".join(links)} if links else None)

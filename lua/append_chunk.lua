@@ -10,7 +10,7 @@
 -- ARGV[5] name    of the chunk
 -- ARGV[6] expiry  ms without a byte until the upload expires
 -- ARGV[7] largest bytes an upload without a length may have
--- Returns the new offset
+-- Returns {offset, expires ms}
 -- Refuses NOUPLOAD EXPIRED OFFSET TOOLARGE
 -- A compare-and-set instead of a lock: a request that wakes up late finds another offset and harms nothing.
 -- Asked twice it finds its own name at the end, and says the same again.
@@ -32,7 +32,7 @@ if now >= expires then
 end
 if offset ~= from then
   if redis.call('LINDEX', chunks, -1) == name then
-    return offset
+    return {offset, expires}
   end
   return redis.error_reply('OFFSET the upload is at ' .. offset)
 end
@@ -43,4 +43,4 @@ end
 redis.call('RPUSH', chunks, name)
 redis.call('HSET', upload, 'offset', from + bytes, 'expires', now + expiry)
 redis.call('ZADD', due, now + expiry, id)
-return from + bytes
+return {from + bytes, now + expiry}

@@ -34,14 +34,17 @@ def _named(post: str) -> list[str]:
 
 
 async def add(
-    db: Redis, author: str, post: str, text: str, once: str | None = None, request: str = "-"
+    db: Redis, author: str, post: str, text: str, once: keys.Once | None = None
 ) -> tuple[Comment, bool]:
-    """Add a comment. Returns it, and whether the idempotency key `once` was used before.
+    """Add a comment. Returns it, and whether its idempotency key was used before.
 
     Raises Reused, NoPost, NotReady.
     """
-    named = _named(post) + ([once] if once else [])
-    comment, repeated = await db.call("add_comment", named, db.clock, post, author, text, LATEST, request, DAY_MS)
+    named = _named(post)
+    if once:
+        named.append(keys.once(keys.partition_of_post(post), author, once.request))
+    digest = once.digest if once else "-"
+    comment, repeated = await db.call("add_comment", named, db.clock, post, author, text, LATEST, digest, DAY_MS)
     return Comment(comment, author, text), bool(repeated)
 
 

@@ -67,6 +67,10 @@ class Reused(Refusal):
     word = "REUSED"
 
 
+class Outdated(Refusal):
+    word = "OUTDATED"
+
+
 class Stale(Refusal):
     word = "STALE"
 

@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from hashlib import blake2b
+from typing import NamedTuple
 
 from storage.errors import NoComment, NoPost, NoUpload
 
@@ -114,6 +115,10 @@ def latest_prefix(partition: int) -> str:
     return f"latest:{{{partition}}}:"
 
 
+def comments_prefix(partition: int) -> str:
+    return f"comments:{{{partition}}}:"
+
+
 def upload(upload_id: str) -> str:
     return f"upload:{{{partition_of_upload(upload_id)}}}:{upload_id}"
 
@@ -126,10 +131,21 @@ def uploads(partition: int, user: str) -> str:
     return f"uploads:{{{partition}}}:{user}"
 
 
-def once(partition: int, user: str, method: str, path: str, key: str) -> str:
+class Once(NamedTuple):
+    """An Idempotency-Key, as storage sees it."""
+
+    request: str  # the method, path and key of a user's request, which it belongs to
+    digest: str  # of what it asked for, to tell a repetition from another request; "-" compares nothing
+
+
+def once(partition: int, user: str, request: str) -> str:
     """16 bytes of digest: the key itself may be 255 bytes long, and is paid for in memory for a day."""
-    digest = blake2b("\0".join((method, path, key)).encode(), digest_size=16).hexdigest()
-    return f"once:{{{partition}}}:{user}:{digest}"
+    return f"once:{{{partition}}}:{user}:{digest(request.encode(), 16)}"
+
+
+def digest(data: bytes, size: int = 8) -> str:
+    """BLAKE2b in hexadecimal; 8 bytes tell apart what one user sends under one key."""
+    return blake2b(data, digest_size=size).hexdigest()
 
 
 # Objects

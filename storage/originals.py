@@ -3,7 +3,7 @@
 from typing import BinaryIO
 
 from storage import keys, uploads
-from storage.objects import Folder, NotFound, S3
+from storage.objects import S3, Folder, NotFound
 from storage.scripts import Redis
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from storage import keys, uploads
 from storage.errors import NoPost
-from storage.objects import Folder, NotFound, S3
+from storage.objects import S3, Folder, NotFound
 from storage.posts import read as read_post
 from storage.scripts import Redis
 from storage.settings import DAY_MS

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from storage import keys
-from storage.objects import Folder, S3
+from storage.objects import S3, Folder
 from storage.scripts import Redis
 from storage.settings import DAY_MS, PAGE_BYTES
 
@@ -35,23 +35,35 @@ class Place(NamedTuple):
 class Page(NamedTuple):
     posts: list[Post]
     more: bool
-    token: str  # what `changes` is asked with, to learn what has changed since this page was read
+    seen: list[tuple[str, int]]  # epoch and newest revision of each partition, at the moment its rows were read
+
+
+MADE, REPLAYED, KNOWN = 0, 1, 2
 
 
 async def create(
-    db: Redis, author: str, upload: str, caption: str, once: str | None = None, request: str = "-"
+    db: Redis, author: str, upload: str, caption: str, once: keys.Once | None = None
 ) -> tuple[str, int]:
     """Make a post of a finished upload; it lives where the upload does.
 
-    Returns its id and 0, 1 if the idempotency key `once` was used before, 2 if the upload had become this post.
-    Raises Reused, NoUpload, Expired, Incomplete, Empty.
+    Returns its id and MADE, REPLAYED if its idempotency key was used before, KNOWN if the upload had become this
+    post. Raises Reused, NoUpload, Expired, Incomplete, Empty.
     """
     partition = keys.partition_of_upload(upload)
     post = keys.new_post_id(partition)
     named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
     if once:
-        named.append(once)
-    return await db.call("create_post", named, db.clock, upload, post, author, caption, request, DAY_MS)
+        named.append(keys.once(partition, author, once.request))
+    digest = once.digest if once else "-"
+    made, how = await db.call("create_post", named, db.clock, upload, post, author, caption, digest, DAY_MS)
+    return made, how
+
+
+async def replayed(db: Redis, author: str, partitions: int, once: keys.Once) -> Post | None:
+    """The post that a form with this idempotency key made, if it did. Raises NoPost where it was deleted."""
+    partition = keys.partition_of_user(author, partitions)
+    post = await db.call("read_once", [keys.once(partition, author, once.request)])
+    return await read(db, post) if post else None
 
 
 async def read(db: Redis, post: str) -> Post:
@@ -70,7 +82,7 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
     return Page(
         posts=posts,
         more=any(more for _, _, more, _ in pages) or sum(len(posts) for *_, posts in pages) > len(posts),
-        token=",".join(f"{epoch}.{revision}" for epoch, revision, _, _ in pages),
+        seen=[(epoch, revision) for epoch, revision, _, _ in pages],
     )
 
 

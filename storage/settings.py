@@ -5,7 +5,8 @@ Read once, when the process starts. A wrong value ends the process with the vari
 
 import os
 import secrets
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1024 * 1024
@@ -84,9 +85,7 @@ def signing_secret(settings: Settings) -> str:
         draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_urlsafe(32))
-        try:
+        with suppress(FileExistsError):
             os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
-        except FileExistsError:
-            pass
         draft.unlink()
     return kept.read_text()

@@ -8,19 +8,18 @@ of two chunks at one offset the script takes one, the other is erased. There are
 
 import asyncio
 from contextlib import asynccontextmanager
-from time import monotonic
 from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge
 from storage.formats import LONGEST, sniff
-from storage.objects import Folder, S3
+from storage.objects import S3, Folder
 from storage.scripts import Redis
 from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
-SLOW = 1.0  # seconds
+SLOW = 1.0  # seconds since the chunk's first byte
 GRACE_MS = 60_000  # ms in which whoever drops an upload erases its chunks, before the outbox does it
 
 
@@ -43,16 +42,17 @@ async def create(
     partitions: int,
     length: int | None = None,
     metadata: str = "",
-    once: str | None = None,
-    request: str = "-",
+    once: keys.Once | None = None,
 ) -> tuple[str, bool]:
-    """Open an upload of `length` bytes. Returns its id, and whether the idempotency key `once` was used before.
+    """Open an upload of `length` bytes. Returns its id, and whether its idempotency key was used before.
 
     Raises Reused, TooLarge, Quota.
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
-    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition)] + ([once] if once else [])
+    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition)]
+    if once:
+        named.append(keys.once(partition, owner, once.request))
     made, repeated = await db.call(
         "create_upload",
         named,
@@ -65,7 +65,7 @@ async def create(
         IMAGE_BYTES,
         OPEN_UPLOADS,
         RESERVED_BYTES,
-        request,
+        once.digest if once else "-",
         DAY_MS,
     )
     return made, bool(repeated)
@@ -91,7 +91,7 @@ async def read(db: Redis, owner: str, upload: str) -> Upload:
 
 
 class Appender:
-    """Appends received bytes to an upload, from its offset on.
+    """Appends received bytes to an upload, from its offset on. While one chunk is made durable the next is received.
 
     Raises Format at the first bytes that are no image of ours, TooLarge past the upload's length, Offset where
     another request has moved the offset meanwhile, Expired, NoUpload. What was committed before stays.
@@ -100,11 +100,16 @@ class Appender:
     def __init__(self, db: Redis, objects: Folder | S3, upload: str, offset: int = 0, length: int | None = None):
         self.upload = upload
         self.offset = offset  # bytes that are durable
+        self.expires = 0  # ms since 1970, once something was committed
+        self._received = offset
         self._db = db
         self._objects = objects
         self._most = IMAGE_BYTES if length is None else length
         self._buffer = bytearray()
-        self._since = monotonic()  # when the buffer was last empty
+        # The first chunk is small: if another request moved the offset, little was sent in vain.
+        self._full = SMALL_CHUNK
+        self._commit: asyncio.Task | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._head = b""  # the first bytes, as long as they do not tell the format
 
     async def resume(self, chunks: list[str]) -> None:
@@ -114,18 +119,26 @@ class Appender:
                 self._head += await self._objects.get(keys.chunk(self.upload, name))
 
     async def write(self, data: bytes) -> None:
-        if self.offset + len(self._buffer) + len(data) > self._most:
-            raise TooLarge(f"this image may have up to {self._most} bytes")
-        if self.offset + len(self._buffer) < LONGEST:
+        """Take bytes. Waits only where the line is faster than the store."""
+        if self._received < LONGEST:
             self._head += data
             self._check(whole=False)
-        if not self._buffer:
-            self._since = monotonic()
+        self._received += len(data)
+        if self._received > self._most:
+            raise TooLarge(f"this image may have up to {self._most} bytes")
+        if not self._buffer and self._full > SMALL_CHUNK:
+            self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
         self._buffer += data
-        if len(self._buffer) >= CHUNK or (
-            len(self._buffer) >= SMALL_CHUNK and monotonic() - self._since >= SLOW
-        ):
-            await self.commit()
+        if len(self._buffer) >= self._full:
+            if self._commit:
+                await asyncio.shield(self._commit)
+            self._put()
+
+    def _hurry(self) -> None:
+        """A second has passed, maybe in silence."""
+        self._full = SMALL_CHUNK
+        if len(self._buffer) >= SMALL_CHUNK:
+            self._put()
 
     def _check(self, whole: bool) -> None:
         told = sniff(self._head[:LONGEST])
@@ -133,37 +146,44 @@ class Appender:
             raise Format("only PNG, JPEG and BMP images are taken")
 
     async def commit(self) -> None:
-        """Make what is buffered durable, then move the offset over it."""
-        if not self._buffer:
-            return
-        data, self._buffer = bytes(self._buffer), bytearray()
+        """Make all that was taken durable, and move the offset over it."""
+        if self._buffer:
+            self._put()
+        if self._commit:
+            await asyncio.shield(self._commit)
+
+    async def finish(self) -> None:
+        """The whole image is here. Raises Empty, or Format where it was too short to tell."""
+        if not self._received:
+            raise Empty("the image is empty")
+        if self._received < LONGEST:
+            self._check(whole=True)
+        await self.commit()
+
+    def _put(self) -> None:
+        """Begin to commit what is buffered, behind the chunk before it."""
+        if self._timer:
+            self._timer.cancel()
+        data, self._buffer, self._full = bytes(self._buffer), bytearray(), CHUNK
+        self._commit = asyncio.create_task(self._append(self._commit, data))
+        # Its error is raised where it is waited for; whoever gives up an upload does not want it.
+        self._commit.add_done_callback(lambda commit: commit.cancelled() or commit.exception())
+
+    async def _append(self, before: asyncio.Task | None, data: bytes) -> None:
+        """First the bytes, then the offset."""
+        if before:
+            await before
         name = keys.chunk_name(self.offset)
         chunk = keys.chunk(self.upload, name)
         await self._objects.put(chunk, data)
+        named = [keys.upload(self.upload), keys.chunks(self.upload), keys.due(keys.partition_of_upload(self.upload))]
+        args = (self.upload, self.offset, len(data), name, DAY_MS, IMAGE_BYTES)
         try:
-            self.offset = await self._db.call(
-                "append_chunk",
-                [keys.upload(self.upload), keys.chunks(self.upload), keys.due(keys.partition_of_upload(self.upload))],
-                self._db.clock,
-                self.upload,
-                self.offset,
-                len(data),
-                name,
-                DAY_MS,
-                IMAGE_BYTES,
-            )
+            self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
         except Refusal as refusal:
             if refusal.word != "UNKNOWN":
                 await self._objects.delete([chunk])
             raise
-
-    async def finish(self) -> None:
-        """The whole image is here. Raises Empty, or Format where it was too short to tell."""
-        if self.offset + len(self._buffer) == 0:
-            raise Empty("the image is empty")
-        if self.offset + len(self._buffer) < LONGEST:
-            self._check(whole=True)
-        await self.commit()
 
 
 async def discard(db: Redis, objects: Folder | S3, owner: str, upload: str, tell: int | str = "") -> None:

@@ -1,4 +1,4 @@
-"""Posts, comments, deletes and page walks against a plain Python model, after each step of which the invariants hold."""
+"""Posts, comments, deletes and page walks against a plain Python model; the invariants hold after each step."""
 
 import asyncio
 import json

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from storage import originals, outbox, posts, settings
 from storage.errors import NoPost, Stale
-from storage.objects import Folder, S3, open_store
+from storage.objects import S3, Folder, open_store
 from storage.scripts import Redis
 from workers.pipeline import Unusable, convert
 
