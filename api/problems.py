@@ -3,10 +3,12 @@
 `code` is the refusal's word in small letters: stable, and what a client programs against.
 """
 
+from contextlib import suppress
 from http import HTTPStatus
 
 import orjson
 from sanic import exceptions
+from sanic.constants import HTTP_METHODS
 from sanic.handlers import ErrorHandler
 from sanic.log import error_logger
 from sanic.response import HTTPResponse
@@ -43,7 +45,10 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
-AGAIN = {429: "60", 503: "1"}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
+AGAIN = {
+    429: "60",
+    503: "1",
+}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
 
 # What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
 SANIC = {
@@ -87,11 +92,23 @@ def answer(exception: Exception) -> HTTPResponse:
             return problem(500, "internal", "this is our fault, and it is logged")
 
 
+def allowed(request) -> str:
+    """The methods an address takes, for `Allow` (RFC 9110, section 15.5.6). Sanic says them only of fixed paths."""
+    taken = []
+    for method in HTTP_METHODS:
+        with suppress(exceptions.MethodNotAllowed, exceptions.NotFound):
+            request.app.router.get(request.path, method, None)
+            taken.append(str(method))
+    return ", ".join(taken)
+
+
 class Errors(ErrorHandler):
     """Every error leaves as a problem; the rest of the request's body is not waited for."""
 
     def response(self, request, exception):
         response = answer(exception)
+        if response.status == 405:
+            response.headers["Allow"] = allowed(request)
         if response.status == 500:
             error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
         refuse_body(request)
