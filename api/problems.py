@@ -45,10 +45,7 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
-AGAIN = {
-    429: "60",
-    503: "1",
-}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
+AGAIN = {429: "60", 503: "1"}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
 
 # What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
 SANIC = {
@@ -83,6 +80,8 @@ def answer(exception: Exception) -> HTTPResponse:
             return problem(STATUS[type(exception)], exception.word.lower(), str(exception))
         case objects.Unavailable():
             return problem(503, errors.Unreachable.word.lower(), str(exception))
+        case exceptions.RequestCancelled():
+            return problem(408, "timeout", "the connection broke off")  # nobody hears it, and it is no fault of ours
         case exceptions.SanicException():
             status = exception.status_code or 500
             fallback = HTTPStatus(status).phrase.lower().replace(" ", "_"), HTTPStatus(status).phrase

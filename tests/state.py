@@ -15,8 +15,12 @@ READERS = {
 
 def contents(client) -> dict[str, object]:
     """Every key with all it holds, and whether it expires."""
-    kinds = {key: client.type(key) for key in client.keys("*")}
-    return {key: (READERS[kind](client, key), client.pttl(key) >= 0) for key, kind in kinds.items()}
+    found = {}
+    for key in client.keys("*"):
+        kind = client.type(key)
+        if kind != "none":  # it went a moment ago
+            found[key] = READERS[kind](client, key), client.pttl(key) >= 0
+    return found
 
 
 def files(folder: Path) -> dict[str, bytes | int]:
