@@ -22,7 +22,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo
     && install -d -o imagegram -g imagegram /data
 WORKDIR /app
 COPY --from=build /app /app
-USER imagegram
+USER 1000
 ENV IMAGEGRAM_HOST=0.0.0.0 IMAGEGRAM_DATA=/data PYTHONUNBUFFERED=1
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
