@@ -51,7 +51,7 @@ def session(working_site, real_server):
         until(lambda: len(alice.get("/v1/posts").json()["items"]) == 2, what="both posts")
         for person, text in ((alice, "Hm"), (alice, "First!"), (bob, "Where is that?")):
             person.post(f"/v1/posts/{posts[0]}/comments", json={"text": text}).raise_for_status()
-        bob.post(f"/v1/posts/{"0" * 26}-0/comments", json={"text": "?"})
+        bob.post("/v1/posts/00000000000000000000000000-0/comments", json={"text": "?"})
     until(lambda: not real_server.client.zcard("due:{0}"), what="all work")
 
     def run(command: str) -> str:
