@@ -63,8 +63,9 @@ def test_every_word_a_script_refuses_with_is_told_and_has_a_class(path):
     header, body = split(path)
     told = re.search(r"^-- Refuses (.*)$", "\n".join(header), re.MULTILINE)[1]
     used = re.findall(r"""error_reply\(['"]([A-Z]+) """, body)
-    assert set(used) == (set() if told == "nothing" else set(told.split()))
-    assert set(used) <= set(errors.REFUSALS)
+    used = set(used) - {"ERR"}  # a call that is wrong in itself: Redis' own word, and no refusal
+    assert used == (set() if told == "nothing" else set(told.split()))
+    assert used <= set(errors.REFUSALS)
 
 
 def test_every_refusal_has_a_status():
@@ -117,4 +118,4 @@ def test_settings_and_keys_are_named_in_one_place(path):
     if path.name != "settings.py":
         assert "os.environ" not in text and "getenv" not in text
     if path.name != "keys.py":
-        assert not re.search(r"""f["'](feed|post|comments|latest|upload|uploads|chunks|due|changes|gone|once|epoch):""", text)
+        assert not re.search(r"""f["'](feed|post|comments|latest|uploads?|chunks|due|changes|gone|once|epoch):""", text)
