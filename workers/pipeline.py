@@ -166,7 +166,7 @@ def _decode(image: ImageFile.ImageFile) -> None:
         )
 
 
-# Pillow widens or narrows pixels to 8 bits, but leaves the colour that a PNG calls transparent as it stands in the file.
+# Pillow widens or narrows pixels to 8 bits, but leaves the colour a PNG calls transparent as it stands in the file.
 TRANSPARENT_KEY_SCALE = {"L;2": 85, "L;4": 17, "I;16B": 1 / 257, "RGB;16B": 1 / 256}
 
 
