@@ -5,7 +5,7 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from conftest import Site, photograph, until
+from conftest import Site, photograph, publish, turned, until
 from making import bmp, png
 from PIL import Image
 from state import files
@@ -29,31 +29,6 @@ PICTURES = {
     "a PNG": lambda: png(1000, 700),
     "a BMP": lambda: bmp(300, 900),
 }
-OVER = 30.0  # seconds a picture has; it takes well below one
-
-
-def publish(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> dict:
-    made = client.post("/v1/posts", files={"image": (name, data)}, data={"caption": caption})
-    assert made.status_code == 201
-    assert made.headers["Location"] == f"/v1/posts/{made.json()['id']}"
-    assert made.json()["status"] == "processing"
-    return made.json()
-
-
-def turned(client, post: dict) -> dict:
-    """The post once it is no longer processing; until then it says when to ask again, and has no image."""
-
-    def look():
-        answer = client.get(f"/v1/posts/{post['id']}")
-        assert answer.status_code == 200
-        if answer.json()["status"] == "processing":
-            assert answer.headers["Retry-After"] == "1"
-            assert answer.json() == post
-            return None
-        assert "Retry-After" not in answer.headers
-        return answer.json()
-
-    return until(look, OVER, "the image")
 
 
 def stored(site, name: str) -> bytes:

@@ -1,8 +1,7 @@
 """The outbox is the truth: whatever becomes of the queue and of the workers, every post ends."""
 
-from conftest import photograph, until
+from conftest import photograph, publish, turned, until
 from making import png
-from test_api_story import publish, turned
 
 
 def test_an_image_that_is_being_made_is_not_there_yet(site):
