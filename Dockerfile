@@ -7,7 +7,6 @@ FROM python:3.11-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev
 WORKDIR /app
 COPY .ci/setup .ci/setup
-COPY tests/clients/package-lock.json tests/clients/package-lock.json
 COPY pyproject.toml setup.cfg requirements.lock ./
 COPY api api
 COPY storage storage
