@@ -36,7 +36,7 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = Redis(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url)
         app.ctx.flights = Flights()
-        app.ctx.receiving, app.ctx.stopping = set(), False
+        app.ctx.receiving, app.ctx.keeping, app.ctx.stopping = set(), set(), False
 
     @app.before_server_stop
     async def stop(app):
@@ -44,6 +44,7 @@ def create(settings: Settings) -> Sanic:
 
     @app.after_server_stop
     async def close(app):
+        await bodies.settle(app)
         await app.ctx.db.close()
 
     return app
