@@ -30,18 +30,19 @@ class Form:
         self.ended = False
         self._field = ""
         self._header = self._value = b""
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._on_header,
-                "on_header_value": self._on_value,
-                "on_header_end": self._on_header_end,
-                "on_headers_finished": self._on_headers,
-                "on_part_data": self._on_data,
-                "on_end": self._on_end,
-            },
-        )
+        callbacks = {
+            "on_part_begin": self._begin,
+            "on_header_field": self._on_header,
+            "on_header_value": self._on_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers,
+            "on_part_data": self._on_data,
+            "on_end": self._on_end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except FormParserError as error:
+            raise damaged(f"the form is damaged: {error}") from None
 
     def feed(self, data: bytes) -> list[tuple[str, bytes]]:
         """The (field, data) pairs these bytes bring. Raises Problem 422."""
@@ -84,7 +85,10 @@ class Form:
 
 def boundary(request) -> bytes:
     """Raises TooLarge for a form that is declared too long, Problem 422 for one without boundary."""
-    _, options = parse_options_header(request.headers.get("content-type", ""))
+    declared = request.headers.get("content-type", "")
+    if not declared.isascii():
+        raise damaged("the form's boundary is not ASCII")
+    _, options = parse_options_header(declared)
     if int(request.headers.get("content-length", 0)) > IMAGE_BYTES + FORM_SLACK:
         raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
     if not options.get(b"boundary"):

@@ -3,10 +3,12 @@
 `code` is the refusal's word in small letters: stable, and what a client programs against.
 """
 
+from contextlib import suppress
 from http import HTTPStatus
 
 import orjson
 from sanic import exceptions
+from sanic.constants import HTTP_METHODS
 from sanic.handlers import ErrorHandler
 from sanic.log import error_logger
 from sanic.response import HTTPResponse
@@ -78,6 +80,8 @@ def answer(exception: Exception) -> HTTPResponse:
             return problem(STATUS[type(exception)], exception.word.lower(), str(exception))
         case objects.Unavailable():
             return problem(503, errors.Unreachable.word.lower(), str(exception))
+        case exceptions.RequestCancelled():
+            return problem(408, "timeout", "the connection broke off")  # nobody hears it, and it is no fault of ours
         case exceptions.SanicException():
             status = exception.status_code or 500
             fallback = HTTPStatus(status).phrase.lower().replace(" ", "_"), HTTPStatus(status).phrase
@@ -87,11 +91,23 @@ def answer(exception: Exception) -> HTTPResponse:
             return problem(500, "internal", "this is our fault, and it is logged")
 
 
+def allowed(request) -> str:
+    """The methods an address takes, for `Allow` (RFC 9110, section 15.5.6). Sanic says them only of fixed paths."""
+    taken = []
+    for method in HTTP_METHODS:
+        with suppress(exceptions.MethodNotAllowed, exceptions.NotFound):
+            request.app.router.get(request.path, method, None)
+            taken.append(str(method))
+    return ", ".join(taken)
+
+
 class Errors(ErrorHandler):
     """Every error leaves as a problem; the rest of the request's body is not waited for."""
 
     def response(self, request, exception):
         response = answer(exception)
+        if response.status == 405:
+            response.headers["Allow"] = allowed(request)
         if response.status == 500:
             error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
         refuse_body(request)

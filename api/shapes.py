@@ -1,7 +1,7 @@
 """The shapes of the contract: what a request may look like, and how rows become JSON."""
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from datetime import UTC, datetime
 from urllib.parse import urlencode
 
@@ -38,10 +38,10 @@ def limit(request) -> int:
     return int(text)
 
 
-def _opened(request) -> str:
+def _opened(cursor: str) -> str:
     try:
-        cursor = request.args.get("cursor", "")
-        return urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+        # Strictly: by default what is not in the alphabet is passed over, and nonsense would open as nothing.
+        return b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode("ascii")
     except ValueError:
         raise _no_cursor() from None
 
@@ -52,9 +52,10 @@ def _no_cursor() -> Problem:
 
 def place(request) -> Place | None:
     """The place in the feed that the cursor names."""
-    if not request.args.get("cursor"):
+    cursor = request.args.get("cursor")
+    if not cursor:
         return None
-    count, _, post = _opened(request).partition(":")
+    count, _, post = _opened(cursor).partition(":")
     found = keys.ID.fullmatch(post)
     if not found or found[1] or not COUNT.fullmatch(count):
         raise _no_cursor()
@@ -62,9 +63,12 @@ def place(request) -> Place | None:
 
 
 def before(request) -> str:
-    """The comment id that the cursor names."""
-    comment = _opened(request)
-    if comment and not keys.COMMENT_ID.fullmatch(comment):
+    """The comment id that the cursor names; empty without one."""
+    cursor = request.args.get("cursor")
+    if not cursor:
+        return ""
+    comment = _opened(cursor)
+    if not keys.COMMENT_ID.fullmatch(comment):
         raise _no_cursor()
     return comment
 

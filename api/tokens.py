@@ -22,6 +22,8 @@ def user(request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise _unauthorized("a Bearer token is needed", "")
+    if not token.isascii():  # PyJWT would encode it first, which bytes that are no UTF-8 do not survive
+        raise _unauthorized("the token is of no use: it is not ASCII", ', error="invalid_token"')
     try:
         claims = jwt.decode(
             token.strip(), request.app.ctx.secret, [ALGORITHM], options={"require": ["exp", "sub"]}

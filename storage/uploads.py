@@ -7,13 +7,14 @@ of two chunks at one offset the script takes one, the other is erased. There are
 """
 
 import asyncio
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge
 from storage.formats import LONGEST, sniff
-from storage.objects import S3, Folder
+from storage.objects import S3, Folder, Unavailable
 from storage.scripts import Redis
 from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
@@ -160,6 +161,14 @@ class Appender:
             self._check(whole=True)
         await self.commit()
 
+    async def abandon(self) -> None:
+        """Put nothing more. A chunk that is being put is waited for: cut off, it would be nobody's."""
+        self._buffer.clear()
+        if self._timer:
+            self._timer.cancel()
+        if self._commit:
+            await asyncio.wait([self._commit])
+
     def _put(self) -> None:
         """Begin to commit what is buffered, behind the chunk before it."""
         if self._timer:
@@ -207,10 +216,34 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 @asynccontextmanager
 async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
     """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form."""
-    upload, _ = await create(db, owner, partitions)
+    upload, _ = await _uncut(create(db, owner, partitions))
+    image = Appender(db, objects, upload)
     try:
-        yield Appender(db, objects, upload)
+        yield image
     except BaseException:
-        # Also when the client went away, which arrives as a cancellation: the work goes on without the request.
-        await asyncio.shield(asyncio.ensure_future(discard(db, objects, owner, upload)))
+        # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
+        # stands in the way of discarding: it has become a post, or Redis or the store is away and the outbox does it.
+        with suppress(Refusal, Unavailable):
+            await _uncut(_give_up(db, objects, owner, image))
         raise
+
+
+async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender) -> None:
+    await image.abandon()
+    await discard(db, objects, owner, image.upload)
+
+
+async def _uncut(work: Coroutine):
+    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met afterwards."""
+    task, cancelled = asyncio.ensure_future(work), False
+    try:
+        while True:
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if task.cancelled():
+                    raise
+                cancelled = True
+    finally:
+        if cancelled:
+            asyncio.current_task().cancel()

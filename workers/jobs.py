@@ -13,7 +13,9 @@ from storage import originals, outbox, posts, settings
 from storage.errors import NoPost, Stale
 from storage.objects import S3, Folder, open_store
 from storage.scripts import Redis
-from workers.pipeline import Unusable, convert
+from storage.settings import Settings
+from workers.pipeline import Picture, Unusable
+from workers.sandbox import convert
 
 
 def make_image(post: str, lease: int) -> None:
@@ -27,23 +29,31 @@ async def _attempt(post: str, lease: int) -> None:
     try:
         attempt, upload = await outbox.start_image(db, post, lease)
         if attempt:
-            await _make(db, objects, post, attempt, upload)
+            picture = await _picture(chosen, db, objects, post, attempt, upload)
+            if picture:
+                await _show(db, objects, post, picture)
     except (NoPost, Stale) as refusal:
         print(f"image of {post}: left, {refusal}", flush=True)
     finally:
         await db.close()
 
 
-async def _make(db: Redis, objects: Folder | S3, post: str, attempt: int, upload: str | None) -> None:
+async def _picture(
+    chosen: Settings, db: Redis, objects: Folder | S3, post: str, attempt: int, upload: str | None
+) -> Picture | None:
+    """Store the original and make its picture; None where the post has failed for good."""
     with tempfile.TemporaryDirectory(prefix="imagegram-") as folder:
         path = Path(folder, "original")
         with path.open("wb") as copy:
             await originals.keep(db, objects, post, upload, copy)
         try:
-            picture = convert(path)
+            return convert(path, chosen)
         except Unusable as fault:
             await outbox.fail(db, post, attempt, fault.code, fault.detail)
-            return
+            return None
+
+
+async def _show(db: Redis, objects: Folder | S3, post: str, picture: Picture) -> None:
     await posts.put_image(objects, post, picture.jpeg)
     try:
         await outbox.publish(db, post, b64encode(picture.thumbhash).decode())
