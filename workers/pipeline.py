@@ -81,7 +81,9 @@ class Picture:
 
 
 def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
-    """The picture of an image file, which may have so many million pixels and so many pixels a side.
+    """The picture of an image, which may have so many million pixels and so many pixels a side.
+
+    `file` is one of the file system, because parts of it are mapped.
 
     Raises Unusable with wrong_format, too_many_pixels, too_many_scans, truncated or undecodable.
     """
@@ -155,18 +157,21 @@ def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
 
 
 # Pillow brings pixels to 8 bits, but leaves a PNG's transparent colour as it stands in the file.
-KEY_SCALES = {"L;2": 85, "L;4": 17, "I;16B": 1 / 257, "RGB;16B": 1 / 256}
+KEYS = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "I;16B": lambda value: int(value / 257 + 0.5),
+    "RGB;16B": lambda value: value >> 8,
+}
 
 
 def _decode(image: ImageFile.ImageFile) -> None:
     """All pixels. JPEG decodes to a half, quarter or eighth: the smallest that still leaves GAP."""
-    scale, key = KEY_SCALES.get(image.tile[0].args), image.info.get("transparency")
+    key, narrow = image.info.get("transparency"), KEYS.get(image.tile[0].args)
     image.draft(None, (GAP * SIDE, GAP * SIDE))
     _permanent(image.load)
-    if scale and key is not None:
-        image.info["transparency"] = (
-            tuple(int(k * scale) for k in key) if type(key) is tuple else int(key * scale)
-        )
+    if key is not None and narrow:
+        image.info["transparency"] = tuple(map(narrow, key)) if isinstance(key, tuple) else narrow(key)
 
 
 def _permanent(read, *given):
