@@ -295,7 +295,7 @@ def goldens() -> dict[str, Golden]:
     return made
 
 
-def sheet(width: int = 90) -> Image.Image:
+def sheet(width: int = 64) -> Image.Image:
     """Pairs of each golden image, its values taken as they are, and its picture; in the order of their names."""
     pairs = []
     for _, golden in sorted(goldens().items()):
@@ -315,4 +315,4 @@ def sheet(width: int = 90) -> Image.Image:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_bytes(saved(sheet(), "JPEG", quality=80, optimize=True))
+    Path(sys.argv[1]).write_bytes(saved(sheet(), "JPEG", quality=70, optimize=True))
