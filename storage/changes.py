@@ -5,13 +5,12 @@ the data a new epoch: a token of the timeline that was lost is then refused.
 """
 
 import asyncio
-import time
 from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Outdated
 from storage.posts import Post
-from storage.scripts import Redis
+from storage.scripts import Redis, now_ms
 from storage.settings import DAY_MS, PAGE_BYTES
 
 KEPT_MS = 7 * DAY_MS  # deletions are told for as long
@@ -30,10 +29,6 @@ class Changes(NamedTuple):
     posts: list[Post | str]  # a post as it is now, or the id of a deleted one
     more: bool
     token: Token
-
-
-def now_ms(db: Redis) -> int:
-    return db.clock or int(time.time() * 1000)
 
 
 def issue(db: Redis, seen) -> Token:

@@ -12,6 +12,7 @@ Does not decide: that is done in Lua. Does not render: rows are returned as Redi
 
 import asyncio
 import hashlib
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,3 +160,8 @@ class Redis:
     async def close(self) -> None:
         await self._reads.close()
         await self._writes.close()
+
+
+def now_ms(db: Redis) -> int:
+    """Milliseconds since 1970 by this machine's clock, for what need not agree with Redis' to the second."""
+    return db.clock or int(time.time() * 1000)
