@@ -26,7 +26,7 @@ from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
 GAP = 2  # shrinking by whole numbers, which is quick, ends at twice SIDE; LANCZOS does the rest
-STRIP = 64  # rows of shrunk image made at once: beside the decoded image only a strip is held at full size
+STRIP = 64  # rows of shrunk image made at once
 PROFILE = 1024 * 1024  # bytes; printers' largest profiles come near, cameras and screens have some thousands
 # What text and profiles of a PNG may inflate to; Pillow refuses the file beyond. Room for profiles over the
 # limit above, which are ignored, and for the work flows that drawing programs keep in text.
@@ -201,28 +201,30 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
+SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
+
+
 def _cover(image: Image.Image) -> Image.Image:
     """The centre square at 600x600, in L, RGB, RGBa or CMYK."""
     side = min(image.size)
-    factor = max(1, side // (GAP * SIDE))
     x, y = ((length - side) / 2 for length in image.size)
+    if side >= SIDE and image.mode in SPACES and not image.has_transparency_data:
+        return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (x, y, x + side, y + side), reducing_gap=GAP)
+    # The same by hand. The values are made fit for shrinking strip for strip: at once, a large image's copies would
+    # take twice the memory of the image itself. And enlarging, LANCZOS would let in what lies beside the square.
+    factor = max(1, side // (GAP * SIDE))
     left, top, right, bottom = floor(x), floor(y), ceil(x + side), ceil(y + side)
-    box = [(start + more) / factor for more in (0, side) for start in (x - left, y - top)]
-    if factor == 1:
-        return _eight_bits(image.crop((left, top, right, bottom))).resize(
-            (SIDE, SIDE), Image.Resampling.LANCZOS, box
-        )
     small = None
     for start in range(top, bottom, STRIP * factor):
-        strip = image.crop((left, start, right, min(start + STRIP * factor, bottom)))
-        strip = _eight_bits(strip).reduce(factor)
+        strip = _ready(image.crop((left, start, right, min(start + STRIP * factor, bottom)))).reduce(factor)
         if small is None:
             small = Image.new(strip.mode, (strip.width, ceil((bottom - top) / factor)))
         small.paste(strip, (0, (start - top) // factor))
+    box = [(start + more) / factor for more in (0, side) for start in (x - left, y - top)]
     return small.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _ready(image: Image.Image) -> Image.Image:
     """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
     if image.mode == "I;16":  # convert() alone would cut: all but black turns white
         image = image.point(lambda value: value / 257 + 0.5).convert("L")
@@ -247,7 +249,6 @@ def _upright(image: Image.Image, turn: int) -> Image.Image:
     return image if turn == 1 else image.transpose(UPRIGHT[turn])
 
 
-SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
 DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not links between devices, abstract or named colours
 SRGB = ImageCms.createProfile("sRGB")
 
