@@ -5,6 +5,7 @@ the data a new epoch: a token of the timeline that was lost is then refused.
 """
 
 import asyncio
+import re
 from typing import NamedTuple
 
 from storage import keys
@@ -15,6 +16,7 @@ from storage.settings import DAY_MS, PAGE_BYTES
 
 KEPT_MS = 7 * DAY_MS  # deletions are told for as long
 HOUR_MS = 60 * 60 * 1000  # tokens are dated by the hour: a page that did not change keeps its ETag
+TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
 
 class Token(NamedTuple):
@@ -37,14 +39,12 @@ def issue(db: Redis, seen) -> Token:
 
 def parse(text: str) -> Token:
     """Raises Outdated where it is no token of ours: then only another walk helps, too."""
-    try:
-        issued, *seen = text.split(",")
-        return Token(
-            int(issued) * HOUR_MS,
-            tuple((epoch, int(revision)) for epoch, revision in (one.split(".") for one in seen)),
-        )
-    except ValueError:
-        raise Outdated("this token was not given by this server; walk the feed again") from None
+    # Strictly: int() would take signs, spaces and other digits, and an epoch of nothing would pass for any.
+    if not TOKEN.fullmatch(text):
+        raise Outdated("this token was not given by this server; walk the feed again")
+    issued, *seen = text.split(",")
+    parts = (one.split(".") for one in seen)
+    return Token(int(issued) * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in parts))
 
 
 async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> Changes:
