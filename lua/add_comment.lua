@@ -21,6 +21,9 @@
 local post, comments, latest, feed, changes, gone, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local now, id, author, text, shown = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local request, keep = ARGV[6], ARGV[7]
+if #KEYS < 6 or #ARGV ~= 7 or not (shown and tonumber(keep)) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local kept = once and redis.call('GET', once)
 if kept then

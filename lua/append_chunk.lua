@@ -17,6 +17,9 @@
 local upload, chunks, due = KEYS[1], KEYS[2], KEYS[3]
 local now, id, from, bytes, name = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local expiry, largest = tonumber(ARGV[6]), tonumber(ARGV[7])
+if #KEYS ~= 3 or #ARGV ~= 7 or not (from and (bytes or 0) > 0 and expiry and largest) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', upload, 'offset', 'length', 'post', 'expires')
 local offset, length, post, expires = tonumber(row[1]), tonumber(row[2]) or largest, row[3], tonumber(row[4])

@@ -17,6 +17,9 @@
 local upload, post, uploads, due, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, upload_id, id, author, caption = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, keep = ARGV[6], ARGV[7]
+if #KEYS < 4 or #ARGV ~= 7 or not tonumber(keep) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local kept = once and redis.call('GET', once)
 if kept then

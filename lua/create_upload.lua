@@ -22,6 +22,10 @@ local upload, uploads, due, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now, id, owner, length, metadata = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local expiry, largest, open, quota = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local request, keep = ARGV[10], ARGV[11]
+if #KEYS < 3 or #ARGV ~= 11 or not (expiry and largest and open and quota and tonumber(keep))
+  or (length ~= '' and (tonumber(length) or -1) < 0) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local kept = once and redis.call('GET', once)
 if kept then

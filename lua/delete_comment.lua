@@ -16,6 +16,9 @@
 -- The latest comments are refilled from the stream, whichever was deleted: one path, and it heals.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local now, id, comment, author, shown = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if #KEYS ~= 6 or #ARGV ~= 5 or not tonumber(shown) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 if redis.call('EXISTS', post) == 0 then
   return redis.error_reply('NOPOST no such post')

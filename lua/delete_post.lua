@@ -16,6 +16,9 @@
 -- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local now, id, author, keep = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+if #KEYS ~= 7 or #ARGV ~= 4 or not keep then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', post, 'author', 'upload')
 local owner, upload = row[1], row[2]

@@ -13,6 +13,9 @@
 -- First nothing can be appended any more, then the objects go, then forget_chunks: a chunk is never without an owner.
 local upload, chunks, uploads, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now, id, grace, tell = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
+if #KEYS ~= 4 or #ARGV ~= 4 or not (grace and (tell == '' or tonumber(tell))) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', upload, 'offset', 'owner', 'post')
 if not row[1] or row[3] then

@@ -12,6 +12,9 @@
 -- Only the current attempt may fail a post: an older one may have met its end by being late.
 local post, due = KEYS[1], KEYS[2]
 local now, id, attempt, code, detail = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if #KEYS ~= 2 or #ARGV ~= 5 or not tonumber(attempt) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', post, 'status', 'attempt', 'upload')
 local status, current, upload = row[1], row[2], row[3]

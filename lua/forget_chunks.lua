@@ -9,6 +9,9 @@
 -- Refuses nothing
 local upload, chunks, due = KEYS[1], KEYS[2], KEYS[3]
 local id, tell = ARGV[1], ARGV[2]
+if #KEYS ~= 3 or #ARGV ~= 2 or not tonumber(tell) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 redis.call('UNLINK', chunks)
 redis.call('ZREM', due, id)

@@ -12,6 +12,9 @@
 -- The lease is the score it sets: whoever comes with another one holds a hint that was given again.
 local due, gone = KEYS[1], KEYS[2]
 local now, room, lease, most, posts = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
+if #KEYS ~= 2 or #ARGV ~= 5 or not (room and lease and tonumber(most)) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 if not now then
   local time = redis.call('TIME')

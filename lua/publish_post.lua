@@ -14,6 +14,9 @@
 -- Whichever attempt succeeds counts, as long as the post is processing. Its upload is due: the chunks can go.
 local post, comments, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local now, id, thumbhash = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+if #KEYS ~= 6 or #ARGV ~= 3 then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', post, 'status', 'upload')
 local status, upload = row[1], row[2]

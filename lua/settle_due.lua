@@ -8,6 +8,9 @@
 -- Refuses nothing
 local due = KEYS[1]
 local id, lease, again = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+if #KEYS ~= 1 or #ARGV ~= 3 or not (lease and (again == '' or tonumber(again))) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 if tonumber(redis.call('ZSCORE', due, id)) ~= lease then
   return 0

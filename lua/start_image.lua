@@ -13,6 +13,9 @@
 -- a restore brought it back without its JPEG.
 local post, due = KEYS[1], KEYS[2]
 local now, id, lease, span, most = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if #KEYS ~= 2 or #ARGV ~= 5 or not (lease and span and most) then
+  return redis.error_reply('ERR wrong arguments')
+end
 
 local row = redis.call('HMGET', post, 'status', 'attempt', 'upload')
 local status, attempt, upload = row[1], tonumber(row[2]) or 0, row[3]

@@ -2,7 +2,6 @@
 
 import asyncio
 from heapq import merge
-from itertools import islice
 from typing import NamedTuple
 
 from storage import keys
@@ -77,11 +76,16 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
     Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
     """
     pages = await asyncio.gather(*(_feed_page(db, partition, limit, after) for partition in range(partitions)))
-    rows = merge(*(posts for _, _, _, posts in pages), key=lambda row: (row[1], row[0]), reverse=True)
-    posts = [Post(*row) for row in islice(rows, limit)]
+    # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
+    ends = {rows[-1][0] for _, _, more, rows in pages if more}
+    posts = []
+    for row in merge(*(rows for *_, rows in pages), key=lambda row: (row[1], row[0]), reverse=True):
+        posts.append(Post(*row))
+        if len(posts) == limit or row[0] in ends:
+            break
     return Page(
         posts=posts,
-        more=any(more for _, _, more, _ in pages) or sum(len(posts) for *_, posts in pages) > len(posts),
+        more=any(more for _, _, more, _ in pages) or sum(len(rows) for *_, rows in pages) > len(posts),
         seen=[(epoch, revision) for epoch, revision, _, _ in pages],
     )
 

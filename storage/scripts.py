@@ -55,13 +55,15 @@ class Channel:
         )
         self._connection = pool.make_connection()
         self._lost = lost
-        self._waiting: list[tuple[tuple, asyncio.Future]] = []
+        self._waiting: list[tuple[bytes, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
     async def ask(self, *command):
         """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
+        # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
+        packed = b"".join(self._connection.pack_command(*command))
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((command, answer))
+        self._waiting.append((packed, answer))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         return await answer
@@ -79,7 +81,7 @@ class Channel:
         finally:
             self._task = None
 
-    async def _send(self, batch: list[tuple[tuple, asyncio.Future]]) -> None:
+    async def _send(self, batch: list[tuple[bytes, asyncio.Future]]) -> None:
         connection, sent = self._connection, False
         try:
             async with asyncio.timeout(DEADLINE):
@@ -87,9 +89,7 @@ class Channel:
                     await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
                 await connection.connect()
                 sent = True
-                await connection.send_packed_command(
-                    connection.pack_commands([command for command, _ in batch]), check_health=False
-                )
+                await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
                 for _, answer in batch:
                     try:
                         _settle(answer, await connection.read_response())

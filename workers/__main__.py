@@ -19,7 +19,7 @@ from storage.objects import open_store
 from storage.scripts import Redis
 from workers import dispatcher, pipeline
 
-WARM = 3.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
+WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
 PR_SET_PDEATHSIG = 1  # prctl(2): a child does not outlive its parent, however that ended
 
 
