@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Outdated
-from storage.posts import Post
+from storage.posts import Post, of_row
 from storage.scripts import Redis, now_ms
 from storage.settings import DAY_MS, PAGE_BYTES
 
@@ -68,7 +68,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
             seen.append((current, revision))
             more = True
         else:
-            posts += [Post(*row) if len(row) > 1 else row[0] for row in rows]
+            posts += [of_row(row) if len(row) > 1 else row[0] for row in rows]
             seen.append((current, newest))
             more = more or bool(rest)
     return Changes(posts, more, issue(db, seen))

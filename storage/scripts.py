@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hiredis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -62,7 +63,8 @@ class Channel:
     async def ask(self, *command):
         """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
         # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
-        packed = b"".join(self._connection.pack_command(*command))
+        # By hiredis: redis-py's own packer takes ten times as long.
+        packed = hiredis.pack_command(command)
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((packed, answer))
         if self._task is None:

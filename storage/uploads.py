@@ -238,7 +238,7 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 @asynccontextmanager
 async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
     """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form."""
-    upload, _ = await _uncut(create(db, owner, partitions))
+    upload, _ = await uncut(create(db, owner, partitions))
     image = Appender(db, objects, upload)
     try:
         yield image
@@ -246,7 +246,7 @@ async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int
         # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
         # stands in the way of discarding: it has become a post, or Redis or the store is away and the outbox does it.
         with suppress(Refusal, Unavailable):
-            await _uncut(_give_up(db, objects, owner, image))
+            await uncut(_give_up(db, objects, owner, image))
         raise
 
 
@@ -255,8 +255,8 @@ async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender)
     await discard(db, objects, owner, image.upload)
 
 
-async def _uncut(work: Coroutine):
-    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met afterwards."""
+async def uncut(work: Coroutine):
+    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met at the next wait."""
     task, cancelled = asyncio.ensure_future(work), False
     try:
         while True:

@@ -207,6 +207,25 @@ def site(real_server, tmp_path):
     site.close()
 
 
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded server alone, for what does not depend on which server it is."""
+    server = start_server("valkey")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def standing(embedded, tmp_path_factory):
+    """A site for all tests of a file, without a worker: what is taken stays as it came."""
+    embedded.client.flushall()
+    site = Site(embedded.url, tmp_path_factory.mktemp("site"))
+    site.server = embedded
+    site.api()
+    yield site
+    site.close()
+
+
 @pytest.fixture
 def working_site(site):
     site.worker()

@@ -47,9 +47,9 @@ def dial(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
-def hear(line: socket.socket) -> Answer:
+def hear(line: socket.socket, method: str = "GET") -> Answer:
     """The answer to a request that was sent; a 100 is passed over."""
-    response = http.client.HTTPResponse(line)
+    response = http.client.HTTPResponse(line, method=method)
     response.begin()
     return Answer(
         response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
@@ -59,7 +59,7 @@ def hear(line: socket.socket) -> Answer:
 def exchange(port: int, data: bytes) -> Answer:
     with dial(port) as line:
         line.sendall(data)
-        return hear(line)
+        return hear(line, data[: data.index(b" ")].decode())
 
 
 def pour(port: int, pieces: Iterable[bytes]) -> tuple[Answer, int]:
