@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench lock clean
+.PHONY: run test lint unit load bench bench-images lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -29,6 +29,11 @@ load: ## locust against a started system, at the forecast's mix
 bench: ## figures beside bare Sanic
 	@.ci/setup test
 	$(python) -m tests.bench
+
+bench-images: ## what a picture costs, beside libvips
+	@.ci/setup test
+	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
+	$(python) -m tests.bench.images
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock
