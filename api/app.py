@@ -28,6 +28,7 @@ def create(settings: Settings) -> Sanic:
     )
     app.ctx.settings = settings
     app.ctx.secret = signing_secret(settings)
+    app.ctx.verified = {}  # Authorization header -> user, and when it expires (seconds since 1970)
     for room in (posts, uploads, comments, images, health):
         app.blueprint(room.routes)
 

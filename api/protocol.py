@@ -12,7 +12,8 @@ from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
-LINGER = 1.0  # seconds in which a refused client may still send, and reads why it was refused
+LINGER = 1.0  # seconds in which a refused client may read why it was refused
+DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
 LOOK = 2.0  # seconds between two looks at a connection's clock
 HEADER = 10.0  # seconds in which a request's header must be complete
 
@@ -92,11 +93,12 @@ class Protocol(HttpProtocol):
     """Sanic's protocol, with the holes closed."""
 
     HTTP_CLASS = StrictHttp
-    __slots__ = ("asked", "refused", "_lingering")
+    __slots__ = ("asked", "refused", "_lingering", "_discarded")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.refused = self._lingering = False
+        self._discarded = 0
         self.asked = 0.0  # when the current request's header began
 
     def check_timeouts(self):
@@ -124,7 +126,8 @@ class Protocol(HttpProtocol):
 
     def close(self, timeout: float | None = None):
         # Closing a socket with unread bytes resets it, and the client loses the answer that tells it why. So the
-        # answer's end is sent first (RFC 9112, section 9.6), and what still arrives is thrown away for a while.
+        # answer's end is sent first (RFC 9112, section 9.6), and the socket stays a while, for the most part unread:
+        # what a client on a slow line sends in vain costs it more than us.
         if not self.refused or self._lingering or self.transport is None or self.transport.is_closing():
             return super().close(timeout)
         if self._callback_check_timeouts:
@@ -140,4 +143,7 @@ class Protocol(HttpProtocol):
 
     def data_received(self, data: bytes):
         if not self._lingering:
-            super().data_received(data)
+            return super().data_received(data)
+        self._discarded += len(data)
+        if self._discarded >= DISCARD:
+            self.transport.pause_reading()

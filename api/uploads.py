@@ -124,7 +124,7 @@ async def create(request):
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
     supported(request)
-    found = await uploads.read(request.app.ctx.db, tokens.user(request), upload)
+    found = await uploads.settled(request.app.ctx.db, tokens.user(request), upload)
     answer = {
         "Upload-Offset": str(found.offset),
         "Upload-Length": str(found.length),

@@ -23,6 +23,13 @@ def head(method: str, target: str, *headers: str) -> bytes:
     return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode("latin-1")
 
 
+def request(method: str, target: str, token: str | None = None, body: bytes | None = None) -> bytes:
+    headers = [f"Authorization: Bearer {token}"] if token else []
+    if body is not None:
+        headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return head(method, target, *headers) + (body or b"")
+
+
 def form(*parts: tuple[str, str | None, bytes], boundary: str = "frontier", end: bool = True) -> bytes:
     """A multipart/form-data body of (field, file name or None, bytes)."""
     body = b""
