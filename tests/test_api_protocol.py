@@ -78,9 +78,9 @@ LINES = {
 
 
 @pytest.fixture(scope="module")
-def post(standing):
+def post(serving):
     async def make():
-        db = connect(standing.server)
+        db = connect(serving.server)
         try:
             return await make_post(db, "alice")
         finally:
@@ -111,27 +111,27 @@ def comments(site, post: str) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_request_that_could_mean_two_things_is_refused_and_the_connection_closed(standing, post, shape):
+def test_a_request_that_could_mean_two_things_is_refused_and_the_connection_closed(serving, post, shape):
     headers, body = SHAPES[shape]
     headers = [header.encode().decode("latin-1") for header in headers]
-    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {standing.token('alice')}", *headers)
-    before = comments(standing, post)
-    answers = closed_with(standing, asked + body + SECOND)
+    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *headers)
+    before = comments(serving, post)
+    answers = closed_with(serving, asked + body + SECOND)
     assert [answer[:3] for answer in answers] == [b"400"]
-    assert comments(standing, post) == before
+    assert comments(serving, post) == before
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_request_line_that_is_none_is_refused_and_the_connection_closed(standing, line):
-    answers = closed_with(standing, LINES[line] + SECOND)
+def test_a_request_line_that_is_none_is_refused_and_the_connection_closed(serving, line):
+    answers = closed_with(serving, LINES[line] + SECOND)
     assert [answer[:3] for answer in answers] == [b"400"]
 
 
-def test_a_right_request_in_chunks_is_taken_and_the_connection_kept(standing, post):
-    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {standing.token('alice')}", *CHUNKED)
+def test_a_right_request_in_chunks_is_taken_and_the_connection_kept(serving, post):
+    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *CHUNKED)
     body = b'5;a="b"\r\n{"tex\r\n0F\r\n' + b't": "two parts"}'[:15] + b"\r\n1\r\n}\r\n0\r\n\r\n"
     last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-    answers = closed_with(standing, asked + body + last)
+    answers = closed_with(serving, asked + body + last)
     assert [answer[:3] for answer in answers] == [b"201", b"200"]
 
 
@@ -156,12 +156,12 @@ def refused(site) -> dict[str, tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("invited", [False, True])
-def test_a_body_that_is_not_wanted_is_neither_invited_nor_waited_for(standing, invited):
-    for name, (asked, status) in refused(standing).items():
+def test_a_body_that_is_not_wanted_is_neither_invited_nor_waited_for(serving, invited):
+    for name, (asked, status) in refused(serving).items():
         if invited:
             asked = asked.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
         began = time.monotonic()
-        with dial(standing.port) as line:
+        with dial(serving.port) as line:
             line.sendall(asked)
             answer = everything(line)
         assert answer.startswith(b"HTTP/1.1 " + status), (name, answer)
@@ -169,9 +169,9 @@ def test_a_body_that_is_not_wanted_is_neither_invited_nor_waited_for(standing, i
         assert time.monotonic() - began < 5, name
 
 
-def test_an_unknown_expectation_is_refused(standing):
+def test_an_unknown_expectation_is_refused(serving):
     asked = head("POST", "/v1/posts", "Expect: 200-ok", "Content-Length: 5") + b"12345"
-    assert [answer[:3] for answer in closed_with(standing, asked)] == [b"417"]
+    assert [answer[:3] for answer in closed_with(serving, asked)] == [b"417"]
 
 
 class Bad:
@@ -237,22 +237,22 @@ def crowd(site, post: str, count: int) -> dict[str, list[Bad]]:
 
 
 @pytest.mark.timeout(90)
-async def test_a_crowd_of_bad_connections_harms_nobody_and_goes_in_time(standing, post):
+async def test_a_crowd_of_bad_connections_harms_nobody_and_goes_in_time(serving, post):
     """The limits as they are, all at once: a header has 10 s, a body 30 s without a byte, a slow one as long as it
     lasts."""
-    client = standing.server.client
-    upload = await asyncio.to_thread(begin, standing, 1000)
-    alice = f"Authorization: Bearer {standing.token('alice')}"
+    client = serving.server.client
+    upload = await asyncio.to_thread(begin, serving, 1000)
+    alice = f"Authorization: Bearer {serving.token('alice')}"
     tus = (alice, "Tus-Resumable: 1.0.0", BODY, "Upload-Offset: 0")
     stalled = Bad("upload", head("PATCH", f"/v1/uploads/{upload}", *tus, "Content-Length: 1000") + picture(700))
-    slow_upload = await asyncio.to_thread(begin, standing, 36)
+    slow_upload = await asyncio.to_thread(begin, serving, 36)
     # A byte a second, longer than any limit: it progresses.
     slow = Bad("slow", head("PATCH", f"/v1/uploads/{slow_upload}", *tus, "Content-Length: 36") + b"B", b"M", 1.0)
     opened = set(client.hgetall("uploads:{0}:alice"))
-    before, times = open_files(standing), []
-    people = crowd(standing, post, 200)
-    runs = [bad.run(standing.port, 39) for sort in people.values() for bad in sort]
-    runs += [stalled.run(standing.port, 39), slow.run(standing.port, 39), healthy(standing, 36, times)]
+    before, times = open_files(serving), []
+    people = crowd(serving, post, 200)
+    runs = [bad.run(serving.port, 39) for sort in people.values() for bad in sort]
+    runs += [stalled.run(serving.port, 39), slow.run(serving.port, 39), healthy(serving, 36, times)]
     await asyncio.gather(*runs)
 
     for bad in people["header"]:
@@ -268,16 +268,16 @@ async def test_a_crowd_of_bad_connections_harms_nobody_and_goes_in_time(standing
         # Refused for another reason (alice may have 20 uploads), or kept as long as it goes on.
         assert bad.lasted is None or bad.answer.startswith((b"HTTP/1.1 429", b"HTTP/1.1 422")), bad.answer
     assert slow.answer.startswith(b"HTTP/1.1 204") and slow.lasted is None
-    assert await asyncio.to_thread(offset, standing, slow_upload) == 36
-    assert await asyncio.to_thread(offset, standing, upload) == 700
+    assert await asyncio.to_thread(offset, serving, slow_upload) == 36
+    assert await asyncio.to_thread(offset, serving, upload) == 700
     assert len(times) > 300 and max(times) < 2, "healthy requests are answered all the while"
-    await asyncio.to_thread(until, lambda: open_files(standing) <= before + 2, 10, "all sockets to go")
+    await asyncio.to_thread(until, lambda: open_files(serving) <= before + 2, 10, "all sockets to go")
     await asyncio.to_thread(until, lambda: set(client.hgetall("uploads:{0}:alice")) == opened, 10, "the forms to go")
 
 
-def test_a_connection_that_was_cut_for_its_header_says_why(standing):
+def test_a_connection_that_was_cut_for_its_header_says_why(serving):
     """The answer is a problem like any other."""
-    with dial(standing.port) as line:
+    with dial(serving.port) as line:
         line.sendall(b"GET /healthz HTTP/1.1\r\nHost : x\r\n\r\n")
         answer = everything(line)
     content = json.loads(answer[answer.index(b"\r\n\r\n") + 4 :])
