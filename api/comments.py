@@ -10,9 +10,10 @@ from storage import comments
 routes = Blueprint("comments")
 
 
-@routes.post("/v1/posts/<post>/comments")
+@routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
     user = tokens.user(request)
+    await shapes.receive(request)
     text = shapes.text(shapes.fields(request).get("text"), "text")
     if not text.strip():
         raise shapes.invalid("text must not be blank")

@@ -84,8 +84,15 @@ def once(request, body: bytes | None) -> keys.Once | None:
     return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
+def declared(request) -> int:
+    """The body's length, as far as it is declared: a chunked one is counted as it comes."""
+    return int(request.headers.get("content-length", 0))
+
+
 async def receive(request) -> None:
-    """Read a JSON body of a route that streams."""
+    """Read a JSON body of a route that streams, which is one that looks at the token before it takes a body."""
+    if declared(request) > JSON_BYTES:
+        raise TooLarge(f"a JSON body may have up to {JSON_BYTES} bytes")
     async for data in request.stream:
         request.body += data
         if len(request.body) > JSON_BYTES:

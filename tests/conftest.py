@@ -216,8 +216,8 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def standing(embedded, tmp_path_factory):
-    """A site for all tests of a file, without a worker: what is taken stays as it came."""
+def serving(embedded, tmp_path_factory):
+    """A site on the embedded server for all tests of a file, without a worker: what is taken stays as it came."""
     embedded.client.flushall()
     site = Site(embedded.url, tmp_path_factory.mktemp("site"))
     site.server = embedded
