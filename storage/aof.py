@@ -1,8 +1,8 @@
 """Redis' append-only files as they lie in `appendonlydir`: the manifest, and a walk over the records.
 
-Writes no record of its own. The format is that of Redis 7.0 and later and of Valkey (aof.c): a manifest names
-one base and the increments after it, in order. A base is an RDB file. An increment is a row of commands in RESP
-and of annotations, `#TS:<unix second>\\r\\n`, one before the first command of each second.
+Writes no record of its own. The format is that of Redis 7.0 and later and of Valkey (aof.c): a manifest
+names one base and the increments after it, in order. A base is an RDB file. An increment is a row of commands
+in RESP and of annotations, `#TS:<unix second>\\r\\n`, one before the first command of each second.
 """
 
 import mmap
