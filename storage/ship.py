@@ -1,8 +1,8 @@
 """`python -m storage ship`: copies Redis' append-only files into the backup store as they grow.
 
 Two tasks. One looks at the manifest every few milliseconds and holds each file open from the moment it
-appears, because a rewrite unlinks the old ones and an open file outlives that. The other goes once an interval
-through what is there and not yet shipped. All it sends to Redis is INFO and BGREWRITEAOF.
+appears, because a rewrite unlinks the old ones and an open file outlives that. The other goes once an
+interval through what is there and not yet shipped. All it sends to Redis is INFO and BGREWRITEAOF.
 
 What makes a chain true:
 
@@ -108,9 +108,11 @@ class Shipper:
             for task in done:
                 task.result()
         finally:
+            # redis-py may swallow a cancellation: so the work is also told to stop, and not waited for forever.
+            self.stop.set()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=5)
             if self.verifying:
                 with suppress(ProcessLookupError):
                     self.verifying.terminate()
@@ -307,7 +309,7 @@ class Shipper:
                 await self.redis.bgrewriteaof()
 
     async def _copy(self, into: Chain, until: float = float("inf")) -> bool:
-        """Append what can be read now. False: there is more, but `until` (monotonic) came, or another Redis."""
+        """Append what can be read now. False: there is more, but `until` (monotonic) or another Redis came."""
         while time.monotonic() < until:
             file = into.copying
             held = self.held[file.name]
