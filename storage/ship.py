@@ -43,9 +43,7 @@ from storage.settings import Settings
 
 log = logging.getLogger("imagegram.ship")
 
-LOOK = (
-    0.02  # seconds between two looks at the manifest, a stat each. A rewrite ends at a cron of Redis: 100 ms
-)
+LOOK = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
 ASK_AGAIN = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
 PUT_AGAIN = 1  # seconds before an object is put again that the store did not take
 
@@ -108,7 +106,7 @@ class Shipper:
             for task in done:
                 task.result()
         finally:
-            # redis-py may swallow a cancellation: so the work is also told to stop, and not waited for forever.
+            # redis-py may swallow a cancellation: the work is also told to stop, and waited for 5 s at most
             self.stop.set()
             for task in tasks:
                 task.cancel()
@@ -309,7 +307,7 @@ class Shipper:
                 await self.redis.bgrewriteaof()
 
     async def _copy(self, into: Chain, until: float = float("inf")) -> bool:
-        """Append what can be read now. False: there is more, but `until` (monotonic) or another Redis came."""
+        """Append what can be read now. False: `until` (monotonic) came before the end, or another Redis."""
         while time.monotonic() < until:
             file = into.copying
             held = self.held[file.name]
