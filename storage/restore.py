@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -194,11 +194,17 @@ async def running(settings: Settings, folder: Path):
     """
     with tempfile.TemporaryDirectory(prefix="imagegram-") as scratch:
         socket, words = Path(scratch, "redis.sock"), Path(scratch, "log")
-        # Of options given twice the server takes the last.
-        own = ["--dir", str(folder), "--unixsocket", str(socket), "--logfile", "", "--daemonize", "no"]
+        Path(scratch, "redis").symlink_to(folder)  # a data folder whose paths are short enough for a socket
+        command = server.command(replace(settings, data=Path(scratch)))
+        own = [
+            "--unixsocket",
+            str(socket),
+            "--logfile",
+            "",
+        ]  # of options given twice the server takes the last
         with words.open("wb") as out:
             process = await asyncio.create_subprocess_exec(
-                *server.command(settings), *own, stdout=out, stderr=out, stdin=asyncio.subprocess.DEVNULL
+                *command, *own, stdout=out, stderr=out, stdin=asyncio.subprocess.DEVNULL
             )
         client = Redis(unix_socket_path=str(socket))
         try:

@@ -23,7 +23,7 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -38,8 +38,9 @@ from redis.exceptions import RedisError
 
 from storage import aof, chain, retain
 from storage.chain import Chain, Copied
-from storage.objects import S3, Exists, Folder, Unavailable
+from storage.objects import S3, Exists, Folder, Unavailable, open_store
 from storage.settings import Settings
+from storage.watch import Files
 
 log = logging.getLogger("imagegram.ship")
 
@@ -50,15 +51,6 @@ PUT_AGAIN = 1  # seconds before an object is put again that the store did not ta
 
 class Stopped(Exception):
     """Another shipper writes this chain. Nothing was overwritten; this one must not go on."""
-
-
-@dataclass
-class Held:
-    """A file of `appendonlydir`, open since it appeared."""
-
-    descriptor: int
-    inode: int
-    second: int  # unix second of its last change when it was opened: for a base, when it was complete
 
 
 @dataclass(frozen=True)
@@ -77,14 +69,11 @@ class Shipper:
     def __init__(self, settings: Settings, store: Folder | S3):
         self.settings = settings
         self.store = store
-        self.folder = settings.data / "redis" / "appendonlydir"
+        self.files = Files(settings.data / "redis" / "appendonlydir")
         self.redis = Redis.from_url(
             settings.redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=5, socket_connect_timeout=2
         )
         self.stop = asyncio.Event()
-        self.manifest: aof.Manifest | None = None
-        self.held: dict[str, Held] = {}
-        self.follows: dict[str, str] = {}  # file -> the one Redis wrote next
         self.run_id = ""  # of the Redis whose files are known to be those of the chain
         self.chain: Chain | None = None  # the generation that restore would find
         self.coming: Chain | None = None  # the next one, until its base is in the store
@@ -95,8 +84,6 @@ class Shipper:
         self.trouble = ""
         self.verified: dict | None = None
         self.verifying: asyncio.subprocess.Process | None = None
-        self._seen: tuple | None = None  # the manifest file as last looked at
-        self._stale: list[int] = []  # descriptors of replaced files, closed when nobody reads
 
     async def run(self) -> None:
         """Ship until `stop` is set. Raises Stopped, Damaged (the store's own chain is not what was put)."""
@@ -115,63 +102,12 @@ class Shipper:
                 with suppress(ProcessLookupError):
                     self.verifying.terminate()
             await self.redis.aclose()
-            for descriptor in [*(held.descriptor for held in self.held.values()), *self._stale]:
-                os.close(descriptor)
-
-    # Looking
+            self.files.close()
 
     async def _watch(self) -> None:
         while True:
-            self.look()
+            self.files.look()
             await asyncio.sleep(LOOK)
-
-    def look(self) -> None:
-        """Hold what the manifest names. On the loop: a stat, and at a rewrite one read and two opens."""
-        try:
-            status = os.stat(self.folder / aof.MANIFEST)
-            seen = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if seen == self._seen:
-                return
-            manifest = aof.parse((self.folder / aof.MANIFEST).read_text())
-        except FileNotFoundError:
-            return  # no Redis yet
-        if manifest is None:
-            return
-        for name in manifest.files:
-            try:
-                self._hold(name)
-            except FileNotFoundError:
-                return  # a newer manifest is there already: the next look reads it
-        self._seen, self.manifest = seen, manifest
-        self.follows.update(zip(manifest.files, manifest.files[1:], strict=False))
-
-    def _hold(self, name: str) -> None:
-        descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(descriptor)
-        before = self.held.get(name)
-        if before and before.inode == status.st_ino:
-            os.close(descriptor)
-            return
-        self.held[name] = Held(descriptor, status.st_ino, int(status.st_mtime))
-        if before:
-            self._stale.append(before.descriptor)
-            self.run_id = ""  # another file of the same name: compare before going on
-
-    def _let_go(self) -> None:
-        """Close what no chain needs any more."""
-        needed = set(self.manifest.files if self.manifest else [])
-        for used in (self.chain, self.coming):
-            name = used.copying.name if used and not used.broken else None
-            while name:
-                needed.add(name)
-                name = self.follows.get(name)
-        for name in set(self.held) - needed:
-            os.close(self.held.pop(name).descriptor)
-        while self._stale:
-            os.close(self._stale.pop())
-        self.follows = {name: after for name, after in self.follows.items() if name in self.held}
-
-    # Shipping
 
     async def _work(self) -> None:
         await self._patiently(self._find)
@@ -215,33 +151,29 @@ class Shipper:
         if self.chain:
             self.chain.broken = True
         self.coming = None
-        self.follows.clear()
-        self._seen = None
-        self.look()
-        self.refused = self._base() or ("", 0)
-
-    def _base(self) -> tuple[str, int] | None:
-        return self.manifest and (self.manifest.base, self.held[self.manifest.base].inode)
+        self.files.look_anew()
+        self.refused = self.files.base() or ("", 0)
 
     async def _once(self) -> bool:
         """Ship all that is there; begin, carry on and finish a generation. True: there is more to do now."""
         begun = time.time()
         server = await self._server()
-        self.look()
-        if server and self.manifest and server.run != self.run_id:
+        self.files.look()
+        manifest = self.files.manifest
+        if server and manifest and (server.run != self.run_id or self.files.replaced):
             await self._compare(server)
         if server:
             await self._ask_for_rewrite(server)
-        if self.manifest is None or not self.run_id:
+        if manifest is None or not self.run_id:
             return False
         if self.chain and not self.chain.broken:
             whole = await self._copy(self.chain)
             if whole and not self.coming:
                 self.caught = begun
-        ended = self.chain is None or self.chain.broken or self.chain.base != self.manifest.base
-        if ended and not self.coming and self._base() != self.refused:
-            second = self.held[self.manifest.base].second
-            self.coming = Chain(self.number, [Copied(self.manifest.base)], second=second)
+        base = self.files.base()
+        ended = self.chain is None or self.chain.broken or self.chain.base != base[0]
+        if ended and not self.coming and base != self.refused:
+            self.coming = Chain(self.number, [Copied(base[0])], second=self.files.second(base[0]))
             self.number += 1
             self.refused = None
         more = False
@@ -252,7 +184,8 @@ class Shipper:
             elif server:
                 await self._switch(server)
                 self.caught = begun
-        self._let_go()
+        chains = (self.chain, self.coming)
+        self.files.let_go([used.copying.name for used in chains if used and not used.broken])
         await self._verify()
         return more
 
@@ -270,8 +203,8 @@ class Shipper:
 
     async def _compare(self, server: Server) -> None:
         """A Redis not seen before: are its files those of the chain?"""
-        self._seen = None
-        self.look()
+        self.files.look_anew()
+        self.files.replaced = False
         self.run_id = server.run
         if self.coming:
             log.warning("Redis was started anew: generation %d is begun again", self.coming.generation)
@@ -281,25 +214,26 @@ class Shipper:
 
     def _same(self, known: Chain) -> bool:
         names = [file.name for file in known.files]
-        if self.manifest is None or self.manifest.files[: len(names)] != names:
+        if self.files.manifest is None or self.files.manifest.files[: len(names)] != names:
             return False
         for file in known.files:
             digest = hashlib.sha256()
-            left, descriptor = file.length, self.held[file.name].descriptor
-            while left and (data := os.pread(descriptor, min(left, 1 << 20), file.length - left)):
+            left = file.length
+            while left and (data := self.files.read(file.name, file.length - left, min(left, 1 << 20))):
                 digest.update(data)
                 left -= len(data)
             if left or digest.hexdigest() != (file.digest or file.hash.hexdigest()):
                 return False
-            if file is not known.copying and os.fstat(descriptor).st_size != file.length:
+            if file is not known.copying and self.files.size(file.name) != file.length:
                 return False
             file.hash, file.digest = digest, ""
         return True
 
     async def _ask_for_rewrite(self, server: Server) -> None:
         """BGREWRITEAOF, when a generation is wanted and none is on its way."""
-        wanted = self.refused is not None and self._base() in (self.refused, None)
-        if self.chain and self.manifest and self.chain.base == self.manifest.base and not self.coming:
+        wanted = self.refused is not None and self.files.base() in (self.refused, None)
+        manifest = self.files.manifest
+        if self.chain and manifest and self.chain.base == manifest.base and not self.coming:
             wanted = wanted or time.time() - self.chain.second >= self.settings.snapshot_every
         if wanted and not server.rewriting and time.monotonic() - self.asked >= ASK_AGAIN:
             self.asked = time.monotonic()
@@ -310,21 +244,20 @@ class Shipper:
         """Append what can be read now. False: `until` (monotonic) came before the end, or another Redis."""
         while time.monotonic() < until:
             file = into.copying
-            held = self.held[file.name]
             # Asked before the read: once an increment has a successor, nothing more is written to it.
-            following = self.follows.get(file.name)
-            data = await wrap(os.pread)(held.descriptor, chain.SEGMENT, file.length)
+            following = self.files.follows.get(file.name)
+            data = await wrap(self.files.read)(file.name, file.length, chain.SEGMENT)
             if data:
                 server = await self._server()
-                if server and server.run != self.run_id:
+                if (server and server.run != self.run_id) or self.files.replaced:
                     return False
                 await self._append(into, data)
-                if len(data) < chain.SEGMENT and following not in self.held:
+                if len(data) < chain.SEGMENT and following not in self.files:
                     return True  # what came meanwhile is for the next time: no tiny segments
-            elif os.fstat(held.descriptor).st_size < file.length:
+            elif self.files.size(file.name) < file.length:
                 self.run_id = ""
                 return False
-            elif following in self.held:
+            elif following in self.files:
                 await self._append(into, next=following)
                 into.files.append(Copied(following))
             else:
@@ -341,7 +274,8 @@ class Shipper:
             "file": file.name,
             "offset": file.length,
             "length": len(data),
-            "prefix": after.hexdigest(),
+            "prefix": file.digest
+            or after.hexdigest(),  # a mark at the end of a chain that was not copied here
             "previous": into.previous,
             "time": time.time(),
             **mark,
@@ -439,3 +373,22 @@ def state(settings: Settings) -> dict:
         kept = {"caught": 0, "generation": None, "trouble": "no shipper has run here", "verified": None}
     caught = kept.pop("caught")
     return {"lag": time.time() - caught if caught else None, **kept}
+
+
+def main(settings: Settings) -> None:
+    """Ship until SIGTERM or SIGINT. Exits with 3 if another shipper writes the same chain."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+
+    async def ship() -> None:
+        shipper = Shipper(settings, open_store(settings.backup_store_url))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, shipper.stop.set)
+        await shipper.run()
+
+    try:
+        asyncio.run(ship())
+    except Stopped as error:
+        log.error("%s", error)
+        sys.exit(3)
+    except Unavailable as error:
+        sys.exit(f"stopped with the store behind: {error}")

@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
+import secrets
 import subprocess
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -140,7 +144,7 @@ class Writer:
         self.answered[number] = time.time()
 
     async def run(self, pause: float = 0.005) -> None:
-        """Until `stopping`, because redis-py may swallow a cancellation. An unanswered write is begun only."""
+        """Until `stopping`: redis-py may swallow a cancellation. An unanswered write is begun only."""
         while not self.stopping:
             try:
                 await self.write()
@@ -176,4 +180,22 @@ def make_settings(data: Path, program: str, backup: str, **changes) -> Settings:
         "IMAGEGRAM_REDIS_SERVER": program,
         "IMAGEGRAM_BACKUP_STORE": backup,
     }
-    return replace(load(environ), **{"verify_every": 0, **changes})
+    return replace(load(environ), **{"verify_every": 0, "ship_interval": 0.2, **changes})
+
+
+@functools.cache
+def s3_server() -> str:
+    """The endpoint of an S3 in this process, one for all tests; its thread ends with the process."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return "http://{}:{}".format(*server.get_host_and_port())
+
+
+def s3_url(monkeypatch) -> str:
+    """A prefix in a new bucket of it; sets the AWS variables."""
+    variables = {"ENDPOINT_URL": s3_server(), "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+    for name, value in {**variables, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    bucket = f"b{secrets.token_hex(8)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server()}/{bucket}", method="PUT"))
+    return f"s3://{bucket}/some/prefix"
