@@ -151,6 +151,7 @@ class Shipper:
         if self.chain:
             self.chain.broken = True
         self.coming = None
+        self.asked = -float(ASK_AGAIN)
         self.files.look_anew()
         self.refused = self.files.base() or ("", 0)
 

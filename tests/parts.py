@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import functools
+import random
 import secrets
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -18,9 +20,11 @@ from redis.exceptions import RedisError
 
 from storage import server
 from storage.objects import open_store
+from storage.restore import restore, running
 from storage.settings import Settings, load
 from storage.ship import Shipper
 
+PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
 DEADLINE = 20  # seconds a condition may take to come true
 
 
@@ -181,6 +185,23 @@ def make_settings(data: Path, program: str, backup: str, **changes) -> Settings:
         "IMAGEGRAM_BACKUP_STORE": backup,
     }
     return replace(load(environ), **{"verify_every": 0, "ship_interval": 0.2, **changes})
+
+
+@contextlib.asynccontextmanager
+async def redis_on(settings, *options):
+    redis = await RedisProcess(settings, *options).start()
+    try:
+        yield redis
+    finally:
+        await redis.stop()
+
+
+async def restored(settings, store, writers, tmp_path, at=None):
+    """The lists of the writers as they come out of a restore into a new folder."""
+    to = tmp_path / f"restored-{random.getrandbits(32)}"
+    done = await restore(settings, store, to, at)
+    async with running(settings, to) as client:
+        return done, [await writer.read(client) for writer in writers]
 
 
 @functools.cache

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from parts import (
-    RedisProcess,
+    PROGRAMS,
     make_settings,
+    redis_on,
+    restored,
     s3_url,
     shipped,
     shipping,
@@ -25,10 +27,8 @@ from parts import (
 
 from storage import chain, retain, ship
 from storage.objects import Unavailable, open_store
-from storage.restore import restore, running
 
 pytestmark = pytest.mark.asyncio
-PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
 
 
 @pytest.fixture(params=["valkey-folder", "redis-s3"])
@@ -43,23 +43,6 @@ def settings(request, tmp_path, monkeypatch):
 @pytest.fixture
 def store(settings):
     return open_store(settings.backup_store_url)
-
-
-@asynccontextmanager
-async def redis_on(settings, *options):
-    redis = await RedisProcess(settings, *options).start()
-    try:
-        yield redis
-    finally:
-        await redis.stop()
-
-
-async def restored(settings, store, writers, tmp_path, at=None):
-    """The lists of the writers as they come out of a restore into a new folder."""
-    to = tmp_path / f"restored-{random.getrandbits(32)}"
-    done = await restore(settings, store, to, at)
-    async with running(settings, to) as client:
-        return done, [await writer.read(client) for writer in writers]
 
 
 async def whole(store) -> dict[int, list[str]]:
