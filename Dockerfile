@@ -1,0 +1,30 @@
+# syntax=docker/dockerfile:1
+# One image for API, worker and backup; the command chooses.
+
+FROM python:3.11-slim-bookworm AS build
+# The headers pillow-simd is compiled with; without liblcms2's it would silently have no colour management.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev
+WORKDIR /app
+COPY .ci/setup .ci/setup
+COPY pyproject.toml setup.cfg requirements.lock ./
+COPY api api
+COPY storage storage
+COPY workers workers
+COPY lua lua
+RUN .ci/setup run
+
+FROM python:3.11-slim-bookworm
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 1000 --create-home imagegram \
+    && install -d -o imagegram -g imagegram /data
+WORKDIR /app
+COPY --from=build /app /app
+USER 1000
+ENV IMAGEGRAM_HOST=0.0.0.0 IMAGEGRAM_DATA=/data PYTHONUNBUFFERED=1
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+    CMD [".venv/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
+CMD [".venv/bin/python", "-m", "api"]

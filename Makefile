@@ -1,0 +1,41 @@
+python := .venv/bin/python
+
+.PHONY: run test lint unit load bench lock clean
+
+run: ## start Redis, API and worker; Ctrl-C ends them
+	@.ci/setup run
+	@$(python) -m api welcome
+	@exec .venv/bin/honcho start
+
+test: ## linters, then all tests
+	@.ci/setup test
+	@$(MAKE) --no-print-directory lint unit
+
+lint:
+	.venv/bin/ruff check --select E,F,I,B,UP,SIM --ignore SIM105 --line-length 120 --target-version py311 .
+	luacheck -q --std lua51 --globals redis cjson KEYS ARGV --max-line-length 130 -- lua
+	.venv/bin/lint-imports
+	.venv/bin/hadolint Dockerfile
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+unit:
+	$(python) -m pytest -n 2 --dist loadfile
+
+load: ## locust against a started system, at the forecast's mix
+	@.ci/setup test
+	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
+	  --host http://$${IMAGEGRAM_HOST:-127.0.0.1}:$${IMAGEGRAM_PORT:-8000} --html tests/load/report.html
+
+bench: ## figures beside bare Sanic
+	@.ci/setup test
+	$(python) -m tests.bench
+
+lock: ## requirements.lock anew, from the newest versions
+	python3 -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test]'
+	(echo '# Every version that is installed, for `pip install -c`. Made by `make lock`.'; \
+	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock data

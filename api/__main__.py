@@ -1,0 +1,108 @@
+"""`python -m api` serves; `python -m api token alice` mints a development token; `python -m api welcome` says how to
+make the first call."""
+
+import argparse
+import ctypes
+import dataclasses
+import logging
+import os
+import signal
+import socket
+
+from sanic import Sanic
+
+from api import tokens
+from api.app import create
+from api.protocol import Protocol
+from storage import settings as environment
+
+WELCOME = """
+Imagegram answers at http://{host}:{port} in a moment. In another terminal:
+
+  TOKEN={token}
+  curl -H "Authorization: Bearer $TOKEN" -F image=@photo.jpg -F caption=Hello http://{host}:{port}/v1/posts
+  curl http://{host}:{port}/v1/posts
+
+Ctrl-C ends it; the data stays in {data}.
+"""
+
+
+def listen(settings) -> socket.socket:
+    """Each process has its own queue of new connections on the same port, and the kernel spreads them."""
+    found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(found[0], socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind(found[4])
+    listening.listen(1024)
+    return listening
+
+
+def serve_one(settings, listening: socket.socket) -> None:
+    app = create(settings)
+    app.prepare(sock=listening, protocol=Protocol, single_process=True, access_log=False, motd=False)
+    Sanic.serve_single(primary=app)
+
+
+def serve(settings) -> None:
+    """Fork as many processes as are set, and live as long as all of them."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("sanic.server").setLevel(logging.WARNING)
+    logging.getLogger("sanic.root").setLevel(logging.WARNING)
+    environment.signing_secret(settings)  # made once, before there are several who want it
+    # Bound in the parent, so that a port that is taken is said once, and a port of 0 is one port for all.
+    first = listen(settings)
+    settings = dataclasses.replace(settings, port=first.getsockname()[1])
+    sockets = [first] + [listen(settings) for _ in range(settings.api_processes - 1)]
+    parent, children = os.getpid(), set()
+    for listening in sockets:
+        child = os.fork()
+        if child == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no orphan goes on serving
+            if os.getppid() != parent:
+                os._exit(1)
+            for other in sockets:
+                if other is not listening:
+                    other.close()
+            serve_one(settings, listening)
+            os._exit(0)
+        children.add(child)
+    for listening in sockets:
+        listening.close()
+    print(f"api: http://{settings.host}:{settings.port}, {len(children)} processes", flush=True)
+
+    def stop(signum=None, frame=None):
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    status = 0
+    while children:
+        child, code = os.wait()
+        children.remove(child)
+        if code:
+            print(f"api: process {child} died ({os.waitstatus_to_exitcode(code)})", flush=True)
+            status = 1
+            stop()
+    raise SystemExit(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m api", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("token").add_argument("user")
+    commands.add_parser("welcome")
+    asked = parser.parse_args()
+    settings = environment.load()
+    if asked.command == "token":
+        print(tokens.mint(environment.signing_secret(settings), asked.user))
+    elif asked.command == "welcome":
+        token = tokens.mint(environment.signing_secret(settings), "alice")
+        print(WELCOME.format(host=settings.host, port=settings.port, data=settings.data, token=token))
+    else:
+        serve(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""JSON that can be asked for again: made once for all who wait, with a strong ETag for each encoding.
+
+ETags and If-None-Match: RFC 9110, sections 8.8.3 and 13.1.2; Accept-Encoding: section 12.5.3.
+"""
+
+import asyncio
+import re
+import zlib
+from functools import lru_cache
+from hashlib import blake2b
+
+import brotli
+import orjson
+from sanic.response import HTTPResponse, empty
+
+SMALL = 200  # bytes below which compressing saves less than a header line
+BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
+BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
+CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
+
+
+class Answer:
+    """A body, the headers it goes with, and its encodings once somebody wanted them."""
+
+    def __init__(self, body: bytes, headers: dict[str, str] | None = None):
+        self.body = body
+        self.headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **(headers or {})}
+        self.digest = blake2b(body, digest_size=12).hexdigest()
+        self._encoded: dict[str, bytes | asyncio.Task] = {}
+
+    async def respond(self, request) -> HTTPResponse:
+        """200 in the best encoding the client takes, or 304 if it has that already."""
+        coding = best(request.headers.get("accept-encoding", "")) if len(self.body) >= SMALL else ""
+        headers = {**self.headers, "ETag": f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'}
+        known = request.headers.get("if-none-match")
+        if known and (known == "*" or headers["ETag"] in known):
+            return empty(304, headers)
+        if coding:
+            headers["Content-Encoding"] = coding
+        return HTTPResponse(await self._in(coding), 200, headers, "application/json")
+
+    async def _in(self, coding: str) -> bytes:
+        if not coding:
+            return self.body
+        if coding not in self._encoded:
+            large = len(self.body) > BLOCKING
+            self._encoded[coding] = (
+                asyncio.create_task(asyncio.to_thread(encode, coding, self.body))
+                if large
+                else encode(coding, self.body)
+            )
+        encoded = self._encoded[coding]
+        return encoded if isinstance(encoded, bytes) else await asyncio.shield(encoded)
+
+
+def shared(make):
+    """A handler from a function that makes an Answer of a request: those who wait for one address share it."""
+
+    async def handler(request, **path):
+        answer = await request.app.ctx.flights.join(request.raw_url, lambda: make(request, **path))
+        return await answer.respond(request)
+
+    handler.__name__, handler.__doc__ = make.__name__, make.__doc__
+    return handler
+
+
+def made(body, headers: dict[str, str] | None = None) -> Answer:
+    return Answer(orjson.dumps(body), headers)
+
+
+def encode(coding: str, body: bytes) -> bytes:
+    if coding == "br":
+        return brotli.compress(body, mode=brotli.MODE_TEXT, quality=BROTLI_QUALITY)
+    packer = zlib.compressobj(6, wbits=31)  # 31: gzip's header and trailer
+    return packer.compress(body) + packer.flush()
+
+
+@lru_cache(1024)  # browsers and libraries send a few dozen different ones
+def best(accepted: str) -> str:
+    """br, gzip, or empty for none: the client's highest quality value, br before gzip where they are equal."""
+    quality = {}
+    for part in accepted.split(","):
+        if found := CODING.fullmatch(part):
+            quality[found[1].lower()] = float(found[2] or 1)
+    rest = quality.get("*", 0.0)
+    coding = max(("br", "gzip"), key=lambda name: quality.get(name, rest))
+    plain = quality.get("identity", rest if "*" in quality else 0.0)
+    value = quality.get(coding, rest)
+    return coding if value > 0 and value >= plain else ""

@@ -1,0 +1,49 @@
+"""The application: routes, settings and what they share."""
+
+import orjson
+from sanic import Sanic
+
+from api import bodies, comments, health, images, posts, uploads
+from api.problems import Errors
+from api.shapes import JSON_BYTES
+from storage.flights import Flights
+from storage.objects import open_store
+from storage.scripts import Redis
+from storage.settings import Settings, signing_secret
+
+IDLE = 30  # seconds without a byte after which a connection goes
+
+
+def create(settings: Settings) -> Sanic:
+    app = Sanic("imagegram", error_handler=Errors(), configure_logging=False, dumps=orjson.dumps, loads=orjson.loads)
+    app.config.update(
+        ACCESS_LOG=False,
+        FALLBACK_ERROR_FORMAT="text",
+        REQUEST_MAX_SIZE=JSON_BYTES,
+        REQUEST_TIMEOUT=IDLE,
+        RESPONSE_TIMEOUT=IDLE,
+        KEEP_ALIVE_TIMEOUT=120,  # longer than a proxy keeps its idle connections: it closes first, never in mid-request
+        GRACEFUL_SHUTDOWN_TIMEOUT=25,
+        MOTD=False,
+    )
+    app.ctx.settings = settings
+    app.ctx.secret = signing_secret(settings)
+    for room in (posts, uploads, comments, images, health):
+        app.blueprint(room.routes)
+
+    @app.before_server_start
+    async def open(app):
+        app.ctx.db = Redis(settings.redis_url)
+        app.ctx.objects = open_store(settings.store_url)
+        app.ctx.flights = Flights()
+        app.ctx.receiving, app.ctx.stopping = set(), False
+
+    @app.before_server_stop
+    async def stop(app):
+        bodies.stop(app)
+
+    @app.after_server_stop
+    async def close(app):
+        await app.ctx.db.close()
+
+    return app

@@ -1,0 +1,42 @@
+"""Comments of a post: added, read, listed, deleted by their author."""
+
+from sanic import Blueprint
+from sanic.response import empty
+
+from api import shapes, tokens
+from api.answers import Answer, made, shared
+from storage import comments
+
+routes = Blueprint("comments")
+
+
+@routes.post("/v1/posts/<post>/comments")
+async def add(request, post: str):
+    user = tokens.user(request)
+    text = shapes.text(shapes.fields(request).get("text"), "text")
+    if not text.strip():
+        raise shapes.invalid("text must not be blank")
+    comment, replayed = await comments.add(
+        request.app.ctx.db, user, post, text, shapes.once(request, request.body)
+    )
+    return shapes.created(shapes.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
+
+
+@routes.get("/v1/posts/<post>/comments")
+@shared
+async def page(request, post: str) -> Answer:
+    found = await comments.page(request.app.ctx.db, post, shapes.limit(request), shapes.before(request))
+    return shapes.page(request, [shapes.comment(row) for row in found.comments], found.more, "{id}")
+
+
+@routes.get("/v1/posts/<post>/comments/<comment>")
+@shared
+async def read(request, post: str, comment: str) -> Answer:
+    return made(shapes.comment(await comments.read(request.app.ctx.db, post, comment)))
+
+
+@routes.delete("/v1/posts/<post>/comments/<comment>")
+async def delete(request, post: str, comment: str):
+    user = tokens.user(request)
+    await comments.delete(request.app.ctx.db, user, post, comment)
+    return empty()

@@ -1,0 +1,77 @@
+"""Posts: made of a form or of a finished upload, read, listed, deleted."""
+
+from sanic import Blueprint
+from sanic.response import empty
+
+from api import shapes, tokens
+from api.answers import Answer, made, shared
+from api.forms import publish
+from api.problems import Problem
+from storage import changes, posts
+
+routes = Blueprint("posts")
+
+
+@routes.post("/v1/posts", stream=True)
+async def create(request):
+    user = tokens.user(request)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        post, caption, replayed = await publish(request, user)
+        body = shapes.new_post(post, user, caption)
+    elif kind == "application/json":
+        body, replayed = await adopt(request, user)
+    else:
+        raise Problem(415, "type", "a post is sent as multipart/form-data, or as JSON that names an upload")
+    return shapes.created(body, f"/v1/posts/{body['id']}", replayed)
+
+
+async def adopt(request, user: str) -> tuple[dict, bool]:
+    """Make a post of a finished upload, or find the post that it has become."""
+    await shapes.receive(request)
+    fields = shapes.fields(request)
+    upload = shapes.text(fields.get("upload"), "upload")
+    caption = shapes.text(fields.get("caption", ""), "caption")
+    db = request.app.ctx.db
+    post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body))
+    if how == posts.MADE:
+        return shapes.new_post(post, user, caption), False
+    row = await posts.read(db, post)
+    if how == posts.KNOWN:
+        return shapes.post(row), False
+    return shapes.new_post(post, user, row.caption), True
+
+
+@routes.get("/v1/posts")
+@shared
+async def feed(request) -> Answer:
+    db, after = request.app.ctx.db, shapes.place(request)
+    page = await posts.feed(db, request.app.ctx.settings.partitions, shapes.limit(request), after)
+    token = changes.issue(db, page.seen)
+    links = () if after else (f'</v1/changes?since={token}>; rel="changes"',)
+    return shapes.page(request, [shapes.post(row) for row in page.posts], page.more, "{comment_count}:{id}", links)
+
+
+@routes.get("/v1/changes")
+@shared
+async def changed(request) -> Answer:
+    ctx, since = request.app.ctx, request.args.get("since")
+    found = await changes.since(
+        ctx.db, ctx.settings.partitions, shapes.limit(request), changes.parse(since) if since else None
+    )
+    items = [{"id": row, "deleted": True} if isinstance(row, str) else shapes.post(row) for row in found.posts]
+    return made({"items": items, "next": str(found.token), "more": found.more})
+
+
+@routes.get("/v1/posts/<post>")
+@shared
+async def read(request, post: str) -> Answer:
+    row = await posts.read(request.app.ctx.db, post)
+    return made(shapes.post(row), {"Retry-After": "1"} if row.status == "processing" else None)
+
+
+@routes.delete("/v1/posts/<post>")
+async def delete(request, post: str):
+    user = tokens.user(request)
+    await posts.delete(request.app.ctx.db, request.app.ctx.objects, user, post)
+    return empty()

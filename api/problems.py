@@ -1,0 +1,114 @@
+"""Errors as problem details: application/problem+json (RFC 9457), one table from refusal to status.
+
+`code` is the refusal's word in small letters: stable, and what a client programs against.
+"""
+
+from contextlib import suppress
+from http import HTTPStatus
+
+import orjson
+from sanic import exceptions
+from sanic.constants import HTTP_METHODS
+from sanic.handlers import ErrorHandler
+from sanic.log import error_logger
+from sanic.response import HTTPResponse
+
+from api.protocol import refuse_body
+from storage import errors, objects
+
+
+class Problem(Exception):
+    """A request that is refused before storage is asked."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None):
+        super().__init__(detail)
+        self.status, self.code, self.detail, self.headers = status, code, detail, headers or {}
+
+
+STATUS = {
+    errors.NoPost: 404,
+    errors.NoComment: 404,
+    errors.NoUpload: 404,
+    errors.NoImage: 404,
+    errors.Forbidden: 403,
+    errors.NotReady: 409,
+    errors.Incomplete: 409,
+    errors.Offset: 409,
+    errors.Stale: 409,
+    errors.Expired: 410,
+    errors.Outdated: 410,
+    errors.TooLarge: 413,
+    errors.Format: 415,
+    errors.Empty: 422,
+    errors.Reused: 422,
+    errors.Quota: 429,
+    errors.Unreachable: 503,
+    errors.Unknown: 503,
+}
+AGAIN = {429: "60", 503: "1"}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
+
+# What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
+SANIC = {
+    exceptions.NotFound: ("nowhere", "there is nothing at this address"),
+    exceptions.MethodNotAllowed: ("method", "this address does not take this method"),
+    exceptions.PayloadTooLarge: ("toolarge", "the request is too large"),
+    exceptions.RequestTimeout: ("timeout", "the request did not arrive in time"),
+    exceptions.ServiceUnavailable: ("stalled", "no byte arrived for too long"),
+}
+
+
+def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> HTTPResponse:
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+    }
+    headers = dict(headers or {})
+    if status in AGAIN:
+        headers.setdefault("Retry-After", AGAIN[status])
+    return HTTPResponse(orjson.dumps(body), status, headers, "application/problem+json")
+
+
+def answer(exception: Exception) -> HTTPResponse:
+    """The response to an error, whoever raised it."""
+    match exception:
+        case Problem():
+            return problem(exception.status, exception.code, exception.detail, exception.headers)
+        case errors.Refusal():
+            return problem(STATUS[type(exception)], exception.word.lower(), str(exception))
+        case objects.Unavailable():
+            return problem(503, errors.Unreachable.word.lower(), str(exception))
+        case exceptions.RequestCancelled():
+            return problem(408, "timeout", "the connection broke off")  # nobody hears it, and it is no fault of ours
+        case exceptions.SanicException():
+            status = exception.status_code or 500
+            fallback = HTTPStatus(status).phrase.lower().replace(" ", "_"), HTTPStatus(status).phrase
+            code, detail = SANIC.get(type(exception), fallback)
+            return problem(status, code, detail, exception.headers)
+        case _:
+            return problem(500, "internal", "this is our fault, and it is logged")
+
+
+def allowed(request) -> str:
+    """The methods an address takes, for `Allow` (RFC 9110, section 15.5.6). Sanic says them only of fixed paths."""
+    taken = []
+    for method in HTTP_METHODS:
+        with suppress(exceptions.MethodNotAllowed, exceptions.NotFound):
+            request.app.router.get(request.path, method, None)
+            taken.append(str(method))
+    return ", ".join(taken)
+
+
+class Errors(ErrorHandler):
+    """Every error leaves as a problem; the rest of the request's body is not waited for."""
+
+    def response(self, request, exception):
+        response = answer(exception)
+        if response.status == 405:
+            response.headers["Allow"] = allowed(request)
+        if response.status == 500:
+            error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
+        refuse_body(request)
+        return response

@@ -1,0 +1,122 @@
+"""What Sanic's HTTP/1.1 leaves open under connections that stall, trickle, break off, are refused, or smuggle.
+
+Measured with Sanic 25.12: after an early refusal it reads the rest of the body, and first invites it with
+`100 Continue`; a body that stalls holds its connection for ever; a header sent a byte a second is waited for as long
+as it lasts; and shapes pass that a proxy in front may read as another request.
+"""
+
+import re
+from time import monotonic
+
+from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
+from sanic.http import Http, Stage
+from sanic.server import HttpProtocol
+
+LINGER = 1.0  # seconds in which a refused client may still send, and reads why it was refused
+LOOK = 2.0  # seconds between two looks at a connection's clock
+HEADER = 10.0  # seconds in which a request's header must be complete
+
+# RFC 9112, sections 3 and 5: one space between the parts, no space before a colon, no folded lines.
+HEAD = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00\r\n]*)*")
+LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110, section 8.6: ASCII digits and nothing else
+CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,16}[ \t]*(?:;[^\r\n]*)?\r\n")  # RFC 9112, section 7.1
+CHUNK_HEAD = 64  # bytes a chunk's size line may have, extensions and all
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def refuse_body(request) -> None:
+    """Answer now: neither invite nor drain what is left of a request's body, and close the connection afterwards.
+
+    RFC 9110, section 10.1.1: a final status may be sent instead of 100, before the content was read.
+    """
+    stream = request.stream
+    if stream and stream.request_body:
+        stream.expecting_continue = False
+        stream.keep_alive = False
+        stream.request_body = None
+        stream.protocol.refused = True
+
+
+class StrictHttp(Http):
+    """Sanic's parser; what could mean another thing to a proxy is refused, and the connection closed."""
+
+    async def http1_request_header(self):
+        await super().http1_request_header()
+        request, hosts = self.request, self.request.headers.getall("host", ())
+        length = request.headers.get("content-length")
+        if (
+            not HEAD.fullmatch(request.head)
+            or (request.version == "1.1" and len(hosts) != 1)
+            or len(hosts) > 1
+            or (length is not None and not LENGTH.fullmatch(length))
+        ):
+            self.request_body = None
+            raise BadRequest("the request's header is malformed")
+
+    async def read(self) -> bytes | None:
+        if self.request_body == "chunked" and self.request_bytes_left == 0:
+            if self.expecting_continue:
+                self.expecting_continue = False
+                await self._send(CONTINUE)
+            buffer = self.recv_buffer
+            while buffer.find(b"\r\n", 3) == -1 and len(buffer) <= CHUNK_HEAD:
+                await self._receive_more()
+            if not CHUNK.match(buffer):
+                self.keep_alive = False
+                raise BadRequest("the body's chunks are malformed")
+        return await super().read()
+
+
+class Protocol(HttpProtocol):
+    """Sanic's protocol, with the holes closed."""
+
+    HTTP_CLASS = StrictHttp
+    __slots__ = ("refused", "_lingering", "_header_since")
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.refused = self._lingering = False
+        self._header_since = None
+
+    def check_timeouts(self):
+        """Looks again and again whether the connection has had its time."""
+        if not self._task:
+            return
+        now, stage = monotonic(), self._http.stage
+        idle, over = now - self._time, None
+        if stage is Stage.REQUEST:
+            # An idle timer would be reset by every byte: the header has its time as a whole.
+            self._header_since = self._header_since or now
+            if now - self._header_since > HEADER - LOOK:
+                over = RequestTimeout("the header took too long")
+        else:
+            self._header_since = None
+            if stage is Stage.IDLE:
+                if idle > self.keep_alive_timeout:
+                    over = RequestTimeout("idle")
+            elif idle > self.response_timeout:
+                over = ServiceUnavailable("no byte arrived for too long")
+        if over is None:
+            self._callback_check_timeouts = self.loop.call_later(LOOK, self.check_timeouts)
+            return
+        self._http.exception = over
+        self._http.keep_alive = False
+        self._task.cancel()
+        # What came is being kept meanwhile; then the socket goes, whatever the client does.
+        self.loop.call_later(LINGER, self.abort)
+
+    def close(self, timeout: float | None = None):
+        # Closing a socket with unread bytes resets it, and the client loses the answer that tells it why. So the
+        # answer's end is sent first (RFC 9112, section 9.6), and what still arrives is thrown away for a while.
+        if not self.refused or self._lingering or self.transport is None or self.transport.is_closing():
+            return super().close(timeout)
+        if self._callback_check_timeouts:
+            self._callback_check_timeouts.cancel()
+        self._lingering = True
+        self.transport.write_eof()
+        self.transport.resume_reading()
+        self.loop.call_later(LINGER, self.abort)
+
+    def data_received(self, data: bytes):
+        if not self._lingering:
+            super().data_received(data)

@@ -1,0 +1,180 @@
+"""The shapes of the contract: what a request may look like, and how rows become JSON."""
+
+import re
+from base64 import b64decode, urlsafe_b64encode
+from datetime import UTC, datetime
+from urllib.parse import urlencode
+
+import orjson
+from sanic.response import HTTPResponse
+
+from api.answers import Answer
+from api.problems import Problem
+from storage import keys
+from storage.comments import Comment
+from storage.errors import TooLarge
+from storage.posts import Place, Post
+from storage.settings import PAGE_BYTES, TEXT_CHARACTERS
+
+JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
+LIMIT = 20
+MOST = 100
+SIDE = 600  # pixels of the served image
+VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
+
+
+def invalid(detail: str) -> Problem:
+    return Problem(422, "invalid", detail)
+
+
+# Requests
+
+
+def limit(request) -> int:
+    text = request.args.get("limit", str(LIMIT))
+    if not COUNT.fullmatch(text) or not 1 <= int(text) <= MOST:
+        raise invalid(f"limit is a whole number from 1 to {MOST}")
+    return int(text)
+
+
+def _opened(cursor: str) -> str:
+    try:
+        # Strictly: by default what is not in the alphabet is passed over, and nonsense would open as nothing.
+        return b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode("ascii")
+    except ValueError:
+        raise _no_cursor() from None
+
+
+def _no_cursor() -> Problem:
+    return invalid("this cursor was not given by this list")
+
+
+def place(request) -> Place | None:
+    """The place in the feed that the cursor names."""
+    cursor = request.args.get("cursor")
+    if not cursor:
+        return None
+    count, _, post = _opened(cursor).partition(":")
+    found = keys.ID.fullmatch(post)
+    if not found or found[1] or not COUNT.fullmatch(count):
+        raise _no_cursor()
+    return Place(int(count), post)
+
+
+def before(request) -> str:
+    """The comment id that the cursor names; empty without one."""
+    cursor = request.args.get("cursor")
+    if not cursor:
+        return ""
+    comment = _opened(cursor)
+    if not keys.COMMENT_ID.fullmatch(comment):
+        raise _no_cursor()
+    return comment
+
+
+def once(request, body: bytes | None) -> keys.Once | None:
+    """The Idempotency-Key, with a digest of the body unless that is not compared."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not VISIBLE.fullmatch(key):
+        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters")
+    return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
+
+
+async def receive(request) -> None:
+    """Read a JSON body of a route that streams."""
+    async for data in request.stream:
+        request.body += data
+        if len(request.body) > JSON_BYTES:
+            raise TooLarge(f"a JSON body may have up to {JSON_BYTES} bytes")
+
+
+def fields(request) -> dict:
+    """The JSON object in the body."""
+    try:
+        body = orjson.loads(request.body)
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, "malformed", f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise invalid("the body must be a JSON object")
+    return body
+
+
+def text(value, name: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"{name} must be a string")
+    if len(value) > TEXT_CHARACTERS:
+        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters")
+    return value
+
+
+# Answers
+
+
+def created(body: dict, location: str, replayed: bool = False) -> HTTPResponse:
+    """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
+    headers = {"Location": location}
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return HTTPResponse(orjson.dumps(body), 201, headers, "application/json")
+
+
+def time(ms: int) -> str:
+    """RFC 3339, in UTC with milliseconds."""
+    moment = datetime.fromtimestamp(ms / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
+
+
+def comment(row: Comment) -> dict:
+    return {"id": row.id, "author": row.author, "text": row.text, "created_at": time(keys.comment_ms(row.id))}
+
+
+def post(row: Post) -> dict:
+    shown = {
+        "id": row.id,
+        "author": row.author,
+        "caption": row.caption,
+        "created_at": time(keys.created_ms(row.id)),
+        "status": row.status,
+        "image": None,
+        "comment_count": row.comment_count,
+        "latest_comments": [comment(Comment(*orjson.loads(entry))) for entry in row.latest],
+    }
+    if row.status == "ready":
+        shown["image"] = {
+            "url": f"/v1/images/{row.id}.jpg",
+            "width": SIDE,
+            "height": SIDE,
+            "thumbhash": row.thumbhash,
+        }
+    if row.status == "failed":
+        shown["error"] = {"code": row.code, "detail": row.detail}
+    return shown
+
+
+def new_post(post_id: str, author: str, caption: str) -> dict:
+    """A post as it was made, which is also what a repeated request is told."""
+    return post(Post(post_id, 0, author, caption, "processing", None, None, None, []))
+
+
+def page(request, items: list[dict], more: bool, cursor: str, links: tuple[str, ...] = ()) -> Answer:
+    """A page of a list: as many items as fit, and the place behind the last of them.
+
+    `cursor` is a template that the last item fills in.
+    """
+    encoded, size = [], 0
+    for item in items:
+        if size >= PAGE_BYTES:
+            break
+        encoded.append(orjson.dumps(item))
+        size += len(encoded[-1]) + 1
+    following = None
+    if encoded and (more or len(encoded) < len(items)):
+        place = cursor.format(**items[len(encoded) - 1])
+        following = urlsafe_b64encode(place.encode()).decode().rstrip("=")
+        query = urlencode({"limit": limit(request), "cursor": following})
+        links = (f'<{request.path}?{query}>; rel="next"', *links)
+    body = b'{"items":[%b],"next":%b}' % (b",".join(encoded), orjson.dumps(following))
+    return Answer(body, {"Link": ", ".join(links)} if links else None)

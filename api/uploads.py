@@ -1,0 +1,147 @@
+"""Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload), extensions creation,
+creation-with-upload, expiration and termination. No locks, so never 423: the offset moves by compare-and-set.
+"""
+
+import re
+from contextlib import suppress
+from email.utils import formatdate
+
+from sanic import Blueprint
+from sanic.response import HTTPResponse, empty
+
+from api import shapes, tokens
+from api.bodies import append
+from api.problems import Problem
+from api.protocol import refuse_body
+from storage import uploads
+from storage.errors import NoUpload, Offset, TooLarge, Unknown, Unreachable
+from storage.objects import Unavailable
+from storage.settings import IMAGE_BYTES
+
+routes = Blueprint("uploads")
+
+VERSION = "1.0.0"
+OFFERED = {
+    "Tus-Version": VERSION,
+    "Tus-Extension": "creation,creation-with-upload,expiration,termination",
+    "Tus-Max-Size": str(IMAGE_BYTES),
+}
+BODY = "application/offset+octet-stream"
+NUMBER = re.compile(r"0|[1-9][0-9]{0,15}")
+# tus, Upload-Metadata: pairs of an ASCII key and a Base64 value, the value may be missing
+METADATA = re.compile(r"([!-+\--~]+( [A-Za-z0-9+/]*={0,2})?)(, ?[!-+\--~]+( [A-Za-z0-9+/]*={0,2})?)*")
+METADATA_BYTES = 4096
+
+
+def supported(request) -> None:
+    """Raises Problem 412 for another version of tus."""
+    if request.headers.get("tus-resumable") != VERSION:
+        raise Problem(412, "version", f"this server speaks tus {VERSION}", {"Tus-Version": VERSION})
+
+
+def number(request, name: str) -> int:
+    """A header that counts bytes. Raises Problem 400."""
+    text = request.headers.get(name, "")
+    if not NUMBER.fullmatch(text):
+        raise Problem(400, "malformed", f"{name} must be a whole number")
+    return int(text)
+
+
+def expires(ms: int) -> str:
+    """An HTTP date (RFC 9110, section 5.6.7)."""
+    return formatdate(ms // 1000, usegmt=True)
+
+
+def bare(status: int, answer: dict[str, str]) -> HTTPResponse:
+    """Headers only, where a body could be. Sanic's `empty` would name its type `None`."""
+    return HTTPResponse(b"", status, answer, "text/plain")
+
+
+@routes.on_response
+async def resumable(request, response):
+    """Every answer says the version, errors too."""
+    response.headers["Tus-Resumable"] = VERSION
+
+
+@routes.options("/v1/uploads")
+@routes.options("/v1/uploads/<upload>", name="options_of_one")
+async def options(request, upload: str = ""):
+    return empty(204, OFFERED)
+
+
+@routes.post("/v1/uploads", stream=True)
+async def create(request):
+    supported(request)
+    user = tokens.user(request)
+    length, metadata = number(request, "Upload-Length"), request.headers.get("upload-metadata", "")
+    if metadata and (len(metadata) > METADATA_BYTES or not METADATA.fullmatch(metadata)):
+        raise Problem(400, "malformed", "Upload-Metadata must be pairs of a key and a Base64 value")
+    ctx = request.app.ctx
+    once = shapes.once(request, f"{length} {metadata}".encode())
+    upload, replayed = await uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)
+    answer = {"Location": f"/v1/uploads/{upload}"}
+    if replayed:
+        answer["Idempotent-Replayed"] = "true"
+    try:
+        found = await uploads.read(ctx.db, user, upload)
+    except NoUpload:  # it has become a post, or was deleted, since it was made
+        return bare(201, answer)
+    if request.headers.get("content-type") == BODY and not replayed:
+        image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, length)
+        # Once it is created the client must learn where: what could not be written now is sent by PATCH.
+        with suppress(Unreachable, Unknown, Unavailable):
+            await append(request, image)
+        found = found._replace(offset=image.offset, expires=image.expires or found.expires)
+    refuse_body(request)
+    return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
+
+
+@routes.head("/v1/uploads/<upload>")
+async def read(request, upload: str):
+    supported(request)
+    found = await uploads.read(request.app.ctx.db, tokens.user(request), upload)
+    answer = {
+        "Upload-Offset": str(found.offset),
+        "Upload-Length": str(found.length),
+        "Upload-Expires": expires(found.expires),
+        "Cache-Control": "no-store",
+    }
+    if found.metadata:
+        answer["Upload-Metadata"] = found.metadata
+    return bare(200, answer)
+
+
+@routes.patch("/v1/uploads/<upload>", stream=True)
+async def patch(request, upload: str):
+    supported(request)
+    user, ctx = tokens.user(request), request.app.ctx
+    found = await uploads.read(ctx.db, user, upload)
+    if request.headers.get("content-type") != BODY:
+        raise Problem(415, "type", f"a PATCH is sent as {BODY}")
+    if number(request, "Upload-Offset") != found.offset:
+        raise Offset(f"the upload is at {found.offset}")
+    if int(request.headers.get("content-length", 0)) > found.length - found.offset:
+        raise TooLarge(f"the upload ends at {found.length}")
+    image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
+    await image.resume(found.chunks)
+    await append(request, image)
+    return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or found.expires)})
+
+
+@routes.delete("/v1/uploads/<upload>")
+async def delete(request, upload: str):
+    supported(request)
+    user, ctx = tokens.user(request), request.app.ctx
+    await uploads.read(ctx.db, user, upload)
+    await uploads.discard(ctx.db, ctx.objects, user, upload)
+    return empty()
+
+
+@routes.post("/v1/uploads/<upload>", stream=True)
+async def override(request, upload: str):
+    """For clients whose network knows only GET and POST (tus, X-HTTP-Method-Override)."""
+    verbs = {"HEAD": read, "PATCH": patch, "DELETE": delete}
+    verb = verbs.get(request.headers.get("x-http-method-override", "").upper())
+    if verb is None:
+        raise Problem(405, "method", "this address does not take this method", {"Allow": "HEAD, PATCH, DELETE"})
+    return await verb(request, upload)

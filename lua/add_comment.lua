@@ -1,0 +1,72 @@
+#!lua
+-- Adds a comment to a ready post.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] comments  comments:{p}:<id>  stream: author, text
+-- KEYS[3] latest    latest:{p}:<id>    list of ["id","author","text"], newest first
+-- KEYS[4] feed      feed:{p}           zset
+-- KEYS[5] changes   changes:{p}        zset
+-- KEYS[6] gone      gone:{p}           zset
+-- KEYS[7] once      once:{p}:…         string; only with an Idempotency-Key
+-- ARGV[1] now       ms; empty: Redis' clock
+-- ARGV[2] id        post id
+-- ARGV[3] author    user
+-- ARGV[4] text
+-- ARGV[5] shown     how many comments the feed shows
+-- ARGV[6] request   digest of the request
+-- ARGV[7] keep      ms the idempotency key is kept
+-- Returns {comment id, repeated 0|1}
+-- Refuses REUSED NOPOST NOTREADY
+-- The id is later than any the stream ever had, also when the clock went back or the last comment was deleted.
+-- The score is counted, never incremented: it cannot drift.
+local post, comments, latest, feed, changes, gone, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local now, id, author, text, shown = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local request, keep = ARGV[6], ARGV[7]
+if #KEYS < 6 or #ARGV ~= 7 or not (shown and tonumber(keep)) then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local kept = once and redis.call('GET', once)
+if kept then
+  local digest, made = kept:match('^(%S+) (%S+)$')
+  if digest ~= request then
+    return redis.error_reply('REUSED this Idempotency-Key was used for another request')
+  end
+  return {made, 1}
+end
+local status = redis.call('HGET', post, 'status')
+if not status then
+  return redis.error_reply('NOPOST no such post')
+end
+if status ~= 'ready' then
+  return redis.error_reply('NOTREADY the image of this post is not ready')
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local ms, sequence = now, 0
+if redis.call('EXISTS', comments) == 1 then
+  local facts = redis.call('XINFO', 'STREAM', comments)
+  for i = 1, #facts, 2 do
+    if facts[i] == 'last-generated-id' then
+      local last_ms, last_sequence = facts[i + 1]:match('^(%d+)-(%d+)$')
+      if now <= tonumber(last_ms) then
+        ms, sequence = tonumber(last_ms), tonumber(last_sequence) + 1
+      end
+    end
+  end
+end
+local comment = string.format('%.0f-%d', ms, sequence)
+local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+local revision = math.max(now, changed + 1, deleted + 1)
+
+redis.call('XADD', comments, comment, 'author', author, 'text', text)
+redis.call('LPUSH', latest, cjson.encode({comment, author, text}))
+redis.call('LTRIM', latest, 0, shown - 1)
+redis.call('ZADD', feed, redis.call('XLEN', comments), id)
+redis.call('ZADD', changes, revision, id)
+if once then
+  redis.call('SET', once, request .. ' ' .. comment, 'PX', keep)
+end
+return {comment, 0}

@@ -1,0 +1,49 @@
+#!lua
+-- Moves an upload's offset from where it was to behind a chunk that is already durable.
+-- KEYS[1] upload  upload:{p}:<id>  hash
+-- KEYS[2] chunks  chunks:{p}:<id>  list of chunk names, in order
+-- KEYS[3] due     due:{p}          zset
+-- ARGV[1] now     ms; empty: Redis' clock
+-- ARGV[2] id      upload id
+-- ARGV[3] from    the offset the chunk begins at, bytes
+-- ARGV[4] bytes   of the chunk
+-- ARGV[5] name    of the chunk
+-- ARGV[6] expiry  ms without a byte until the upload expires
+-- ARGV[7] largest bytes an upload without a length may have
+-- Returns {offset, expires ms}
+-- Refuses NOUPLOAD EXPIRED OFFSET TOOLARGE
+-- A compare-and-set instead of a lock: a request that wakes up late finds another offset and harms nothing.
+-- Asked twice it finds its own name at the end, and says the same again.
+local upload, chunks, due = KEYS[1], KEYS[2], KEYS[3]
+local now, id, from, bytes, name = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local expiry, largest = tonumber(ARGV[6]), tonumber(ARGV[7])
+if #KEYS ~= 3 or #ARGV ~= 7 or not (from and (bytes or 0) > 0 and expiry and largest) then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local row = redis.call('HMGET', upload, 'offset', 'length', 'post', 'expires')
+local offset, length, post, expires = tonumber(row[1]), tonumber(row[2]) or largest, row[3], tonumber(row[4])
+if not offset or post then
+  return redis.error_reply('NOUPLOAD no such upload')
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+if now >= expires then
+  return redis.error_reply('EXPIRED this upload has expired')
+end
+if offset ~= from then
+  if redis.call('LINDEX', chunks, -1) == name then
+    return {offset, expires}
+  end
+  return redis.error_reply('OFFSET the upload is at ' .. offset)
+end
+if from + bytes > length then
+  return redis.error_reply('TOOLARGE the upload ends at ' .. length)
+end
+
+redis.call('RPUSH', chunks, name)
+redis.call('HSET', upload, 'offset', from + bytes, 'expires', now + expiry)
+redis.call('ZADD', due, now + expiry, id)
+return {from + bytes, now + expiry}

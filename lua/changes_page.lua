@@ -1,0 +1,49 @@
+#!lua flags=no-writes
+-- Reads what has changed in one partition since a revision: ready posts as they are now, and deleted ones.
+-- KEYS[1] changes  changes:{p}  zset: ready post id, scored by the revision of its last change
+-- KEYS[2] gone     gone:{p}     zset: deleted post id, scored by its revision
+-- KEYS[3] epoch    epoch:{p}    string
+-- ARGV[1] since    revision; empty: the newest, so that nothing has changed since
+-- ARGV[2] limit    entries
+-- ARGV[3] bytes    the page ends when its captions and comments have as many
+-- ARGV[4] prefix   of the post keys of this partition, to which ids are appended
+-- ARGV[5] latests  prefix of its latest lists
+-- ARGV[6] streams  prefix of its comment streams
+-- Returns {epoch, revision of the last entry or since, more 0|1, rows as read_post returns them, or {id} if deleted}
+-- Refuses nothing
+-- Each post stands once in one of the two, however often it changed. O(log n + answer).
+local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
+local since, limit, bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local prefix, latests, streams = ARGV[4], ARGV[5], ARGV[6]
+
+local current = redis.call('GET', epoch) or '0'
+if not since then
+  local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+  local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+  return {current, math.max(changed, deleted), 0, {}}
+end
+local from = string.format('(%.0f', since)
+local alive = redis.call('ZRANGEBYSCORE', changes, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
+local dead = redis.call('ZRANGEBYSCORE', gone, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
+local rows, more, size, a, d = {}, 0, 0, 1, 1
+while alive[a] or dead[d] do
+  if #rows == limit or size >= bytes then
+    more = 1
+    break
+  end
+  if not dead[d] or (alive[a] and tonumber(alive[a + 1]) < tonumber(dead[d + 1])) then
+    local id = alive[a]
+    local row = redis.call('HMGET', prefix .. id, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
+    local latest = redis.call('LRANGE', latests .. id, 0, -1)
+    size = size + #row[1] + #row[2]
+    for _, comment in ipairs(latest) do
+      size = size + #comment
+    end
+    rows[#rows + 1] = {id, redis.call('XLEN', streams .. id), row[1], row[2], row[3], row[4], row[5], row[6], latest}
+    since, a = tonumber(alive[a + 1]), a + 2
+  else
+    rows[#rows + 1] = {dead[d]}
+    since, d = tonumber(dead[d + 1]), d + 2
+  end
+end
+return {current, since, more, rows}

@@ -1,0 +1,47 @@
+#!lua flags=allow-oom
+-- Deletes a post with its comments. Its objects are due to be erased.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] comments  comments:{p}:<id>  stream
+-- KEYS[3] latest    latest:{p}:<id>    list
+-- KEYS[4] feed      feed:{p}           zset
+-- KEYS[5] changes   changes:{p}        zset
+-- KEYS[6] gone      gone:{p}           zset
+-- KEYS[7] due       due:{p}            zset
+-- ARGV[1] now       ms; empty: Redis' clock
+-- ARGV[2] id        post id
+-- ARGV[3] author    user who asks
+-- ARGV[4] keep      ms for which a backup may still name its bytes
+-- Returns 1
+-- Refuses NOPOST FORBIDDEN
+-- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
+local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local now, id, author, keep = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+if #KEYS ~= 7 or #ARGV ~= 4 or not keep then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local row = redis.call('HMGET', post, 'author', 'upload')
+local owner, upload = row[1], row[2]
+if not owner then
+  return redis.error_reply('NOPOST no such post')
+end
+if owner ~= author then
+  return redis.error_reply('FORBIDDEN only its author may delete a post')
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+local revision = math.max(now, changed + 1, deleted + 1)
+
+redis.call('UNLINK', post, comments, latest)
+redis.call('ZREM', feed, id)
+redis.call('ZREM', changes, id)
+redis.call('ZADD', gone, revision, id)
+redis.call('ZADD', due, now, id)
+if upload then
+  redis.call('ZADD', due, now + keep, upload)
+end
+return 1

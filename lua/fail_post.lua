@@ -1,0 +1,37 @@
+#!lua flags=allow-oom
+-- Ends a post whose image can never be made. Its bytes are kept until it is deleted.
+-- KEYS[1] post    post:{p}:<id>  hash
+-- KEYS[2] due     due:{p}        zset
+-- ARGV[1] now     ms; empty: Redis' clock
+-- ARGV[2] id      post id
+-- ARGV[3] attempt the attempt that failed
+-- ARGV[4] code    one word
+-- ARGV[5] detail  a sentence for people
+-- Returns 1
+-- Refuses NOPOST STALE
+-- Only the current attempt may fail a post: an older one may have met its end by being late.
+local post, due = KEYS[1], KEYS[2]
+local now, id, attempt, code, detail = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if #KEYS ~= 2 or #ARGV ~= 5 or not tonumber(attempt) then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local row = redis.call('HMGET', post, 'status', 'attempt', 'upload')
+local status, current, upload = row[1], row[2], row[3]
+if not status then
+  return redis.error_reply('NOPOST no such post')
+end
+if status ~= 'processing' or current ~= attempt then
+  return redis.error_reply('STALE another attempt is the current one')
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+redis.call('HSET', post, 'status', 'failed', 'code', code, 'detail', detail)
+redis.call('ZREM', due, id)
+if upload then
+  redis.call('ZADD', due, now, upload)
+end
+return 1

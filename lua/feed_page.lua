@@ -1,0 +1,54 @@
+#!lua flags=no-writes
+-- Reads a page of one partition's feed: most comments first, of equal counts the newest first.
+-- KEYS[1] feed     feed:{p}     zset
+-- KEYS[2] changes  changes:{p}  zset
+-- KEYS[3] gone     gone:{p}     zset
+-- KEYS[4] epoch    epoch:{p}    string
+-- ARGV[1] count    the place behind which the page begins: a comment count; empty: at the start
+-- ARGV[2] id       and a post id
+-- ARGV[3] limit    posts
+-- ARGV[4] bytes    the page ends when its captions and comments have as many
+-- ARGV[5] posts    prefix of the post keys of this partition, to which ids are appended
+-- ARGV[6] latests  prefix of its latest lists
+-- Returns {epoch, newest revision, more 0|1, rows as read_post returns them}
+-- Refuses nothing
+-- A cursor is a place in the order, not a row: where its post has moved or gone, the place is found by the count
+-- and, in the run of equal counts, by a binary search over ids. O(log n), or O(log² n) in a run of n.
+local feed, changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local count, id, limit, bytes, posts, latests = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
+
+local start = 0
+if count and tonumber(redis.call('ZSCORE', feed, id)) == count then
+  start = redis.call('ZREVRANK', feed, id) + 1
+elseif count then
+  start = redis.call('ZCOUNT', feed, '(' .. ARGV[1], '+inf')
+  local stop = start + redis.call('ZCOUNT', feed, ARGV[1], ARGV[1])
+  while start < stop do
+    local middle = math.floor((start + stop) / 2)
+    if redis.call('ZREVRANGE', feed, middle, middle)[1] < id then
+      stop = middle
+    else
+      start = middle + 1
+    end
+  end
+end
+
+local rows, more, size = {}, 0, 0
+local members = redis.call('ZREVRANGE', feed, start, start + limit, 'WITHSCORES')
+for i = 1, #members, 2 do
+  if #rows == limit or size >= bytes then
+    more = 1
+    break
+  end
+  local member = members[i]
+  local row = redis.call('HMGET', posts .. member, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
+  local latest = redis.call('LRANGE', latests .. member, 0, -1)
+  size = size + #row[1] + #row[2]
+  for _, comment in ipairs(latest) do
+    size = size + #comment
+  end
+  rows[#rows + 1] = {member, tonumber(members[i + 1]), row[1], row[2], row[3], row[4], row[5], row[6], latest}
+end
+local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+return {redis.call('GET', epoch) or '0', math.max(changed, deleted), more, rows}

@@ -1,0 +1,49 @@
+#!lua
+-- Shows a post: its original and its JPEG are stored.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] comments  comments:{p}:<id>  stream
+-- KEYS[3] feed      feed:{p}           zset
+-- KEYS[4] changes   changes:{p}        zset
+-- KEYS[5] gone      gone:{p}           zset
+-- KEYS[6] due       due:{p}            zset
+-- ARGV[1] now       ms; empty: Redis' clock
+-- ARGV[2] id        post id
+-- ARGV[3] thumbhash of the image, base64
+-- Returns 1 if it shows now, 0 if it did before
+-- Refuses NOPOST STALE
+-- Whichever attempt succeeds counts, as long as the post is processing. Its upload is due: the chunks can go.
+local post, comments, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local now, id, thumbhash = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+if #KEYS ~= 6 or #ARGV ~= 3 then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local row = redis.call('HMGET', post, 'status', 'upload')
+local status, upload = row[1], row[2]
+if not status then
+  return redis.error_reply('NOPOST no such post')
+end
+if status == 'failed' then
+  return redis.error_reply('STALE this post has failed')
+end
+if status == 'ready' then
+  redis.call('ZREM', due, id)
+  return 0
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+local revision = math.max(now, changed + 1, deleted + 1)
+
+redis.call('HSET', post, 'status', 'ready', 'thumbhash', thumbhash)
+redis.call('HDEL', post, 'attempt', 'upload')
+redis.call('ZADD', feed, redis.call('XLEN', comments), id)
+redis.call('ZADD', changes, revision, id)
+redis.call('ZREM', due, id)
+if upload then
+  redis.call('ZADD', due, now, upload)
+end
+return 1

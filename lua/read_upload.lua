@@ -1,0 +1,19 @@
+#!lua flags=no-writes
+-- Reads an upload.
+-- KEYS[1] upload  upload:{p}:<id>  hash
+-- KEYS[2] chunks  chunks:{p}:<id>  list of chunk names
+-- ARGV[1] now     ms; empty: Redis' clock
+-- Returns {owner, offset, length, metadata, expires ms, post, expired 0|1, chunk names}; what is not there is false
+-- Refuses nothing
+-- The outbox asks also for an upload that was dropped, of which only the chunks are left.
+local upload, chunks = KEYS[1], KEYS[2]
+local now = tonumber(ARGV[1])
+
+local row = redis.call('HMGET', upload, 'owner', 'offset', 'length', 'metadata', 'expires', 'post')
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+row[7] = row[5] and now >= tonumber(row[5]) and 1 or 0
+row[8] = redis.call('LRANGE', chunks, 0, -1)
+return row

@@ -1,0 +1,96 @@
+"""Why storage said no, one class a word.
+
+A script answers `redis.error_reply('NOPOST no such post')`; its first word finds the class here, the class finds
+one HTTP status in the API's table, and the word in small letters is the `code` a client programs against.
+"""
+
+
+class Refusal(Exception):
+    """Storage refused and nothing changed. `str()` is a sentence for people."""
+
+    word: str
+
+
+class NoPost(Refusal):
+    word = "NOPOST"
+
+
+class NotReady(Refusal):
+    word = "NOTREADY"
+
+
+class NoComment(Refusal):
+    word = "NOCOMMENT"
+
+
+class Forbidden(Refusal):
+    word = "FORBIDDEN"
+
+
+class NoUpload(Refusal):
+    word = "NOUPLOAD"
+
+
+class NoImage(Refusal):
+    word = "NOIMAGE"
+
+
+class Expired(Refusal):
+    word = "EXPIRED"
+
+
+class Offset(Refusal):
+    word = "OFFSET"
+
+
+class Incomplete(Refusal):
+    word = "INCOMPLETE"
+
+
+class Empty(Refusal):
+    word = "EMPTY"
+
+
+class TooLarge(Refusal):
+    word = "TOOLARGE"
+
+
+class Format(Refusal):
+    word = "FORMAT"
+
+
+class Quota(Refusal):
+    word = "QUOTA"
+
+
+class Reused(Refusal):
+    word = "REUSED"
+
+
+class Outdated(Refusal):
+    word = "OUTDATED"
+
+
+class Stale(Refusal):
+    word = "STALE"
+
+
+class Unreachable(Refusal):
+    """Redis or the object store cannot be reached, or refuses to write: what was asked has not happened."""
+
+    word = "UNREACHABLE"
+
+
+class Unknown(Refusal):
+    """Redis' answer to a write was lost: it may have happened. Ask again with the same Idempotency-Key."""
+
+    word = "UNKNOWN"
+
+
+REFUSALS = {refusal.word: refusal for refusal in Refusal.__subclasses__()}
+
+
+def from_reply(message: str) -> Refusal | None:
+    """The refusal that an error reply of a script names, or None where it is no refusal but a fault."""
+    word, _, sentence = message.partition(" ")
+    return REFUSALS[word](sentence) if word in REFUSALS else None

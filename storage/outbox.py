@@ -1,0 +1,120 @@
+"""What is due: images to be made, uploads that expired, bytes to be erased.
+
+The zset `due` is the truth; a queue only carries hints. What is leased and not settled comes back by itself, so a
+process may die at any point: at worst the work is done again.
+"""
+
+from typing import NamedTuple
+
+from storage import keys, uploads
+from storage.errors import NoPost
+from storage.objects import S3, Folder, NotFound
+from storage.posts import read as read_post
+from storage.scripts import Redis
+from storage.settings import DAY_MS
+
+LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the first attempt's time
+ATTEMPTS = 5  # with leases that double: half an hour for a store that is away
+MOST = 500  # due entries looked at in one script, about 1 ms of Redis' time
+
+
+class Due(NamedTuple):
+    """A leased entry."""
+
+    id: str
+    lease: int  # the score it has under this lease, ms since 1970
+    kind: str  # upload, image or erase
+    revision: int  # of a post's deletion, ms since 1970; else 0
+
+
+async def lease(db: Redis, partition: int, room: int) -> list[Due]:
+    """Lease what is due in a partition, at most `room` of it image work."""
+    rows = await db.call(
+        "lease_due",
+        [keys.due(partition), keys.gone(partition)],
+        db.clock,
+        room,
+        LEASE_MS,
+        MOST,
+        keys.post_prefix(partition),
+    )
+    return [Due(id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+
+
+async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None]:
+    """Begin an attempt. Returns its number (0: all were used, the post is failed now) and the post's upload.
+
+    Raises NoPost, Stale.
+    """
+    attempt, upload = await db.call(
+        "start_image",
+        [keys.post(post), keys.due(keys.partition_of_post(post))],
+        db.clock,
+        post,
+        lease,
+        LEASE_MS,
+        ATTEMPTS,
+    )
+    return attempt, upload
+
+
+async def publish(db: Redis, post: str, thumbhash: str) -> None:
+    """Show a post whose original and image are stored. Raises NoPost, Stale."""
+    partition = keys.partition_of_post(post)
+    await db.call(
+        "publish_post",
+        [keys.post(post), keys.comments(post)]
+        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)],
+        db.clock,
+        post,
+        thumbhash,
+    )
+
+
+async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> None:
+    """End a post whose image can never be made. Raises NoPost, Stale."""
+    named = [keys.post(post), keys.due(keys.partition_of_post(post))]
+    await db.call("fail_post", named, db.clock, post, attempt, code, detail)
+
+
+async def erase(db: Redis, objects: Folder | S3, due: Due) -> None:
+    """Erase what a deleted post left: its image now, its original when no backup can name it any more."""
+    await objects.delete([keys.image(due.id)])
+    last = due.revision + DAY_MS
+    if due.lease - LEASE_MS >= last:  # the moment it was leased at
+        await objects.delete([keys.original(due.id)])
+        await _settle(db, due, "")
+    else:
+        await _settle(db, due, last)
+
+
+async def end_upload(db: Redis, objects: Folder | S3, due: Due) -> None:
+    """Erase the chunks of an upload that expired, was dropped, or whose post has its original."""
+    upload = await uploads.look(db, due.id)
+    if upload.post and await _needs_chunks(db, objects, upload.post):
+        await _settle(db, due, "")  # a failed post's bytes: they go with the post
+    elif upload.post or not upload.expires:
+        await uploads.erase_chunks(db, objects, due.id, upload.chunks)
+    elif upload.expired:
+        await uploads.discard(db, objects, upload.owner, due.id, tell=DAY_MS)
+    else:
+        await _settle(db, due, upload.expires)
+
+
+async def _needs_chunks(db: Redis, objects: Folder | S3, post: str) -> bool:
+    """Chunks go only when the original is seen, or nobody owns them."""
+    try:
+        await objects.size(keys.original(post))
+        return False
+    except NotFound:
+        pass
+    try:
+        await read_post(db, post)
+        return True
+    except NoPost:
+        return False
+
+
+async def _settle(db: Redis, due: Due, again: int | str) -> None:
+    partition = keys.partition_of_upload(due.id) if due.kind == "upload" else keys.partition_of_post(due.id)
+    await db.call("settle_due", [keys.due(partition)], due.id, due.lease, again)

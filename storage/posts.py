@@ -1,0 +1,139 @@
+"""Posts: made of uploads, read, listed, deleted."""
+
+import asyncio
+from heapq import merge
+from typing import NamedTuple
+
+from storage import keys
+from storage.objects import S3, Folder
+from storage.scripts import Redis
+from storage.settings import DAY_MS, PAGE_BYTES
+
+
+class Post(NamedTuple):
+    """A row as scripts return it. `latest` holds ["id","author","text"] in JSON, newest first."""
+
+    id: str
+    comment_count: int
+    author: str
+    caption: str
+    status: str  # processing, ready or failed
+    thumbhash: str | None  # base64
+    code: str | None  # why it failed
+    detail: str | None
+    latest: list[str]
+
+
+class Place(NamedTuple):
+    """A place in the feed's order: behind a post of this id with so many comments, wherever that post is now."""
+
+    comment_count: int
+    id: str
+
+
+class Page(NamedTuple):
+    posts: list[Post]
+    more: bool
+    seen: list[tuple[str, int]]  # epoch and newest revision of each partition, at the moment its rows were read
+
+
+MADE, REPLAYED, KNOWN = 0, 1, 2
+
+
+async def create(
+    db: Redis, author: str, upload: str, caption: str, once: keys.Once | None = None
+) -> tuple[str, int]:
+    """Make a post of a finished upload; it lives where the upload does.
+
+    Returns its id and MADE, REPLAYED if its idempotency key was used before, KNOWN if the upload had become this
+    post. Raises Reused, NoUpload, Expired, Incomplete, Empty.
+    """
+    partition = keys.partition_of_upload(upload)
+    post = keys.new_post_id(partition)
+    named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
+    if once:
+        named.append(keys.once(partition, author, once.request))
+    digest = once.digest if once else "-"
+    made, how = await db.call("create_post", named, db.clock, upload, post, author, caption, digest, DAY_MS)
+    return made, how
+
+
+async def replayed(db: Redis, author: str, partitions: int, once: keys.Once) -> Post | None:
+    """The post that a form with this idempotency key made, if it did. Raises NoPost where it was deleted."""
+    partition = keys.partition_of_user(author, partitions)
+    post = await db.call("read_once", [keys.once(partition, author, once.request)])
+    return await read(db, post) if post else None
+
+
+async def read(db: Redis, post: str) -> Post:
+    """Raises NoPost."""
+    return Post(*await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
+
+
+async def feed(db: Redis, partitions: int, limit: int, after: Place | None = None) -> Page:
+    """A page of the feed, behind a place in its order.
+
+    Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
+    """
+    pages = await asyncio.gather(*(_feed_page(db, partition, limit, after) for partition in range(partitions)))
+    # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
+    ends = {rows[-1][0] for _, _, more, rows in pages if more}
+    posts = []
+    for row in merge(*(rows for *_, rows in pages), key=lambda row: (row[1], row[0]), reverse=True):
+        posts.append(Post(*row))
+        if len(posts) == limit or row[0] in ends:
+            break
+    return Page(
+        posts=posts,
+        more=any(more for _, _, more, _ in pages) or sum(len(rows) for *_, rows in pages) > len(posts),
+        seen=[(epoch, revision) for epoch, revision, _, _ in pages],
+    )
+
+
+async def _feed_page(db: Redis, partition: int, limit: int, after: Place | None):
+    return await db.call(
+        "feed_page",
+        [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)],
+        *(after or ("", "")),
+        limit,
+        PAGE_BYTES,
+        keys.post_prefix(partition),
+        keys.latest_prefix(partition),
+    )
+
+
+async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> None:
+    """Delete a post with its comments, and the image that was served.
+
+    Its original goes when no backup can name it any more; should this process die in between, the outbox
+    erases the image. Raises NoPost, Forbidden.
+    """
+    partition = keys.partition_of_post(post)
+    await db.call(
+        "delete_post",
+        [keys.post(post), keys.comments(post), keys.latest(post)]
+        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)],
+        db.clock,
+        post,
+        author,
+        DAY_MS,
+    )
+    await erase_image(objects, post)
+
+
+async def image(objects: Folder | S3, post: str) -> bytes:
+    """The served JPEG. Raises NoPost, or objects.NotFound where there is none (yet)."""
+    keys.partition_of_post(post)
+    return await objects.get(keys.image(post))
+
+
+
+
+async def put_image(objects: Folder | S3, post: str, jpeg: bytes) -> None:
+    """Store the served JPEG; the same bytes may be put again."""
+    await objects.put(keys.image(post), jpeg)
+
+
+async def erase_image(objects: Folder | S3, post: str) -> None:
+    """Nothing is served of this post any more. It may be gone already."""
+    await objects.delete([keys.image(post)])

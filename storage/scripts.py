@@ -1,0 +1,161 @@
+"""Calls Lua scripts on Redis: one connection for reads, one for writes, each shared by all who wait.
+
+What waits at the same time leaves as one pipeline, and is fsynced together (group commit). There is no pool: with
+pipelines a second connection only makes smaller batches. Reads have their own, so that no read queues behind a
+write's fsync in the same pipeline.
+
+Nothing is ever sent twice: redis-py repeats writes by itself, so its retries are off. A script that Redis does not
+know did not run, and is sent again with its text.
+
+Does not decide: that is done in Lua. Does not render: rows are returned as Redis gives them, as str, int and None.
+"""
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from storage.errors import Unknown, Unreachable, from_reply
+
+DEADLINE = 1.0  # seconds after which whoever waits is told; the contract promises a 503 within a second
+BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
+
+# Redis says no before it ran anything: memory is full, it cannot write its AOF, it loads, it is no primary, …
+NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
+
+
+class Script(NamedTuple):
+    text: str
+    sha: str  # SHA-1 of the text, as EVALSHA wants it
+    reads: bool  # it writes nothing
+
+
+def script(text: str) -> Script:
+    sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0])
+
+
+SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent.with_name("lua").glob("*.lua")}
+
+
+class Channel:
+    """One connection. Those who ask while a pipeline is under way leave together in the next one.
+
+    `lost` is the error of those whose command was sent and whose answer did not come.
+    """
+
+    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable]):
+        pool = redis.asyncio.ConnectionPool.from_url(
+            url, decode_responses=True, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
+        )
+        self._connection = pool.make_connection()
+        self._lost = lost
+        self._waiting: list[tuple[bytes, asyncio.Future]] = []
+        self._task: asyncio.Task | None = None
+
+    async def ask(self, *command):
+        """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
+        # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
+        packed = b"".join(self._connection.pack_command(*command))
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((packed, answer))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return await answer
+
+    async def close(self) -> None:
+        if self._task:
+            await self._task
+        await self._connection.disconnect()
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+                await self._send(batch)
+        finally:
+            self._task = None
+
+    async def _send(self, batch: list[tuple[bytes, asyncio.Future]]) -> None:
+        connection, sent = self._connection, False
+        try:
+            async with asyncio.timeout(DEADLINE):
+                if connection.is_connected and await connection.can_read():
+                    await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
+                await connection.connect()
+                sent = True
+                await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
+                for _, answer in batch:
+                    try:
+                        _settle(answer, await connection.read_response())
+                    except ResponseError as error:
+                        _settle(answer, error)
+        except (RedisError, OSError, TimeoutError) as error:
+            # A late reply must not be taken for the next command's. Those who were not sent yet would wait for the
+            # same server: they are told now, within the deadline.
+            await connection.disconnect(nowait=True)
+            for _, answer in batch:
+                _settle(answer, self._lost(f"Redis' answer was lost: {error}") if sent else _unreachable(error))
+            for _, answer in self._waiting:
+                _settle(answer, _unreachable(error))
+            self._waiting = []
+
+
+def _settle(answer: asyncio.Future, result) -> None:
+    if answer.done():  # whoever asked has gone
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)
+
+
+def _unreachable(error: Exception) -> Unreachable:
+    return Unreachable(f"Redis cannot be reached: {error or 'no answer'}")
+
+
+class Redis:
+    """The scripts of one Redis.
+
+    `clock` is given to every script that wants to know the time; empty means Redis' own.
+    """
+
+    def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS):
+        self._scripts = scripts
+        self._reads = Channel(url, lost=Unreachable)
+        self._writes = Channel(url, lost=Unknown)
+        self.clock: int | str = ""
+
+    async def call(self, name: str, keys: list[str], *args):
+        """Run a script. Raises the Refusal it answers, Unreachable, or Unknown where a write's answer was lost."""
+        called = self._scripts[name]
+        channel = self._reads if called.reads else self._writes
+        try:
+            try:
+                return await channel.ask("EVALSHA", called.sha, len(keys), *keys, *args)
+            except NoScriptError:
+                return await channel.ask("EVAL", called.text, len(keys), *keys, *args)
+        except ResponseError as error:
+            message = str(error)
+            refusal = from_reply(message)
+            if refusal is None and (type(error) is not ResponseError or message.startswith(NOT_NOW)):
+                refusal = Unreachable(f"Redis refuses: {message}")
+            if refusal is None:
+                raise
+            raise refusal from None
+
+    async def ping(self) -> None:
+        """Raises Unreachable where Redis does not answer."""
+        try:
+            await self._reads.ask("PING")
+        except ResponseError as error:
+            raise Unreachable(f"Redis refuses: {error}") from None
+
+    async def close(self) -> None:
+        await self._reads.close()
+        await self._writes.close()

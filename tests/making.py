@@ -1,0 +1,48 @@
+"""Makes what tests start from, by the same calls the API and the worker make."""
+
+import io
+
+from PIL import Image
+
+from storage import keys, outbox, posts, uploads
+from storage.scripts import Redis
+from storage.settings import DAY_MS
+
+
+async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10) -> str:
+    """An upload whose one chunk is only named: for tests that never look at its bytes."""
+    upload, _ = await uploads.create(db, owner, partitions)
+    named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
+    await db.call("append_chunk", named, db.clock, upload, 0, size, keys.chunk_name(0), DAY_MS, size)
+    return upload
+
+
+async def make_processing(db: Redis, author: str, partitions: int = 1, caption: str = "") -> str:
+    upload = await make_upload(db, author, partitions)
+    post, _ = await posts.create(db, author, upload, caption)
+    return post
+
+
+async def make_post(db: Redis, author: str, partitions: int = 1, caption: str = "") -> str:
+    """A ready post, whose image nobody looks at."""
+    post = await make_processing(db, author, partitions, caption)
+    await outbox.publish(db, post, "thumbhash")
+    return post
+
+
+def jpeg(width: int = 640, height: int = 480, colour: str = "teal") -> bytes:
+    return _encoded("JPEG", width, height, colour)
+
+
+def png(width: int = 320, height: int = 200, colour: str = "tomato") -> bytes:
+    return _encoded("PNG", width, height, colour)
+
+
+def bmp(width: int = 200, height: int = 320, colour: str = "gold") -> bytes:
+    return _encoded("BMP", width, height, colour)
+
+
+def _encoded(format: str, width: int, height: int, colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, format)
+    return file.getvalue()

@@ -1,0 +1,143 @@
+"""A line that can be made bad: a proxy between a client and a server that loses, delays, throttles, cuts and counts.
+
+It runs in a thread of its own, so that blocking tests and asyncio's may both use it.
+"""
+
+import asyncio
+import socket
+import struct
+import tempfile
+import threading
+
+PIECE = 64 * 1024  # bytes read at once
+
+
+class Proxy:
+    """Listens on a socket file and on a port of loopback, and passes on to `target`: a socket's path or a port."""
+
+    def __init__(self, target: str | int):
+        self.target = target
+        self.delay = 0.0  # seconds that each piece waits, either way
+        self.rate: float | None = None  # bytes a second, either way; None: as fast as it goes
+        self.up = 0  # bytes passed on to the server
+        self.down = 0  # bytes passed on to the client
+        self.lost = threading.Event()  # what `lose` waits for has happened
+        self._losing: tuple[int, str] | None = None
+        self._lines: set[Connection] = set()
+        self._folder = tempfile.TemporaryDirectory(prefix="ig-")
+        self.path = f"{self._folder.name}/proxy.sock"
+        self.url = f"unix://{self.path}"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._run(self._listen())
+
+    def lose(self, after: int = 0, how: str = "fin") -> None:
+        """Of the server's next bytes pass on so many; then lose what follows in the same piece, and cut the line.
+
+        `how` is fin, rst or silence: the line then stays open, and nothing is heard any more.
+        """
+        self.lost.clear()
+        self._losing = after, how
+
+    def cut(self, how: str = "fin") -> None:
+        """Cut all lines now."""
+
+        async def cut():
+            for line in list(self._lines):
+                line.cut(how)
+
+        self._run(cut())
+
+    def close(self) -> None:
+        self.cut("rst")
+
+        async def end():
+            for server in self._servers:
+                server.close()
+
+        self._run(end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._folder.cleanup()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    async def _listen(self):
+        self._servers = [
+            await asyncio.start_unix_server(self._accept, self.path),
+            await asyncio.start_server(self._accept, "127.0.0.1", 0),
+        ]
+        self.port = self._servers[1].sockets[0].getsockname()[1]
+
+    async def _accept(self, reader, writer):
+        try:
+            if isinstance(self.target, str):
+                server = await asyncio.open_unix_connection(self.target)
+            else:
+                server = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        line = Connection(self, writer, server[1])
+        self._lines.add(line)
+        try:
+            await asyncio.gather(line.pump(reader, server[1], "up"), line.pump(server[0], writer, "down"))
+        finally:
+            self._lines.discard(line)
+
+
+class Connection:
+    def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter):
+        self.proxy = proxy
+        self.ends = client, server
+        self.silent = False
+
+    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        proxy = self.proxy
+        try:
+            while data := await reader.read(PIECE):
+                if proxy.delay:
+                    await asyncio.sleep(proxy.delay)
+                if proxy.rate:
+                    await asyncio.sleep(len(data) / proxy.rate)
+                if self.silent:
+                    continue
+                how = None
+                if way == "down" and proxy._losing and len(data) > proxy._losing[0]:
+                    (after, how), proxy._losing = proxy._losing, None
+                    data = data[:after]
+                writer.write(data)
+                setattr(proxy, way, getattr(proxy, way) + len(data))
+                if how:
+                    await asyncio.sleep(0)
+                    self.cut(how)
+                    proxy.lost.set()
+                else:
+                    await writer.drain()
+            if not self.silent:
+                writer.write_eof()
+        except OSError:
+            self.cut("rst")
+
+    def cut(self, how: str) -> None:
+        """The client's end as told; the server sees its own end closed, unless by silence."""
+        if how == "silence":
+            self.silent = True
+            return
+        client, server = self.ends
+        if how == "rst":
+            end = client.get_extra_info("socket")
+            if end is not None and end.family != socket.AF_UNIX:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.transport.abort()
+        else:
+            client.close()
+        server.close()

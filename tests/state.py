@@ -1,0 +1,42 @@
+"""What Redis and the store hold, to be compared before and after."""
+
+import contextlib
+from pathlib import Path
+
+READERS = {
+    "string": lambda client, key: client.get(key),
+    "list": lambda client, key: client.lrange(key, 0, -1),
+    "hash": lambda client, key: client.hgetall(key),
+    "set": lambda client, key: client.smembers(key),
+    "zset": lambda client, key: client.zrange(key, 0, -1, withscores=True),
+    "stream": lambda client, key: (client.xrange(key), client.xinfo_stream(key)["last-generated-id"]),
+}
+
+
+def contents(client) -> dict[str, object]:
+    """Every key with all it holds, and whether it expires."""
+    found = {}
+    for key in client.keys("*"):
+        kind = client.type(key)
+        if kind != "none":  # it went a moment ago
+            found[key] = READERS[kind](client, key), client.pttl(key) >= 0
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes | int]:
+    """Every file below a folder, also what is being written, with its bytes (of a big one only their number)."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                size = path.stat().st_size
+                found[str(path.relative_to(folder))] = path.read_bytes() if size < 2**20 else size
+    return found
+
+
+@contextlib.contextmanager
+def unchanged(client, *folders: Path):
+    """What happens within changes nothing in Redis and in the folders."""
+    before = contents(client), [files(folder) for folder in folders]
+    yield before
+    assert (contents(client), [files(folder) for folder in folders]) == before

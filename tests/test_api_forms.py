@@ -1,0 +1,352 @@
+"""Forms that are refused or break off leave nothing behind, in Redis as in the store; and are answered at once."""
+
+import io
+import select
+import time
+from base64 import b64decode
+
+import httpx
+import pytest
+from conftest import Site, until
+from making import bmp, jpeg, png
+from PIL import GifImagePlugin, Image, TiffImagePlugin  # noqa: F401  the pipeline loads none but its own
+from state import contents, files, unchanged
+from wire import FORM, dial, exchange, form, head, hear, pour, reset
+
+MIB = 2**20
+BIG = 100 * MIB  # the largest image
+SLACK = 64 * 1024  # bytes a form may be longer than its image
+
+
+@pytest.fixture(scope="module")
+def standing(real_server, tmp_path_factory):
+    """A site for all tests of this file, without a worker: what is taken stays as it came."""
+    real_server.client.flushall()
+    site = Site(real_server.url, tmp_path_factory.mktemp("site"))
+    site.server = real_server
+    site.api()
+    yield site
+    site.close()
+
+
+def start(site, *headers: str) -> bytes:
+    return head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", *headers)
+
+
+def send(site, body: bytes, kind: str = FORM):
+    return exchange(site.port, start(site, kind, f"Content-Length: {len(body)}") + body)
+
+
+def a_problem(answer, status: int, code: str) -> bool:
+    assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json"), (
+        answer.body
+    )
+    return (answer.json()["status"], answer.json()["code"]) == (status, code)
+
+
+def image(format: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40), "teal").save(file, format, **options)
+    return file.getvalue()
+
+
+JPEG = jpeg(60, 40)
+# One pixel, lossy, from libwebp's encoder, which not every Pillow is compiled with.
+WEBP = b64decode("UklGRiIAAABXRUJQVlA4IBYAAAAwAQCdASoBAAEADsD+JaQAA3AAAAAA")
+FIELDS = {
+    "no image": ([("caption", None, b"a")], 422, "form"),
+    "no fields": ([], 422, "form"),
+    "two images": ([("image", "a.jpg", JPEG), ("image", "b.jpg", JPEG)], 422, "form"),
+    "two captions": (
+        [("image", "a.jpg", JPEG), ("caption", None, b"a"), ("caption", None, b"b")],
+        422,
+        "form",
+    ),
+    "two captions around an image": (
+        [("caption", None, b"a"), ("image", "a.jpg", JPEG), ("caption", None, b"b")],
+        422,
+        "form",
+    ),
+    "another field": ([("image", "a.jpg", JPEG), ("colour", None, b"blue")], 422, "form"),
+    "a field without a name": ([("", None, b"a"), ("image", "a.jpg", JPEG)], 422, "form"),
+    "a name with a NUL": ([("image\0", "a.jpg", JPEG)], 422, "form"),
+    "an empty file": ([("image", "a.jpg", b"")], 422, "empty"),
+    "an empty file before a caption": ([("image", "a.jpg", b""), ("caption", None, b"a")], 422, "empty"),
+    "text named .jpg": ([("image", "a.jpg", b"this is no picture\n" * 100)], 415, "format"),
+    "HTML": ([("image", "a.png", b"<html><script>alert(1)</script>")], 415, "format"),
+    "SVG": ([("image", "a.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>')], 415, "format"),
+    "GIF": ([("image", "a.jpg", image("GIF"))], 415, "format"),
+    "WebP": ([("image", "a.png", WEBP)], 415, "format"),
+    "TIFF": ([("image", "a.bmp", image("TIFF"))], 415, "format"),
+    "ICO": ([("image", "a.bmp", image("ICO"))], 415, "format"),
+    "a JPEG after a space": ([("image", "a.jpg", b" " + JPEG)], 415, "format"),
+    "one byte that might become a BMP": ([("image", "a.bmp", b"B")], 415, "format"),
+    "seven bytes that might become a PNG": ([("image", "a.png", png()[:7])], 415, "format"),
+    "a caption of 2,201 characters": (
+        [("image", "a.jpg", JPEG), ("caption", None, b"a" * 2201)],
+        422,
+        "invalid",
+    ),
+    "a caption of 2,201 characters first": (
+        [("caption", None, b"a" * 2201), ("image", "a.jpg", JPEG)],
+        422,
+        "invalid",
+    ),
+    "a caption of a MiB": ([("caption", None, b"a" * MIB), ("image", "a.jpg", JPEG)], 422, "invalid"),
+    "a caption that is not UTF-8": ([("image", "a.jpg", JPEG), ("caption", None, b"a\xff")], 422, "form"),
+    "a caption with half of a surrogate pair": (
+        [("image", "a.jpg", JPEG), ("caption", None, b"\xed\xa0\xbd")],
+        422,
+        "form",
+    ),
+    "a caption cut amid a character": (
+        [("image", "a.jpg", JPEG), ("caption", None, "é".encode()[:1])],
+        422,
+        "form",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_a_form_is_refused_that_has(standing, case):
+    parts, status, code = FIELDS[case]
+    with unchanged(standing.server.client, standing.folder):
+        assert a_problem(send(standing, form(*parts)), status, code)
+
+
+WHOLE = form(("caption", None, b"a"), ("image", "a.jpg", JPEG))
+ODD = {
+    "is cut in its last boundary": (FORM, WHOLE[:-4], 422, "form"),
+    "is cut in its image": (FORM, WHOLE[:-200], 422, "form"),
+    "is cut in a header": (FORM, WHOLE[:30], 422, "form"),
+    "is empty": (FORM, b"", 422, "form"),
+    "ends before it begins": (FORM, b"--frontier--\r\n", 422, "form"),
+    "has another boundary": (FORM, WHOLE.replace(b"frontier", b"border"), 422, "form"),
+    "has a broken boundary amid": (
+        FORM,
+        WHOLE.replace(b"\r\n--frontier\r\n", b"\r\n--fronter\r\n"),
+        422,
+        "form",
+    ),
+    "has a broken last boundary": (FORM, WHOLE.replace(b"frontier--", b"frontie--"), 422, "form"),
+    "has no colon in a header": (FORM, WHOLE.replace(b"Disposition:", b"Disposition"), 422, "form"),
+    "has a header without an end": (FORM, WHOLE[:60] + b"a" * 100_000, 422, "form"),
+    "has a thousand headers": (
+        FORM,
+        WHOLE.replace(b"Content-Type", b"X: y\r\n" * 1000 + b"Content-Type"),
+        422,
+        "form",
+    ),
+    "has no disposition": (FORM, WHOLE.replace(b"Content-Disposition", b"Content-Position"), 422, "form"),
+    "has a disposition beyond Latin": (FORM, WHOLE.replace(b"a.jpg", "☃.jpg".encode()), 201, None),
+    "names no boundary": ("Content-Type: multipart/form-data", WHOLE, 422, "form"),
+    "names an empty boundary": ("Content-Type: multipart/form-data; boundary=", WHOLE, 422, "form"),
+    "names a boundary of 300 letters": (
+        "Content-Type: multipart/form-data; boundary=" + "a" * 300,
+        WHOLE,
+        422,
+        "form",
+    ),
+    "names a boundary beyond ASCII": ("Content-Type: multipart/form-data; boundary=\xff", WHOLE, 422, "form"),
+    "names a boundary in UTF-8": (
+        "Content-Type: multipart/form-data; boundary=\xe2\x98\x83",
+        WHOLE,
+        422,
+        "form",
+    ),
+    "is of a type beyond ASCII": ("Content-Type: \xff", WHOLE, 415, "type"),
+    "is of no type": ("X: y", WHOLE, 415, "type"),
+    "is url-encoded": ("Content-Type: application/x-www-form-urlencoded", WHOLE, 415, "type"),
+    "is a mixed multipart": ("Content-Type: multipart/mixed; boundary=frontier", WHOLE, 415, "type"),
+    "is the image itself": ("Content-Type: image/jpeg", JPEG, 415, "type"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_form_is_refused_that(standing, case):
+    kind, body, status, code = ODD[case]
+    if code is None:
+        assert send(standing, body, kind).status == status
+        return
+    with unchanged(standing.server.client, standing.folder):
+        assert a_problem(send(standing, body, kind), status, code)
+
+
+def test_a_form_may_come_in_any_order_and_in_any_pieces(standing):
+    caption = "😀" * 2200
+    parts = [("image", "☃.jpg", JPEG), ("caption", None, caption.encode())]
+    for ordered in (parts, parts[::-1]):
+        body = form(*ordered)
+        for step in (len(body), 4096, 17):
+            with dial(standing.port) as line:
+                line.sendall(start(standing, FORM, "Transfer-Encoding: chunked"))
+                for at in range(0, len(body), step):
+                    piece = body[at : at + step]
+                    line.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+                line.sendall(b"0\r\n\r\n")
+                made = hear(line)
+            assert made.status == 201
+            assert made.json()["caption"] == caption
+            assert httpx.get(standing.url + made.headers["location"]).json()["caption"] == caption
+
+
+# Too large
+
+
+def declared(length: int):
+    """A form with an image and as many bytes in all, in pieces."""
+    first = form(("image", "a.bmp", b"BM"), end=False)[:-2]
+    last = b"\r\n--frontier--\r\n"
+    yield first
+    left = length - len(first) - len(last)
+    while left > 0:
+        yield bytes(min(left, 64 * 1024))
+        left -= 64 * 1024
+    yield last
+
+
+def chunked(pieces):
+    for piece in pieces:
+        yield b"%x\r\n%b\r\n" % (len(piece), piece)
+    yield b"0\r\n\r\n"
+
+
+def overhead() -> int:
+    return len(form(("image", "a.bmp", b"")))
+
+
+@pytest.mark.parametrize("length", [BIG + SLACK + 1, 10 * BIG, 10**17])
+def test_a_form_that_declares_to_be_too_long_is_refused_before_it_is_read(standing, length):
+    with unchanged(standing.server.client, standing.folder):
+        began = time.monotonic()
+        request = start(standing, FORM, f"Content-Length: {length}")
+        answer, sent = pour(standing.port, [request, *declared(20 * MIB)])
+        assert a_problem(answer, 413, "toolarge")
+        assert answer.headers["connection"] == "close"
+        assert sent < 8 * MIB  # what the sockets' buffers hold
+        assert time.monotonic() - began < 2
+
+
+def test_a_client_that_asks_first_is_refused_without_being_told_to_go_on(standing):
+    with unchanged(standing.server.client, standing.folder), dial(standing.port) as line:
+        line.sendall(start(standing, FORM, f"Content-Length: {2 * BIG}", "Expect: 100-continue"))
+        heard = line.recv(65536)
+    assert heard.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(standing):
+    with dial(standing.port) as line:
+        line.sendall(start(standing, FORM, f"Content-Length: {len(WHOLE)}", "Expect: 100-continue"))
+        assert line.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.sendall(WHOLE)
+        assert hear(line).status == 201
+
+
+def test_an_image_of_100_mib_and_a_byte_is_refused_as_soon_as_it_is_read(standing):
+    """With its length declared and without: the slack is the form's, not the image's."""
+    long = overhead() + BIG + 1
+    bodies = {
+        f"Content-Length: {long}": declared(long),
+        "Transfer-Encoding: chunked": chunked(declared(2 * BIG)),
+    }
+    for header, pieces in bodies.items():
+        with unchanged(standing.server.client, standing.folder):
+            request = start(standing, FORM, header)
+            answer, sent = pour(standing.port, (piece for part in ([request], pieces) for piece in part))
+            assert a_problem(answer, 413, "toolarge")
+            assert sent < BIG + 8 * MIB
+
+
+def test_an_image_of_100_mib_is_taken(standing):
+    pieces = chunked(declared(overhead() + BIG))
+    request = start(standing, FORM, "Transfer-Encoding: chunked")
+    answer, _ = pour(standing.port, (piece for part in ([request], pieces) for piece in part))
+    assert answer.status == 201
+    chunks = [size for name, size in files(standing.folder / "store").items()]
+    assert sum(size if isinstance(size, int) else len(size) for size in chunks) >= BIG
+    assert httpx.delete(
+        standing.url + answer.headers["location"],
+        headers={"Authorization": f"Bearer {standing.token('alice')}"},
+    )
+
+
+def test_an_endless_image_of_no_format_of_ours_is_refused_at_its_first_bytes(standing):
+    def endless():
+        yield form(("image", "a.bmp", b"GIF89a"), end=False)[:-2]
+        for _ in range(1000):
+            yield bytes(64 * 1024)
+
+    with unchanged(standing.server.client, standing.folder):
+        request = start(standing, FORM, "Transfer-Encoding: chunked")
+        answer, sent = pour(
+            standing.port, (piece for part in ([request], chunked(endless())) for piece in part)
+        )
+        assert a_problem(answer, 415, "format")
+        assert sent < 8 * MIB
+
+
+def test_what_is_refused_first_of_all_is_not_read_either(standing):
+    with unchanged(standing.server.client, standing.folder):
+        for request, status in [
+            (head("POST", "/v1/posts", FORM, f"Content-Length: {BIG}"), 401),
+            (head("POST", "/v1/nothing", FORM, f"Content-Length: {BIG}"), 404),
+            (head("PUT", "/v1/posts", FORM, f"Content-Length: {BIG}"), 405),
+            (start(standing, "Content-Type: image/jpeg", f"Content-Length: {BIG}"), 415),
+        ]:
+            answer, sent = pour(standing.port, [request, *declared(20 * MIB)])
+            assert answer.status == status
+            assert sent < 8 * MIB
+
+
+# Cut connections
+
+
+def fin(line) -> None:
+    line.close()
+
+
+def half(line) -> None:
+    """The client ends its side only, and would still read an answer."""
+    line.shutdown(1)
+    select.select([line], [], [], 10)
+    line.close()
+
+
+@pytest.mark.parametrize("cut", [fin, reset, half])
+@pytest.mark.parametrize("sent", ["nothing", "a part's head", "little", "a chunk", "several chunks"])
+def test_a_form_whose_connection_breaks_leaves_nothing(standing, cut, sent):
+    lengths = {
+        "nothing": 0,
+        "a part's head": 40,
+        "little": 5000,
+        "a chunk": MIB + 5000,
+        "several chunks": 3 * MIB + 7,
+    }
+    client, before = standing.server.client, (contents(standing.server.client), files(standing.folder))
+    body = form(("image", "a.bmp", bmp(1200, 1200)))  # 4 MiB
+    line = dial(standing.port)
+    line.sendall(start(standing, FORM, f"Content-Length: {len(body)}") + body[: lengths[sent]])
+    until(lambda: client.zcard("due:{0}") > len(before[0].get("due:{0}", [[]])[0]), what="the upload")
+    if lengths[sent] > MIB:
+        until(lambda: len(files(standing.folder)) > len(before[1]), what="a chunk")
+    cut(line)
+    until(lambda: (contents(client), files(standing.folder)) == before, what="the end of what it left")
+
+
+def test_forms_that_break_at_any_moment_leave_nothing(standing):
+    """Cut after each of many delays, so that some are cut in the midst of a chunk's put or a script's call."""
+    client, before = standing.server.client, (contents(standing.server.client), files(standing.folder))
+    body = form(("image", "a.bmp", bmp(1200, 1200)))
+    for step in range(60):
+        line = dial(standing.port)
+        line.sendall(start(standing, FORM, f"Content-Length: {len(body)}"))
+        line.setblocking(False)
+        view = memoryview(body)[: -1 - step]
+        deadline = time.monotonic() + step * 0.0005
+        while view and time.monotonic() < deadline:
+            if select.select([], [line], [], 0)[1]:
+                view = view[line.send(view[:100_000]) :]
+        (reset if step % 2 else fin)(line)
+    until(lambda: (contents(client), files(standing.folder)) == before, what="the end of what they left")
+    with unchanged(client, standing.folder):
+        assert a_problem(send(standing, b""), 422, "form")

@@ -1,0 +1,462 @@
+"""Every bad request gets its status and its code as a problem, and changes nothing in Redis and in the store."""
+
+import asyncio
+import base64
+import json
+import time
+
+import jwt
+import pytest
+from conftest import Site, connect
+from making import make_post, make_processing
+from state import unchanged
+from wire import Line, exchange, head
+
+from storage import comments
+
+SECRET = "a secret of the tests, long enough for HS256"
+NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
+
+
+class Standing(Site):
+    """A site for all tests of this file: none of them changes it."""
+
+    def furnish(self, server) -> None:
+        self.server = server
+
+        async def furnish():
+            db = connect(server)
+            self.post = await make_post(db, "alice", caption="hers")
+            self.comment = (await comments.add(db, "alice", self.post, "hers"))[0].id
+            self.processing = await make_processing(db, "alice")
+            await db.close()
+
+        asyncio.run(furnish())
+
+    def filled(self, target: str) -> str:
+        return target.format(post=self.post, comment=self.comment, processing=self.processing, nobody=NOBODY)
+
+    def refused(self, request: bytes, status: int, code: str):
+        """Send a request; the problem that answers it."""
+        with unchanged(self.server.client, self.folder):
+            answer = exchange(self.port, request)
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
+        problem = answer.json()
+        assert (problem["status"], problem["code"]) == (status, code)
+        assert set(problem) == {"type", "title", "status", "detail", "code"}
+        return answer
+
+
+@pytest.fixture(scope="module")
+def standing(real_server, tmp_path_factory):
+    real_server.client.flushall()
+    site = Standing(real_server.url, tmp_path_factory.mktemp("site"))
+    site.api()
+    site.furnish(real_server)
+    yield site
+    site.close()
+
+
+def request(method: str, target: str, token: str | None = None, body: bytes | None = None) -> bytes:
+    headers = [f"Authorization: Bearer {token}"] if token else []
+    if body is not None:
+        headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return head(method, target, *headers) + (body or b"")
+
+
+def cursor(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+# Texts
+
+COMMENTS = {
+    "no JSON at all": (b"hello", 400, "malformed"),
+    "no body": (b"", 400, "malformed"),
+    "cut off JSON": (b'{"text": "a', 400, "malformed"),
+    "invalid UTF-8": (b'{"text": "a\xff"}', 400, "malformed"),
+    "an overlong form of a slash": (b'{"text": "\xc0\xaf"}', 400, "malformed"),
+    "half of a surrogate pair": (b'{"text": "\\ud83d"}', 400, "malformed"),
+    "10,000 nested arrays": (b"[" * 10_000 + b"]" * 10_000, 400, "malformed"),
+    "10,000 nested objects": (b'{"text":' * 7_000 + b"1" + b"}" * 7_000, 400, "malformed"),
+    "nested deep beside the text": (
+        b'{"text": "a", "x": %b}' % (b"[" * 10_000 + b"]" * 10_000),
+        400,
+        "malformed",
+    ),
+    "an array": (b'["text"]', 422, "invalid"),
+    "null": (b"null", 422, "invalid"),
+    "no text": (b"{}", 422, "invalid"),
+    "a number as text": (b'{"text": 7}', 422, "invalid"),
+    "null as text": (b'{"text": null}', 422, "invalid"),
+    "an empty text": (b'{"text": ""}', 422, "invalid"),
+    "a blank text": ('{"text": " \\t\\n\u00a0\u2003"}'.encode(), 422, "invalid"),
+    "2,201 characters": (json.dumps({"text": "a" * 2201}).encode(), 422, "invalid"),
+    "2,201 characters of four bytes": (
+        json.dumps({"text": "😀" * 2201}, ensure_ascii=False).encode(),
+        422,
+        "invalid",
+    ),
+    "more than 64 KiB": (json.dumps({"text": "a" * 65536}).encode(), 413, "toolarge"),
+    "10 MiB": (json.dumps({"text": "a" * 10 * 2**20}).encode(), 413, "toolarge"),
+}
+
+
+@pytest.mark.parametrize("case", COMMENTS)
+def test_a_comment_is_refused_for(standing, case):
+    body, status, code = COMMENTS[case]
+    target = standing.filled("/v1/posts/{post}/comments")
+    standing.refused(request("POST", target, standing.token("bob"), body), status, code)
+
+
+def test_a_long_json_body_is_refused_also_without_its_length(standing):
+    target = standing.filled("/v1/posts/{post}/comments")
+    start = head(
+        "POST", target, f"Authorization: Bearer {standing.token('bob')}", "Transfer-Encoding: chunked"
+    )
+    standing.refused(start + b"%x\r\n" % 70_000 + b" " * 70_000 + b"\r\n0\r\n\r\n", 413, "toolarge")
+
+
+def test_the_longest_comment_is_taken_however_it_is_written(standing):
+    with standing.client("bob") as client:
+        for text in ("😀" * 2200, "\0" * 2199 + "x", "\u202e" * 2200):
+            made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
+            assert made.status_code == 201
+            assert client.get(made.headers["Location"]).json()["text"] == text
+            assert client.delete(made.headers["Location"]).status_code == 204
+
+
+# Who asks
+
+
+def test_a_sub_with_braces_and_colons_is_a_user_like_any_other(standing):
+    users = ["{0}:x", "{1}", "x}:{0", ":", "a:b", "a", '"a"', "\\", "{0}:x:y", "%00", "*", "a" * 255]
+    posted = {}
+    for user in users:
+        with standing.client(user) as client:
+            made = client.post("/v1/posts", files={"image": ("a.bmp", b"BM" + bytes(100))})
+            assert (made.status_code, made.json()["author"]) == (201, user)
+            posted[user] = made.json()["id"]
+    for user in users:
+        with standing.client(user) as client:
+            for owner, post in posted.items():
+                if owner != user:
+                    assert client.delete(f"/v1/posts/{post}").status_code == 403
+    for user, post in posted.items():
+        with standing.client(user) as client:
+            assert client.delete(f"/v1/posts/{post}").status_code == 204
+
+
+def test_a_sub_is_a_user_to_the_letter(standing):
+    for user in ("Alice", "alic", "alicee", "alice:", "{alice}"):
+        target = standing.filled("/v1/posts/{post}")
+        standing.refused(request("DELETE", target, standing.token(user)), 403, "forbidden")
+        target = standing.filled("/v1/posts/{post}/comments/{comment}")
+        standing.refused(request("DELETE", target, standing.token(user)), 403, "forbidden")
+
+
+def signed(claims: dict, secret: str | None = SECRET, algorithm: str = "HS256") -> str:
+    return jwt.encode(claims, secret, algorithm)
+
+
+def claims(**others) -> dict:
+    return {"sub": "alice", "exp": int(time.time()) + 600} | others
+
+
+def unsigned(claims: dict, algorithm: str) -> str:
+    parts = json.dumps({"alg": algorithm, "typ": "JWT"}).encode(), json.dumps(claims).encode(), b""
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+
+
+TOKENS = {
+    "expired": lambda: signed(claims(exp=int(time.time()) - 1)),
+    "without exp": lambda: signed({"sub": "alice"}),
+    "without sub": lambda: signed({"exp": int(time.time()) + 600}),
+    "with a number as sub": lambda: signed(claims(sub=7)),
+    "with a list as sub": lambda: signed(claims(sub=["alice"])),
+    "with null as sub": lambda: signed(claims(sub=None)),
+    "with an empty sub": lambda: signed(claims(sub="")),
+    "with a newline in its sub": lambda: signed(claims(sub="alice\n")),
+    "with a newline amid its sub": lambda: signed(claims(sub="a\nlice")),
+    "with a NUL in its sub": lambda: signed(claims(sub="alice\0")),
+    "with a space in its sub": lambda: signed(claims(sub="al ice")),
+    "with a letter beyond ASCII in its sub": lambda: signed(claims(sub="alicé")),
+    "with half of a surrogate pair in its sub": lambda: signed(claims(sub="\ud83d")),
+    "with a sub of 256 characters": lambda: signed(claims(sub="a" * 256)),
+    "with a word as exp": lambda: signed(claims(exp="tomorrow")),
+    "with an endless exp": lambda: signed(claims(exp=float("inf"))),
+    "with no number as exp": lambda: signed(claims(exp=float("nan"))),
+    "with a list as exp": lambda: signed(claims(exp=[1])),
+    "that is not valid yet": lambda: signed(claims(nbf=int(time.time()) + 600)),
+    "signed with another secret": lambda: signed(claims(), "another secret, which is long enough too"),
+    "signed with an empty secret": lambda: unsigned(claims(), "HS256"),
+    "signed with HS512": lambda: signed(claims(), algorithm="HS512"),
+    "signed with none": lambda: signed(claims(), None, "none"),
+    "signed with None": lambda: unsigned(claims(), "None"),
+    "cut off": lambda: signed(claims())[:-1],
+    "with a fourth part": lambda: signed(claims()) + ".e30",
+    "that is one word": lambda: "alice",
+    "that is beyond ASCII": lambda: "\xff\xfe",
+    "that is beyond ASCII, in UTF-8": lambda: "é".encode().decode("latin-1"),
+    "of three dots": lambda: "...",
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_nobody_writes_with_a_token(standing, case):
+    token = TOKENS[case]()
+    for method, target in [("DELETE", "/v1/posts/{post}"), ("POST", "/v1/posts")]:
+        answer = standing.refused(request(method, standing.filled(target), token, b"{}"), 401, "unauthorized")
+        assert answer.headers["www-authenticate"] == 'Bearer realm="imagegram", error="invalid_token"'
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Authorization:", "Authorization: Bearer", "Authorization: Basic YTpi"]
+)
+def test_nobody_writes_without_a_token(standing, header):
+    for method, target in [
+        ("POST", "/v1/posts"),
+        ("DELETE", "/v1/posts/{post}"),
+        ("POST", "/v1/posts/{post}/comments"),
+        ("DELETE", "/v1/posts/{post}/comments/{comment}"),
+    ]:
+        headers = [header] if header else []
+        answer = standing.refused(head(method, standing.filled(target), *headers), 401, "unauthorized")
+        assert answer.headers["www-authenticate"] == 'Bearer realm="imagegram"'
+
+
+# What is asked for
+
+ADDRESSES = [
+    ("DELETE", "/v1/posts/{post}", 403, "forbidden"),
+    ("DELETE", "/v1/posts/{post}/comments/{comment}", 403, "forbidden"),
+    ("DELETE", "/v1/posts/{nobody}", 404, "nopost"),
+    ("DELETE", "/v1/posts/{nobody}/comments/{comment}", 404, "nopost"),
+    ("DELETE", "/v1/posts/{post}/comments/1-0", 404, "nocomment"),
+    ("DELETE", "/v1/posts/{processing}/comments/{comment}", 404, "nocomment"),
+    ("GET", "/v1/posts/{nobody}", 404, "nopost"),
+    ("GET", "/v1/posts/{nobody}/comments", 404, "nopost"),
+    ("GET", "/v1/posts/{nobody}/comments/{comment}", 404, "nopost"),
+    ("GET", "/v1/posts/{post}/comments/1-0", 404, "nocomment"),
+    ("GET", "/v1/images/{nobody}.jpg", 404, "nopost"),
+    ("GET", "/v1/images/{post}", 404, "nowhere"),
+    ("GET", "/v1/images/originals/{post}.jpg", 404, "nowhere"),
+    ("GET", "/v1/images/../originals/{post}.jpg", 404, "nowhere"),
+    ("GET", "/v1/images/..%2foriginals%2f{post}.jpg", 404, "nopost"),
+    ("GET", "/", 404, "nowhere"),
+    ("GET", "/v1", 404, "nowhere"),
+    ("GET", "/v2/posts", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/likes", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/comments/{comment}/likes", 404, "nowhere"),
+    ("POST", "/v1/nothing", 404, "nowhere"),
+]
+
+
+@pytest.mark.parametrize("method, target, status, code", ADDRESSES)
+def test_what_is_not_there_or_not_theirs_is_refused(standing, method, target, status, code):
+    standing.refused(request(method, standing.filled(target), standing.token("bob")), status, code)
+
+
+METHODS = [
+    ("PUT", "/v1/posts", {"GET", "POST"}),
+    ("DELETE", "/v1/posts", {"GET", "POST"}),
+    ("PATCH", "/v1/posts/{post}", {"GET", "DELETE"}),
+    ("POST", "/v1/posts/{post}", {"GET", "DELETE"}),
+    ("PUT", "/v1/posts/{post}/comments", {"GET", "POST"}),
+    ("POST", "/v1/posts/{post}/comments/{comment}", {"GET", "DELETE"}),
+    ("DELETE", "/v1/images/{post}.jpg", {"GET", "HEAD"}),
+    ("BREW", "/v1/posts", {"GET", "POST"}),
+    ("POST", "/healthz", {"GET"}),
+]
+
+
+@pytest.mark.parametrize("method, target, allowed", METHODS)
+def test_a_method_that_an_address_does_not_take_is_refused_with_those_it_takes(
+    standing, method, target, allowed
+):
+    answer = standing.refused(
+        request(method, standing.filled(target), standing.token("alice")), 405, "method"
+    )
+    assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+IDS = [
+    "..",
+    "%2e%2e",
+    "..%2f..%2fetc%2fpasswd",
+    "%00",
+    "{post}%00",
+    "{{0}}",
+    "{{",
+    "*",
+    "{post}%0a",
+    "%0a{post}",
+]
+IDS += ["{post}%20", "{post}-0", "u{post}", "-0", "01JD4Q7ZK5W8Y3N6R2T9V0XABC", "%ff", "%F0%9F%98%80"]
+IDS += ["01JD4Q7ZK5W8Y3N6R2T9V0XABC-00", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-99999", "01JD4Q7ZK5W8Y3N6R2T9V0XABC--1"]
+IDS += ["01jd4q7zk5w8y3n6r2t9v0xabc-0", "A" * 7000, "%D9%A0"]
+
+
+@pytest.mark.parametrize("id", IDS, ids=lambda id: id[:40])
+def test_an_id_of_any_shape_is_a_post_that_is_not_there(standing, id):
+    id, token = standing.filled(id), standing.token("alice")
+    standing.refused(request("GET", f"/v1/posts/{id}"), 404, "nopost")
+    standing.refused(request("DELETE", f"/v1/posts/{id}", token), 404, "nopost")
+    standing.refused(request("GET", f"/v1/posts/{id}/comments"), 404, "nopost")
+    standing.refused(request("POST", f"/v1/posts/{id}/comments", token, b'{"text": "a"}'), 404, "nopost")
+    standing.refused(request("GET", f"/v1/images/{id}.jpg"), 404, "nopost")
+
+
+COMMENT_IDS = [
+    "..",
+    "%00",
+    "{comment}%00",
+    "{comment}%0a",
+    "{{0}}",
+    "*",
+    "+",
+    "-",
+    "$",
+    "0",
+    "0-0",
+    "{comment}-0",
+]
+COMMENT_IDS += [
+    "9" * 30 + "-0",
+    "1-" + "9" * 30,
+    "18446744073709551615-18446744073709551615",
+    "(1-0",
+    "1-00",
+    "%D9%A1-0",
+]
+
+
+@pytest.mark.parametrize("id", COMMENT_IDS)
+def test_an_id_of_any_shape_is_a_comment_that_is_not_there(standing, id):
+    target = standing.filled("/v1/posts/{post}/comments/" + id)
+    standing.refused(request("GET", target), 404, "nocomment")
+    standing.refused(request("DELETE", target, standing.token("alice")), 404, "nocomment")
+
+
+def test_a_post_that_is_not_ready_takes_no_comment(standing):
+    target = standing.filled("/v1/posts/{processing}/comments")
+    standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "notready")
+
+
+def test_an_address_beyond_ascii_is_a_bad_request(standing):
+    for target in ("/v1/posts/\xff", "/v1/posts?cursor=\xff\xfe", "/v1/posts/\xc3\xa9"):
+        standing.refused(head("GET", target), 400, "bad_request")
+
+
+def test_a_head_of_16_kib_is_too_large(standing):
+    standing.refused(head("GET", "/v1/posts/" + "A" * 16_384), 413, "toolarge")
+    standing.refused(head("GET", "/v1/posts", "X: " + "A" * 16_384), 413, "toolarge")
+
+
+# Pages
+
+LIMITS = [
+    "0",
+    "101",
+    "x",
+    "+5",
+    "-1",
+    "1.0",
+    "1e1",
+    "05",
+    "%205",
+    "5%20",
+    "0x5",
+    "9" * 5000,
+    "%D9%A5",
+    "%EF%BC%95",
+    "%ff",
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit[:10])
+def test_a_limit_is_a_whole_number_from_1_to_100(standing, limit):
+    standing.refused(request("GET", f"/v1/posts?limit={limit}"), 422, "invalid")
+    standing.refused(
+        request("GET", standing.filled("/v1/posts/{post}/comments") + f"?limit={limit}"), 422, "invalid"
+    )
+
+
+CURSORS = [
+    "x",
+    "!",
+    "%00",
+    "%ff",
+    "====",
+    "%D9%A5",
+    cursor("0"),
+    cursor("0:"),
+    cursor(f":{NOBODY}"),
+    cursor(f"-1:{NOBODY}"),
+]
+CURSORS += [
+    cursor(f"{count}:{NOBODY}")
+    for count in ("+1", "1.5", "01", "inf", "nan", "(1", " 1", "1e3", "٥", "9" * 17)
+]
+CURSORS += [
+    cursor(f"0:{id}")
+    for id in ("..", "{0}", "u" + NOBODY, NOBODY + "\n", NOBODY + ":1", NOBODY[:-2], "*", "[a")
+]
+CURSORS += [
+    cursor("1-1\n"),
+    cursor("1"),
+    cursor("1-"),
+    cursor("+"),
+    cursor("(1-1"),
+    cursor("1-1-1"),
+    "A" * 8000,
+]
+
+
+@pytest.mark.parametrize("cursor", CURSORS, ids=lambda cursor: cursor[:40])
+def test_a_forged_cursor_is_refused(standing, cursor):
+    standing.refused(request("GET", f"/v1/posts?cursor={cursor}"), 422, "invalid")
+    target = standing.filled("/v1/posts/{post}/comments")
+    standing.refused(request("GET", f"{target}?cursor={cursor}"), 422, "invalid")
+
+
+def test_a_cursor_of_one_list_is_none_of_another(standing):
+    standing.refused(request("GET", f"/v1/posts?cursor={cursor('1763971200000-0')}"), 422, "invalid")
+    target = standing.filled("/v1/posts/{post}/comments")
+    standing.refused(request("GET", f"{target}?cursor={cursor(f'0:{NOBODY}')}"), 422, "invalid")
+
+
+async def test_a_cursor_whose_post_moved_or_went_is_a_place_all_the_same(standing):
+    """Posts, by comments: a 2, b 1, c 1, d 0. The cursor stands behind b."""
+    db = connect(standing.server)
+    d, c, b, a = [await make_post(db, "alice") for _ in range(4)]
+    assert d < c < b < a
+    for post, count in ((a, 2), (b, 1), (c, 1)):
+        for _ in range(count):
+            await comments.add(db, "alice", post, "counts")
+    everyone = standing.server.client
+    token = standing.token("alice")
+    async with Line(standing.port, token) as line:
+        first = (await line.ask("GET", "/v1/posts?limit=3")).json()
+        shown = [item["id"] for item in first["items"]]
+        assert shown[:2] == [a, b] and everyone.zscore("feed:{0}", b) == 1
+        behind_b = (await line.ask("GET", "/v1/posts?limit=2")).json()["next"]
+
+        async def following() -> list[str]:
+            answer = await line.ask("GET", f"/v1/posts?limit=100&cursor={behind_b}")
+            assert answer.status == 200
+            return [item["id"] for item in answer.json()["items"]]
+
+        rest = [c, standing.post, d]
+        assert await following() == rest
+        for _ in range(3):
+            await comments.add(db, "alice", b, "moves up")
+        assert await following() == rest
+        for comment in (await comments.page(db, b, 100)).comments:
+            await comments.delete(db, "alice", b, comment.id)
+        assert await following() == [c, standing.post, b, d]
+        for post in (b, a, c, d):
+            assert (await line.ask("DELETE", f"/v1/posts/{post}")).status == 204
+            assert b not in await following()
+        assert await following() == [standing.post]
+    await db.close()

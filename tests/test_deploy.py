@@ -1,0 +1,39 @@
+"""What is deployed is what is tested: the same commands and only settings that exist."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from storage import settings
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
+CODE = "\n".join(path.read_text() for path in (ROOT / "storage").glob("*.py"))
+
+
+def test_compose_runs_what_make_run_runs():
+    for part in ("api", "worker"):
+        assert "exec " + " ".join(COMPOSE[part]["command"]) == PROCFILE[part]
+
+
+def test_redis_has_the_same_configuration_everywhere():
+    assert "./storage/redis.conf:/etc/redis.conf:ro" in COMPOSE["redis"]["volumes"]
+    assert COMPOSE["redis"]["command"][1] == "/etc/redis.conf"
+
+
+def test_only_settings_that_exist_are_set():
+    known = set(re.findall(r'(?:get|integer)\("([A-Z_]+)"', CODE))
+    assert len(known) >= len(fields(settings.Settings)) - 1
+    for text in ((ROOT / "docker-compose.yml").read_text(), (ROOT / "Dockerfile").read_text()):
+        assert set(re.findall(r"IMAGEGRAM_([A-Z_]+)", text)) <= known
+
+
+def test_every_service_that_runs_on_is_looked_after():
+    for name, service in COMPOSE.items():
+        if name != "bucket":
+            assert service["restart"] == "unless-stopped"
+            assert name == "api" or "healthcheck" in service  # the API's is the image's
+    assert "/healthz" in (ROOT / "Dockerfile").read_text()

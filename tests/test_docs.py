@@ -1,0 +1,84 @@
+"""The docs' commands, run as they stand."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, photograph, until
+from making import jpeg
+
+README = (ROOT / "README.md").read_text()
+KEYS = (ROOT / "docs" / "keys.md").read_text()
+
+
+def test_the_readme_makes_the_first_call(working_site, tmp_path):
+    """Its shell lines, in a folder with a photo.jpg, against the address of the site."""
+    (tmp_path / "photo.jpg").write_bytes(photograph())
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    for room in ("api", "storage", "lua"):
+        (tmp_path / room).symlink_to(ROOT / room)
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    upload, read = (block.replace("http://127.0.0.1:8000", working_site.url) for block in blocks)
+
+    def shell(script: str) -> str:
+        run = subprocess.run(
+            ["bash", "-euc", script], cwd=tmp_path, env=working_site.environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    # The two blocks are one session: the second one uses what the first one set.
+    setting = "\n".join(line for line in upload.splitlines() if not line.startswith("curl"))
+    assert '"status":"processing"' in shell(upload)
+    until(lambda: working_site.client().get("/v1/posts").json()["items"], what="the post")
+    said = shell(setting + "\n" + read)
+    assert '"text":"First!"' in said and '"comment_count":1' in said
+    assert (tmp_path / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
+
+
+@pytest.fixture
+def session(working_site, real_server):
+    """Runs redis-cli on a site with the three posts and comments that the page's session tells of."""
+    if not shutil.which("redis-cli"):
+        pytest.fail("redis-cli is needed: apt-get install redis-tools")
+    posts = []
+    with working_site.client("alice") as alice, working_site.client("bob") as bob:
+        for _ in range(2):
+            sent = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "Hello"})
+            posts.append(sent.json()["id"])
+        until(lambda: len(alice.get("/v1/posts").json()["items"]) == 2, what="both posts")
+        for person, text in ((alice, "Hm"), (alice, "First!"), (bob, "Where is that?")):
+            person.post(f"/v1/posts/{posts[0]}/comments", json={"text": text}).raise_for_status()
+        bob.post("/v1/posts/00000000000000000000000000-0/comments", json={"text": "?"})
+    until(lambda: not real_server.client.zcard("due:{0}"), what="all work")
+
+    def run(command: str) -> str:
+        given = re.sub(r"01[0-9A-HJKMNP-TV-Z]{24}-0", posts[0], command).split()
+        done = subprocess.run(
+            ["redis-cli", "--no-raw", "-s", real_server.socket, *given], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    return run
+
+
+def shape(reply: str) -> str:
+    """A reply without what differs from one session to another."""
+    reply = re.sub(r"01[0-9A-HJKMNP-TV-Z]{24}-0", "<post>", reply.replace("\r", ""))
+    reply = re.sub(r"\d{13}", "<ms>", reply)
+    reply = re.sub(r'"[A-Za-z0-9+/]{32}"', '"<thumbhash>"', reply)
+    return "\n".join(line.strip() for line in reply.strip().splitlines())
+
+
+def test_the_example_session_of_the_key_page_is_true(session):
+    blocks = re.findall(r"```\n(.*?)```", KEYS[KEYS.index("## An example session") :], re.DOTALL)
+    commands = [part for block in blocks for part in re.split(r"^> ", block, flags=re.MULTILINE) if part]
+    assert len(commands) >= 8
+    for part in commands:
+        command, _, printed = part.partition("\n")
+        if command.startswith("INFO"):
+            assert "errorstat_NOPOST:count=" in session(command)
+        else:
+            assert shape(session(command)) == shape(printed), command

@@ -1,0 +1,381 @@
+"""Every script decides before it writes: after a refusal, or an argument that is none, nothing has changed."""
+
+from typing import NamedTuple
+
+import pytest
+from conftest import connect
+from making import make_post, make_processing, make_upload
+from redis.exceptions import ResponseError
+from state import contents, unchanged
+
+from storage import comments, errors, keys, outbox, posts, scripts, uploads
+from storage.keys import Once
+from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+
+NOW = 1_763_971_200_000
+NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
+ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
+OTHER = ONCE._replace(digest="fedcba9876543210")
+
+
+@pytest.fixture
+async def db(server):
+    db = connect(server)
+    db.clock = NOW
+    yield db
+    await db.close()
+
+
+async def refused(server, db, error: type[errors.Refusal], work):
+    with unchanged(server.client), pytest.raises(error) as raised:
+        await work
+    assert raised.type is error and str(raised.value)
+
+
+async def append(db, upload: str, offset: int, size: int, name: str) -> int:
+    """As an Appender does once its chunk is durable."""
+    named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
+    return (await db.call("append_chunk", named, db.clock, upload, offset, size, name, DAY_MS, IMAGE_BYTES))[
+        0
+    ]
+
+
+async def leased(db, id: str) -> outbox.Due:
+    return next(due for due in await outbox.lease(db, 0, 10) if due.id == id)
+
+
+# Arguments
+
+
+class Captured(Exception):
+    """A write that was about to be sent."""
+
+
+class Recorder:
+    """Stands where storage's client stands, to learn what a storage function would send."""
+
+    def __init__(self, db: scripts.Redis):
+        self.db, self.clock = db, db.clock
+
+    async def call(self, name, *rest):
+        if scripts.SCRIPTS[name].reads:
+            return await self.db.call(name, *rest)
+        raise Captured(name, *rest)
+
+
+class Scene(NamedTuple):
+    ready: str
+    processing: str
+    comment: str
+    upload: str
+    leased: outbox.Due
+
+
+async def scene(db) -> Scene:
+    ready, processing = await make_post(db, "alice"), await make_processing(db, "alice")
+    comment, _ = await comments.add(db, "bob", ready, "first")
+    upload = await make_upload(db, "alice")
+    due = await leased(db, processing)
+    await make_processing(db, "alice")  # is due and not leased
+    return Scene(ready, processing, comment.id, upload, due)
+
+
+class Empty:
+    """A store without objects, for the way to the first write."""
+
+    async def delete(self, names):
+        assert not list(names)
+
+
+EMPTY = Empty()
+
+
+async def drop(db, at: Scene):
+    await uploads.discard(db, EMPTY, "alice", at.upload, tell=DAY_MS)
+
+
+async def settle(db, at: Scene):
+    await outbox._settle(db, at.leased, NOW + 5)
+
+
+async def chunk(db, at: Scene):
+    await append(db, at.upload, 10, 5, "10-name")
+
+
+WRITES = {
+    "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
+    "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
+    "delete_post": lambda db, at: posts.delete(db, EMPTY, "alice", at.processing),
+    "create_upload": lambda db, at: uploads.create(db, "alice", 1, 1000, "filename YQ==", ONCE),
+    "append_chunk": chunk,
+    "create_post": lambda db, at: posts.create(db, "alice", at.upload, "caption", ONCE),
+    "drop_upload": drop,
+    "forget_chunks": lambda db, at: uploads.erase_chunks(db, EMPTY, at.upload, []),
+    "lease_due": lambda db, at: outbox.lease(db, 0, 10),
+    "settle_due": settle,
+    "start_image": lambda db, at: outbox.start_image(db, at.processing, at.leased.lease),
+    "publish_post": lambda db, at: outbox.publish(db, at.processing, "thumbhash"),
+    "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),
+}
+
+
+def test_every_script_that_writes_is_called_here():
+    assert set(WRITES) == {name for name, script in scripts.SCRIPTS.items() if not script.reads}
+
+
+@pytest.mark.parametrize("name", WRITES)
+async def test_an_argument_that_is_none_changes_nothing(server, db, name):
+    """Each argument and key in turn is missing with all behind it, or is no number where a number is wanted."""
+    at = await scene(db)
+    with pytest.raises(Captured) as captured:
+        await WRITES[name](Recorder(db), at)
+    sent, named, *args = captured.value.args
+    assert sent == name
+    wrong = [args[:short] for short in range(len(args))] + [[*args, ""]]
+    for place, value in enumerate(args):
+        if type(value) is int and args[0] == NOW and place > 0:
+            wrong += [[*args[:place], nonsense, *args[place + 1 :]] for nonsense in ("x", "1 2", "-")]
+    before = contents(server.client)
+    for bad in wrong:
+        try:
+            answer = await db.call(name, named, *bad)
+        except (ResponseError, errors.Refusal) as error:
+            answer = error
+        assert contents(server.client) == before, f"{bad} was answered {answer}, and changed something"
+    for few in range(sum(not key.startswith("once:") for key in named)):
+        with unchanged(server.client), pytest.raises(ResponseError):
+            await db.call(name, named[:few], *args)
+    await db.call(name, named, *args)
+    assert contents(server.client) != before
+
+
+async def test_no_upload_is_shorter_than_nothing_and_no_chunk_goes_back(server, db):
+    upload, _ = await uploads.create(db, "alice", 1, 100)
+    await append(db, upload, 0, 40, "0-a")
+    for work in (
+        append(db, upload, 40, 0, "n"),
+        append(db, upload, 40, -5, "n"),
+        uploads.create(db, "alice", 1, -1),
+    ):
+        with unchanged(server.client), pytest.raises(ResponseError):
+            await work
+
+
+# Comments
+
+
+async def test_a_comment_is_refused_where_there_is_no_ready_post(server, db, store):
+    processing = await make_processing(db, "alice")
+    failed = await make_processing(db, "alice")
+    await outbox.fail(db, failed, 0, "damaged", "it is damaged")
+    await refused(server, db, errors.NotReady, comments.add(db, "bob", processing, "a"))
+    await refused(server, db, errors.NotReady, comments.add(db, "bob", failed, "a"))
+    await refused(server, db, errors.NoPost, comments.add(db, "bob", NOBODY, "a"))
+    await refused(server, db, errors.NoPost, comments.add(db, "bob", "u" + NOBODY, "a"))
+    deleted = await make_post(db, "alice")
+    await posts.delete(db, store, "alice", deleted)
+    await refused(server, db, errors.NoPost, comments.add(db, "bob", deleted, "a"))
+
+
+async def test_a_comment_is_deleted_by_its_author_once(server, db):
+    post = await make_post(db, "alice")
+    comment = (await comments.add(db, "bob", post, "a"))[0].id
+    await refused(server, db, errors.Forbidden, comments.delete(db, "alice", post, comment))
+    await refused(server, db, errors.NoComment, comments.delete(db, "bob", post, "1-0"))
+    await refused(server, db, errors.NoPost, comments.delete(db, "bob", NOBODY, comment))
+    await comments.delete(db, "bob", post, comment)
+    await refused(server, db, errors.NoComment, comments.delete(db, "bob", post, comment))
+    await refused(server, db, errors.NoComment, comments.read(db, post, comment))
+
+
+async def test_comments_of_one_moment_and_of_a_clock_that_goes_back_keep_their_order(server, db):
+    post, made = await make_post(db, "alice"), []
+    for clock in (NOW, NOW, NOW - 5000, NOW, NOW + 1, NOW - 1):
+        db.clock = clock
+        made.append((await comments.add(db, "bob", post, str(len(made))))[0].id)
+    await comments.delete(db, "bob", post, made[-1])
+    db.clock = NOW
+    made[-1:] = [(await comments.add(db, "bob", post, "after a deletion"))[0].id]
+    assert len(set(made)) == len(made)
+    assert [comment.id for comment in (await comments.page(db, post, 100)).comments] == made[::-1]
+    for comment in made:
+        await comments.delete(db, "bob", post, comment)
+    db.clock = NOW - 9000
+    assert (await comments.add(db, "bob", post, "the stream was empty"))[0].id not in made
+
+
+async def test_what_can_be_read_of_nothing(server, db):
+    await refused(server, db, errors.NoPost, posts.read(db, NOBODY))
+    await refused(server, db, errors.NoPost, comments.page(db, NOBODY, 1))
+    await refused(server, db, errors.NoPost, comments.read(db, NOBODY, "1-0"))
+    await refused(server, db, errors.NoUpload, uploads.read(db, "alice", "u" + NOBODY))
+    assert (await posts.feed(db, 3, 10)).posts == []
+
+
+async def test_one_key_is_one_effect_for_a_day_whatever_came_of_it(server, db):
+    post = await make_post(db, "alice")
+    first, repeated = await comments.add(db, "bob", post, "a", ONCE)
+    assert not repeated
+    with unchanged(server.client):
+        assert await comments.add(db, "bob", post, "a", ONCE) == (first, True)
+    await refused(server, db, errors.Reused, comments.add(db, "bob", post, "b", OTHER))
+    assert not (await comments.add(db, "carol", post, "a", ONCE))[1]
+    await comments.delete(db, "bob", post, first.id)
+    with unchanged(server.client):
+        assert (await comments.add(db, "bob", post, "a", ONCE))[0].id == first.id
+    once = keys.once(0, "bob", ONCE.request)
+    assert DAY_MS - 60_000 < server.client.pttl(once) <= DAY_MS
+
+    upload, repeated = await uploads.create(db, "alice", 1, 10, "", ONCE)
+    assert not repeated
+    with unchanged(server.client):
+        assert await uploads.create(db, "alice", 1, 10, "", ONCE) == (upload, True)
+    await refused(server, db, errors.Reused, uploads.create(db, "alice", 1, 11, "", OTHER))
+    await append(db, upload, 0, 10, "0-a")
+    made, how = await posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "-"))
+    assert how == posts.MADE
+    with unchanged(server.client):
+        assert await posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "-")) == (
+            made,
+            posts.REPLAYED,
+        )
+        assert await posts.create(db, "alice", upload, "another caption") == (made, posts.KNOWN)
+    await refused(
+        server, db, errors.Reused, posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "x"))
+    )
+
+
+async def test_a_refused_request_does_not_use_up_its_key(server, db):
+    post = await make_processing(db, "alice")
+    await refused(server, db, errors.NotReady, comments.add(db, "bob", post, "a", ONCE))
+    await outbox.publish(db, post, "thumbhash")
+    assert not (await comments.add(db, "bob", post, "a", ONCE))[1]
+
+
+# Uploads
+
+
+async def test_an_uploads_offset_moves_by_compare_and_set(server, db):
+    upload, _ = await uploads.create(db, "alice", 1, 100)
+    assert await append(db, upload, 0, 40, "0-a") == 40
+    with unchanged(server.client):
+        assert await append(db, upload, 0, 40, "0-a") == 40  # asked twice
+    await refused(server, db, errors.Offset, append(db, upload, 0, 40, "0-b"))
+    await refused(server, db, errors.Offset, append(db, upload, 41, 10, "41-a"))
+    await refused(server, db, errors.TooLarge, append(db, upload, 40, 61, "40-a"))
+    assert await append(db, upload, 40, 60, "40-b") == 100
+    await refused(server, db, errors.TooLarge, append(db, upload, 100, 1, "100-a"))
+    await refused(server, db, errors.NoUpload, append(db, "u" + NOBODY, 0, 1, "0-a"))
+    assert (await uploads.look(db, upload)).chunks == ["0-a", "40-b"]
+    await posts.create(db, "alice", upload, "")
+    await refused(server, db, errors.NoUpload, append(db, upload, 100, 1, "100-a"))
+    await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
+
+
+async def test_an_upload_is_its_owners_alone(server, db):
+    upload = await make_upload(db, "alice")
+    await refused(server, db, errors.NoUpload, uploads.read(db, "bob", upload))
+    await refused(server, db, errors.NoUpload, posts.create(db, "bob", upload, ""))
+    await refused(server, db, errors.NoUpload, posts.create(db, "alice", "u" + NOBODY, ""))
+    await refused(server, db, errors.NoUpload, posts.create(db, "alice", NOBODY, ""))
+
+
+async def test_only_a_whole_upload_becomes_a_post(server, db):
+    upload, _ = await uploads.create(db, "alice", 1, 100)
+    await refused(server, db, errors.Incomplete, posts.create(db, "alice", upload, ""))
+    await append(db, upload, 0, 99, "0-a")
+    await refused(server, db, errors.Incomplete, posts.create(db, "alice", upload, ""))
+    empty, _ = await uploads.create(db, "alice", 1, 0)
+    await refused(server, db, errors.Empty, posts.create(db, "alice", empty, ""))
+    form, _ = await uploads.create(db, "alice", 1)
+    await refused(server, db, errors.Empty, posts.create(db, "alice", form, ""))
+    await append(db, upload, 99, 1, "99-a")
+    assert (await posts.create(db, "alice", upload, ""))[1] == posts.MADE
+
+
+async def test_a_user_has_a_quota_of_uploads_and_of_bytes(server, db, store):
+    await refused(server, db, errors.TooLarge, uploads.create(db, "alice", 1, IMAGE_BYTES + 1))
+    small = [(await uploads.create(db, "alice", 1, 1))[0] for _ in range(OPEN_UPLOADS)]
+    await refused(server, db, errors.Quota, uploads.create(db, "alice", 1, 1))
+    await refused(server, db, errors.Quota, uploads.create(db, "alice", 1))
+    await uploads.discard(db, store, "alice", small.pop())
+    await uploads.create(db, "bob", 1, 1)
+    await uploads.create(db, "alice", 1, 1)
+    many = RESERVED_BYTES // IMAGE_BYTES
+    for _ in range(min(many, OPEN_UPLOADS)):
+        await uploads.create(db, "carol", 1)
+    if many < OPEN_UPLOADS:
+        await refused(server, db, errors.Quota, uploads.create(db, "carol", 1))
+    assert sum(map(int, server.client.hvals(keys.uploads(0, "carol")))) <= RESERVED_BYTES
+
+
+async def test_a_finished_upload_gives_its_room_back(server, db):
+    for _ in range(OPEN_UPLOADS + 2):
+        await make_processing(db, "alice")
+    assert not server.client.exists(keys.uploads(0, "alice"))
+
+
+async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_day(server, db, store):
+    upload, _ = await uploads.create(db, "alice", 1, 100)
+    image = uploads.Appender(db, store, upload, 0, 100)
+    await image.write(b"BM" + bytes(48))
+    await image.commit()
+    db.clock += DAY_MS - 1
+    assert await outbox.lease(db, 0, 10) == []
+    await image.write(bytes(10))
+    await image.commit()
+    db.clock += DAY_MS - 1
+    assert await outbox.lease(db, 0, 10) == []
+    assert (await uploads.read(db, "alice", upload)).offset == 60
+    db.clock += 1
+    await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
+    await refused(server, db, errors.Expired, append(db, upload, 60, 1, "60-a"))
+    await refused(server, db, errors.Expired, posts.create(db, "alice", upload, ""))
+    due = await leased(db, upload)
+    assert due.kind == "upload"
+    assert [entry.name async for entry in store.list("")]
+    await outbox.end_upload(db, store, due)
+    assert [entry.name async for entry in store.list("")] == []
+    await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
+    await refused(server, db, errors.NoUpload, append(db, upload, 60, 1, "60-a"))
+    assert 0 < server.client.pttl(keys.upload(upload)) <= DAY_MS
+    assert list(contents(server.client)) == [keys.upload(upload)]
+    with unchanged(server.client):
+        assert await outbox.lease(db, 0, 10) == []
+
+
+async def test_a_dropped_upload_leaves_nothing(server, db, store):
+    upload, _ = await uploads.create(db, "alice", 1)
+    image = uploads.Appender(db, store, upload)
+    await image.write(b"BM" + bytes(3 * MIB))
+    await image.commit()
+    await uploads.discard(db, store, "alice", upload)
+    assert contents(server.client) == {}
+    assert [entry.name async for entry in store.list("")] == []
+    await refused(server, db, errors.NoUpload, uploads.discard(db, store, "alice", upload))
+    await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
+
+
+async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_the_outbox(server, db, store):
+    upload, _ = await uploads.create(db, "alice", 1)
+    image = uploads.Appender(db, store, upload)
+    await image.write(b"BM" + bytes(100))
+    await image.commit()
+    with pytest.raises(ConnectionError):
+        await uploads.discard(db, Unplugged(), "alice", upload)
+    assert await outbox.lease(db, 0, 10) == []
+    db.clock += uploads.GRACE_MS
+    await outbox.end_upload(db, store, await leased(db, upload))
+    assert contents(server.client) == {}
+    assert [entry.name async for entry in store.list("")] == []
+
+
+class Unplugged:
+    async def delete(self, names):
+        raise ConnectionError
+
+
+async def test_a_post_keeps_its_upload(server, db):
+    post = await make_processing(db, "alice")
+    upload = server.client.hget(keys.post(post), "upload")
+    await refused(server, db, errors.NoUpload, uploads.discard(db, EMPTY, "alice", upload))

@@ -1,0 +1,275 @@
+"""The outbox: leases that come back, attempts that are counted, and what deleted posts leave."""
+
+import asyncio
+
+import pytest
+from conftest import connect
+from making import jpeg, make_post, make_processing
+from state import contents, unchanged
+
+from storage import comments, errors, keys, outbox, posts, uploads
+from storage.outbox import ATTEMPTS, LEASE_MS
+from storage.settings import DAY_MS
+
+NOW = 1_763_971_200_000
+NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
+
+
+@pytest.fixture
+async def db(server):
+    db = connect(server)
+    db.clock = NOW
+    yield db
+    await db.close()
+
+
+async def leased(db, id: str) -> outbox.Due:
+    return next(due for due in await outbox.lease(db, 0, 10) if due.id == id)
+
+
+async def refused(server, db, error, work):
+    with unchanged(server.client), pytest.raises(error) as raised:
+        await work
+    assert raised.type is error and str(raised.value)
+
+
+async def names(store) -> list[str]:
+    return [entry.name async for entry in store.list("")]
+
+
+async def stored_post(db, store) -> tuple[str, str]:
+    """A processing post of two real chunks, and its upload."""
+    async with uploads.receiving(db, store, "alice", 1) as image:
+        await image.write(b"BM" + bytes(100))
+        await image.commit()
+        await image.write(bytes(100))
+        await image.finish()
+    post, _ = await posts.create(db, "alice", image.upload, "")
+    return post, image.upload
+
+
+async def make_image(db, store, due: outbox.Due) -> None:
+    """What the job does, without the picture."""
+    attempt, upload = await outbox.start_image(db, due.id, due.lease)
+    whole = b"".join(
+        [await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks]
+    )
+    await store.put(keys.original(due.id), whole)
+    await posts.put_image(store, due.id, jpeg())
+    await outbox.publish(db, due.id, "thumbhash")
+
+
+async def test_a_post_is_leased_once_and_again_when_its_lease_has_run_out(server, db):
+    post = await make_processing(db, "alice")
+    first = await leased(db, post)
+    assert (first.kind, first.lease, first.revision) == ("image", NOW + LEASE_MS, 0)
+    with unchanged(server.client):
+        assert await outbox.lease(db, 0, 10) == []
+        db.clock += LEASE_MS - 1
+        assert await outbox.lease(db, 0, 10) == []
+    db.clock += 1
+    second = await leased(db, post)
+    assert second.lease == first.lease + LEASE_MS
+    await refused(server, db, errors.Stale, outbox.start_image(db, post, first.lease))
+    db.clock += 1
+    assert (await outbox.start_image(db, post, second.lease))[0] == 1
+    await refused(server, db, errors.Stale, outbox.start_image(db, post, second.lease))
+
+
+async def test_no_more_is_leased_than_there_is_room_for(server, db):
+    made = sorted([await make_processing(db, f"user{n}") for n in range(5)])
+    with unchanged(server.client):
+        assert await outbox.lease(db, 0, 0) == []
+    found = []
+    for room in (2, 2, 2):
+        found.append([due.id for due in await outbox.lease(db, 0, room)])
+    assert [len(ids) for ids in found] == [2, 2, 1]
+    assert sorted(sum(found, [])) == made
+
+
+async def test_work_that_needs_no_room_is_leased_without_any(server, db, store):
+    await make_processing(db, "alice")
+    deleted = await make_post(db, "alice")
+    await posts.delete(db, store, "alice", deleted)
+    assert {due.kind for due in await outbox.lease(db, 0, 0)} == {"erase", "upload"}
+
+
+async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_failed(server, db):
+    post = await make_processing(db, "alice")
+    spans = []
+    for attempt in range(1, ATTEMPTS + 1):
+        due = await leased(db, post)
+        assert (await outbox.start_image(db, post, due.lease))[0] == attempt
+        until = int(server.client.zscore(keys.due(0), post))
+        spans.append((until - db.clock) // LEASE_MS)
+        db.clock = until
+    assert spans == [2**n for n in range(ATTEMPTS)]
+    due = await leased(db, post)
+    assert (await outbox.start_image(db, post, due.lease))[0] == 0
+    row = await posts.read(db, post)
+    assert (row.status, row.code) == ("failed", "exhausted") and row.detail
+    assert server.client.zscore(keys.due(0), post) is None
+    await refused(server, db, errors.Stale, outbox.start_image(db, post, due.lease))
+    await refused(server, db, errors.Stale, outbox.publish(db, post, "too late"))
+    await refused(server, db, errors.NotReady, comments.add(db, "bob", post, "a"))
+    assert (await posts.feed(db, 1, 10)).posts == []
+
+
+async def test_work_that_only_waited_is_no_attempt(server, db):
+    post = await make_processing(db, "alice")
+    for _ in range(ATTEMPTS * 3):
+        due = await leased(db, post)
+        db.clock = due.lease
+    due = await leased(db, post)
+    assert (await outbox.start_image(db, post, due.lease))[0] == 1
+
+
+async def test_only_the_current_attempt_fails_a_post(server, db):
+    post = await make_processing(db, "alice")
+    due = await leased(db, post)
+    await outbox.start_image(db, post, due.lease)
+    db.clock += LEASE_MS
+    due = await leased(db, post)
+    assert (await outbox.start_image(db, post, due.lease))[0] == 2
+    await refused(server, db, errors.Stale, outbox.fail(db, post, 1, "damaged", "late"))
+    await refused(server, db, errors.Stale, outbox.fail(db, post, 3, "damaged", "early"))
+    await refused(server, db, errors.NoPost, outbox.fail(db, NOBODY, 1, "damaged", "never"))
+    await outbox.fail(db, post, 2, "damaged", "the image is cut off")
+    assert ((row := await posts.read(db, post)).status, row.code, row.detail) == (
+        "failed",
+        "damaged",
+        "the image is cut off",
+    )
+    await refused(server, db, errors.Stale, outbox.fail(db, post, 2, "damaged", "again"))
+    assert server.client.zscore(keys.due(0), post) is None
+
+
+async def test_any_attempt_publishes_a_post(server, db):
+    post = await make_processing(db, "alice")
+    for _ in range(3):
+        due = await leased(db, post)
+        await outbox.start_image(db, post, due.lease)
+        db.clock = int(server.client.zscore(keys.due(0), post))
+    await outbox.publish(db, post, "of the first attempt")
+    assert (await posts.read(db, post)).status == "ready"
+    assert [row.id for row in (await posts.feed(db, 1, 10)).posts] == [post]
+    with unchanged(server.client):
+        await outbox.publish(db, post, "of the third attempt")
+    await refused(server, db, errors.Stale, outbox.fail(db, post, 3, "damaged", "late"))
+    await refused(server, db, errors.NoPost, outbox.publish(db, NOBODY, "never"))
+    assert (await posts.read(db, post)).thumbhash == "of the first attempt"
+
+
+async def test_a_post_deleted_while_its_image_is_made_stays_deleted_and_leaves_nothing(server, db, store):
+    post, upload = await stored_post(db, store)
+    due = await leased(db, post)
+    await outbox.start_image(db, post, due.lease)
+    await posts.delete(db, store, "alice", post)
+    await refused(server, db, errors.NoPost, outbox.publish(db, post, "late"))
+    await refused(server, db, errors.NoPost, outbox.fail(db, post, 1, "damaged", "late"))
+    await refused(server, db, errors.NoPost, outbox.start_image(db, post, due.lease))
+    await refused(server, db, errors.NoPost, posts.read(db, post))
+    # The job joined and put all the same.
+    await store.put(keys.original(post), b"BM" + bytes(200))
+    await posts.put_image(store, post, jpeg())
+    await work_off(db, store)
+    assert keys.image(post) not in await names(store)
+    db.clock += DAY_MS + LEASE_MS
+    await work_off(db, store)
+    assert await names(store) == []
+    assert not server.client.exists(keys.due(0))
+
+
+async def work_off(db, store) -> None:
+    """What the dispatcher does at this moment."""
+    for due in await outbox.lease(db, 0, 0):
+        if due.kind == "upload":
+            await outbox.end_upload(db, store, due)
+        else:
+            await outbox.erase(db, store, due)
+
+
+async def test_a_ready_post_has_its_original_and_image_and_no_chunk(server, db, store):
+    post, upload = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await work_off(db, store)
+    assert await names(store) == [keys.image(post), keys.original(post)]
+    assert (await posts.create(db, "alice", upload, ""))[0] == post
+    assert 0 < server.client.pttl(keys.upload(upload)) <= DAY_MS
+    assert not server.client.exists(keys.due(0))
+
+
+async def test_chunks_stay_as_long_as_no_original_is_seen(server, db, store):
+    """The outbox looks at an upload whose post is ready; its original is missing, as after a restore."""
+    post, upload = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    original = await store.get(keys.original(post))
+    await store.delete([keys.original(post)])
+    await work_off(db, store)
+    chunks = [name for name in await names(store) if name.startswith("chunks/")]
+    assert (
+        b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks])
+        == original
+    )
+    assert len(chunks) == 2
+
+
+async def test_a_deleted_posts_image_goes_at_once_and_its_original_after_a_day(server, db, store):
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await work_off(db, store)
+    await comments.add(db, "bob", post, "a")
+    db.clock += 7
+    await posts.delete(db, store, "alice", post)
+    assert await names(store) == [keys.original(post)]
+    await work_off(db, store)
+    db.clock += DAY_MS - 1
+    await work_off(db, store)
+    assert await names(store) == [keys.original(post)]
+    db.clock += LEASE_MS + 1
+    await work_off(db, store)
+    assert await names(store) == []
+    assert not server.client.exists(keys.due(0))
+    assert {key.split(":")[0] for key in contents(server.client)} <= {"gone", "upload"}
+
+
+async def test_a_failed_posts_bytes_stay_until_it_is_deleted_and_for_a_day(server, db, store):
+    post, upload = await stored_post(db, store)
+    due = await leased(db, post)
+    attempt, _ = await outbox.start_image(db, post, due.lease)
+    await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    before = await names(store)
+    for _ in range(3):
+        await work_off(db, store)
+        db.clock += 10 * DAY_MS
+    assert await names(store) == before and len(before) == 2
+    await posts.delete(db, store, "alice", post)
+    db.clock += DAY_MS - 1
+    await work_off(db, store)
+    assert await names(store) == before
+    for _ in range(2):
+        db.clock += LEASE_MS + 1
+        await work_off(db, store)
+    assert await names(store) == []
+    assert not server.client.exists(keys.due(0))
+
+
+async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await work_off(db, store)
+    await posts.delete(db, store, "alice", post)
+    stale = await leased(db, post)
+    db.clock += LEASE_MS
+    current = await leased(db, post)
+    with unchanged(server.client):
+        await outbox.erase(db, store, stale)
+    await outbox.erase(db, store, current)
+    assert int(server.client.zscore(keys.due(0), post)) > db.clock
+
+
+async def test_dispatchers_that_lease_at_the_same_time_share_the_work(server, db):
+    made = {await make_processing(db, f"user{n}") for n in range(40)}
+    answers = await asyncio.gather(*(outbox.lease(db, 0, 3) for _ in range(20)))
+    found = [due.id for answer in answers for due in answer]
+    assert len(found) == len(set(found)) == len(made) and set(found) == made

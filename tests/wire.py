@@ -1,0 +1,104 @@
+"""HTTP over bare sockets: what no polite client sends, and requests as fast as a test can send them."""
+
+import asyncio
+import http.client
+import json
+import select
+import socket
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]  # names in small letters
+    body: bytes
+
+    def json(self):
+        return json.loads(self.body)
+
+
+def head(method: str, target: str, *headers: str) -> bytes:
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode("latin-1")
+
+
+def form(*parts: tuple[str, str | None, bytes], boundary: str = "frontier", end: bool = True) -> bytes:
+    """A multipart/form-data body of (field, file name or None, bytes)."""
+    body = b""
+    for field, name, data in parts:
+        file = f'; filename="{name}"\r\nContent-Type: application/octet-stream' if name else ""
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{file}\r\n\r\n'.encode()
+        body += data + b"\r\n"
+    return body + (f"--{boundary}--\r\n".encode() if end else b"")
+
+
+FORM = "Content-Type: multipart/form-data; boundary=frontier"
+
+
+def dial(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def hear(line: socket.socket) -> Answer:
+    """The answer to a request that was sent; a 100 is passed over."""
+    response = http.client.HTTPResponse(line)
+    response.begin()
+    return Answer(
+        response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+    )
+
+
+def exchange(port: int, data: bytes) -> Answer:
+    with dial(port) as line:
+        line.sendall(data)
+        return hear(line)
+
+
+def pour(port: int, pieces: Iterable[bytes]) -> tuple[Answer, int]:
+    """Send until an answer comes, as a client does that listens while it sends. The answer, and the bytes sent."""
+    sent = 0
+    with dial(port) as line:
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                readable, writable, _ = select.select([line], [line], [], 30)
+                if readable or not writable:
+                    return hear(line), sent
+                count = line.send(view)
+                sent, view = sent + count, view[count:]
+        return hear(line), sent
+
+
+def reset(line: socket.socket) -> None:
+    """Close with an RST, as a dying network does it, not with a FIN."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    line.close()
+
+
+class Line:
+    """A connection that is kept, for asyncio: one request after the other, some thousands a second."""
+
+    def __init__(self, port: int, token: str | None = None):
+        self._port = port
+        self._headers = [f"Authorization: Bearer {token}"] if token else []
+        self._reader = self._writer = None
+
+    async def __aenter__(self):
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(self, *error):
+        self._writer.close()
+
+    async def ask(self, method: str, target: str, body: object = None) -> Answer:
+        headers, data = list(self._headers), b""
+        if body is not None:
+            data = json.dumps(body).encode()
+            headers += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+        self._writer.write(head(method, target, *headers) + data)
+        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        fields = (line.partition(": ") for line in lines[1:-2])
+        found = {name.lower(): value for name, _, value in fields}
+        content = await self._reader.readexactly(int(found.get("content-length", 0)))
+        return Answer(int(lines[0].split()[1]), found, content)

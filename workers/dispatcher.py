@@ -1,0 +1,67 @@
+"""Hands out what is due: image work as hints to RQ, erasing at once.
+
+The queue may lose everything: what was leased and not settled is leased again. Nothing is handed out beyond the
+queue's room, so that no hint outlives its lease in a long queue.
+"""
+
+import asyncio
+import logging
+
+import redis
+from rq import Queue, Worker
+from rq.serializers import JSONSerializer
+
+from storage import objects, outbox
+from storage.errors import Unknown, Unreachable
+from storage.scripts import Redis
+
+QUEUE = "images"
+JOB = "workers.jobs.make_image"
+TIMEOUT = 60  # seconds of wall clock for one attempt
+ROOM = 2  # jobs a worker: one under way, one at hand
+PAUSE = 0.1  # seconds between two looks: what a post may wait longer than it must
+PAUSE_AWAY = 1.0  # seconds, while Redis or the store is away
+
+log = logging.getLogger("dispatcher")
+
+
+def queue(url: str) -> Queue:
+    """RQ's queue. Jobs are JSON: with RQ's default, pickle, whoever can write to Redis could run code here."""
+    connection = redis.Redis.from_url(url, socket_timeout=5)
+    return Queue(QUEUE, connection=connection, serializer=JSONSerializer, default_timeout=TIMEOUT)
+
+
+def room(hints: Queue) -> int:
+    """How many more jobs the queue may take."""
+    return max(0, ROOM * Worker.count(queue=hints) - len(hints))
+
+
+def hint(hints: Queue, post: str, lease: int) -> None:
+    """Results are not kept, and a failed job only for an hour's look: the outbox knows what is to be done."""
+    hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
+
+
+async def dispatch(db: Redis, store: objects.Folder | objects.S3, hints: Queue, partitions: int) -> None:
+    """Hand out what is due, until cancelled."""
+    away = None
+    while True:
+        try:
+            for partition in range(partitions):
+                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints)):
+                    await hand_out(db, store, hints, due)
+            away = None
+        except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:
+            if away is None:  # said once, not ten times a second
+                log.warning("waits: %s", error)
+            away = error
+        await asyncio.sleep(PAUSE_AWAY if away else PAUSE)
+
+
+async def hand_out(db: Redis, store: objects.Folder | objects.S3, hints: Queue, due: outbox.Due) -> None:
+    match due.kind:
+        case "image":
+            await asyncio.to_thread(hint, hints, due.id, due.lease)
+        case "upload":
+            await outbox.end_upload(db, store, due)
+        case "erase":
+            await outbox.erase(db, store, due)

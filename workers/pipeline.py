@@ -1,0 +1,301 @@
+"""From a file as it came to the picture that is shown: one list of steps.
+
+Knows no Redis, no store and no HTTP, and bounds neither its memory nor its time: see sandbox.py.
+
+The picture is shrunk before its colours are converted and its alpha is laid on white, although the other order reads
+better: the costly steps then see 600x600 pixels instead of millions. Shrinking is done on premultiplied alpha, where
+both orders come to the same. It is done on the values as encoded, not in linear light, as browsers and libvips do.
+"""
+
+import io
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from math import ceil, floor
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from workers.thumbhash import thumbhash
+
+SIDE = 600  # pixels of the picture's sides
+GAP = 2  # shrinking by whole numbers stops here times SIDE; LANCZOS does the rest, and 2 leaves no trace of the first
+STRIP = 256  # rows of a shrunk strip: only one strip is ever held at full size beside the decoded image
+PROFILE = (
+    1024 * 1024
+)  # bytes; the largest profiles of printers come near, cameras' and screens' have kilobytes
+# Pillow bounds what text and profiles of a PNG inflate to, and refuses the file beyond. Room for large profiles, which
+# are ignored, and for the work flows that drawing programs keep in text.
+PngImagePlugin.MAX_TEXT_CHUNK = 4 * 1024 * 1024
+PngImagePlugin.MAX_TEXT_MEMORY = 16 * 1024 * 1024
+Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; `_check_size` is exact
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": open() and save() now load no other
+
+
+class Jpeg(JpegImageFile):
+    """The first picture of a JPEG file. Pillow's factory would load the plugin for MPO, which has several."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
+
+
+DECODERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": Jpeg, b"BM": BmpImageFile}
+
+# What Pillow raises on bad data. Not MemoryError, and not an OSError that has an errno: those may pass.
+BAD_DATA = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+
+class Unusable(Exception):
+    """A fault that trying again does not mend. `code` is for programs, `detail` for people."""
+
+    def __init__(self, code: str, detail: str):
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Picture:
+    jpeg: bytes  # 600x600, sRGB
+    thumbhash: bytes  # 24 of them
+    width: int  # of the original, in pixels, as its header says: before it is turned upright
+    height: int
+    format: str  # of the original: PNG, JPEG or BMP
+
+
+def convert(path: Path, megapixels: int, side: int) -> Picture:
+    """The picture of the file at `path`, which may have so many million pixels and so many pixels a side.
+
+    Raises Unusable with wrong_format, too_many_pixels, too_many_scans, truncated or undecodable.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        _check_size(width, height, megapixels, side)
+        _check_whole(path, image)
+        _decode(image)
+        turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
+        picture = _cover(image)
+    picture = _upright(picture, turn)
+    picture = _to_srgb(picture, profile)
+    picture = _on_white(picture)
+    return Picture(_jpeg(picture), thumbhash(picture), width, height, image.format)
+
+
+def require_colour_management() -> None:
+    """Raise SystemExit where Pillow was built without liblcms2, as its source distribution silently may be."""
+    if not features.check("littlecms2"):
+        raise SystemExit(
+            "Pillow was built without liblcms2: colours of Display P3, Adobe RGB and CMYK would be wrong"
+        )
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> ImageFile.ImageFile:
+    """The image with its header read, and no pixel decoded."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    for magic, decoder in DECODERS.items():
+        if head.startswith(magic):
+            return _permanent(decoder, path)
+    raise Unusable("wrong_format", "not a PNG, JPEG or BMP")
+
+
+def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
+    if max(width, height) > side or width * height > megapixels * 1_000_000:
+        limits = f"at most {megapixels} megapixels and {side} pixels a side are taken"
+        raise Unusable("too_many_pixels", f"{width} x {height} pixels; {limits}")
+
+
+def _check_whole(path: Path, image: ImageFile.ImageFile) -> None:
+    """What the decoders let pass: a PNG whose sums are wrong or whose end is missing, a JPEG of endless scans."""
+    if image.format == "PNG":
+        with _permanent(PngImageFile, path) as again:
+            _permanent(again.verify)
+    if image.format == "JPEG":
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            scans = _scans(data)
+        if scans > SCANS:
+            raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
+
+
+SCANS = 100  # of a JPEG; encoders write about 10. Each costs a pass over all pixels, however few bytes it has
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # no stuffed byte, no filling, no restart
+
+
+def _scans(data: mmap) -> int:
+    """Scans of a JPEG's first picture, which ends at EOI (ISO 10918-1, annex B)."""
+    # What stands in thumbnails and behind EOI is counted too, so few are few enough, and counting is quick.
+    if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
+        return 1
+    scans, at = 0, 2
+    while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _decode(image: ImageFile.ImageFile) -> None:
+    """All pixels. JPEG decodes to a half, quarter or eighth, of which the smallest that still leaves GAP is taken."""
+    scale = TRANSPARENT_KEY_SCALE.get(image.tile[0].args)
+    image.draft(None, (GAP * SIDE, GAP * SIDE))
+    _permanent(image.load)
+    key = image.info.get("transparency")
+    if scale and key is not None:
+        image.info["transparency"] = (
+            tuple(int(k * scale) for k in key) if type(key) is tuple else int(key * scale)
+        )
+
+
+# Pillow widens or narrows pixels to 8 bits, but leaves the colour a PNG calls transparent as it stands in the file.
+TRANSPARENT_KEY_SCALE = {"L;2": 85, "L;4": 17, "I;16B": 1 / 257, "RGB;16B": 1 / 256}
+
+
+def _permanent(read, *given):
+    """What `read` returns; where it finds bad data, Unusable."""
+    try:
+        return read(*given)
+    except BAD_DATA as fault:
+        if isinstance(fault, OSError) and fault.errno is not None:  # the disk's fault, not the file's
+            raise
+        detail = str(fault) or type(fault).__name__
+        raise Unusable("truncated" if "truncated" in detail.lower() else "undecodable", detail) from fault
+
+
+def _orientation(exif: bytes) -> int:
+    """EXIF tag 0x0112 in IFD0 (TIFF 6.0, section 2), 1 to 8; 1 where it is missing or of no use."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, at)
+            if tag == 0x0112 and kind == 3 and value in UPRIGHT:
+                return value
+    except struct.error:
+        pass
+    return 1
+
+
+# ---- making --------------------------------------------------------------------------------------------------------
+
+
+def _cover(image: Image.Image) -> Image.Image:
+    """The centre square at 600x600, in L, RGB, RGBa or CMYK: by whole numbers strip for strip, then by LANCZOS."""
+    side = min(image.size)
+    factor = max(1, side // (GAP * SIDE))
+    x, y = ((length - side) / 2 for length in image.size)
+    left, top, right, bottom = floor(x), floor(y), ceil(x + side), ceil(y + side)
+    box = [(start + more) / factor for more in (0, side) for start in (x - left, y - top)]
+    if factor == 1:
+        return _eight_bits(image.crop((left, top, right, bottom))).resize(
+            (SIDE, SIDE), Image.Resampling.LANCZOS, box
+        )
+    small = None
+    for start in range(top, bottom, STRIP * factor):
+        strip = image.crop((left, start, right, min(start + STRIP * factor, bottom)))
+        strip = _eight_bits(strip).reduce(factor)
+        if small is None:
+            small = Image.new(strip.mode, (strip.width, ceil((bottom - top) / factor)))
+        small.paste(strip, (0, (start - top) // factor))
+    return small.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
+    if image.mode == "I;16":  # convert() alone would cut: all but black turns white
+        image = image.point(lambda value: value / 257 + 0.5).convert("L")
+    if image.has_transparency_data:
+        return image.convert("RGBA").convert("RGBa")
+    return image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode))
+
+
+UPRIGHT = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image, turn: int) -> Image.Image:
+    return image if turn == 1 else image.transpose(UPRIGHT[turn])
+
+
+SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
+DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not links between devices, abstract or named colours
+SRGB = ImageCms.createProfile("sRGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In RGB or RGBA. A profile of another colour space than the image's, too large or broken is as none."""
+    alpha = None
+    if image.mode == "RGBa":
+        image = image.convert("RGBA")
+        alpha, image = image.getchannel("A"), image.convert("RGB")
+    # Bytes 12 to 20 of a profile: its class and colour space (ICC.1, 7.2). Pillow before 12.2 reads past its buffers
+    # where the space is not the image's.
+    if (
+        profile
+        and len(profile) <= PROFILE
+        and profile[12:16] in DEVICES
+        and profile[16:20] == SPACES[image.mode]
+    ):
+        try:
+            image = ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                SRGB,
+                # As print programs do: colours in gamut stay exact, and the ink's black becomes the screen's.
+                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                outputMode="RGB",
+                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            )
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    image = image.convert("RGB")
+    if alpha:
+        image.putalpha(alpha)
+    return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    """Without metadata and profile: a JPEG that states nothing is sRGB (CSS Color 4, 15), and 600 bytes shorter."""
+    out = io.BytesIO()
+    image.info.clear()  # save() would write a comment that came with the original
+    # Made for slow connections. On photographs of this size 80 is where more bytes stop being seen; halved colour
+    # saves a fifth; progressive shows something early, and like optimised tables makes the file smaller.
+    image.save(out, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
+    return out.getvalue()
