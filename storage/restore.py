@@ -102,12 +102,13 @@ def _choose(described: dict[int, dict], at: int | None) -> int:
 
 
 def _fits(settings: Settings, description: dict) -> None:
-    family, version = server.version(server.program(settings))
-    wrote = tuple(int(part) for part in description["version"].split("."))
-    if family != description["server"] or version < wrote:
+    here = server.identify(server.program(settings))
+    version = tuple(int(part) for part in description["version"].split("."))
+    wrote = server.Server(description["server"], version)
+    if here.family != wrote.family or here.version < wrote.version:
         raise Refused(
-            f"{description['server']} {description['version']} wrote this backup, the server here is {family}"
-            f" {'.'.join(map(str, version))}: set IMAGEGRAM_REDIS_SERVER to one of that family, no older"
+            f"{wrote} wrote this backup, the server here is {here}:"
+            " set IMAGEGRAM_REDIS_SERVER to one of that family, no older"
         )
 
 
