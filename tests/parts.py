@@ -158,8 +158,11 @@ class Writer:
 
     async def read(self, client: Redis) -> list[int]:
         """What is in a Redis. Asserts that no transaction is half there."""
-        found = [int(number) for number in await client.lrange(self.key, 0, -1)]
-        last = await client.get(f"{self.key}:last")
+        pipeline = client.pipeline(transaction=True)  # a moment, because the writer may go on
+        pipeline.lrange(self.key, 0, -1)
+        pipeline.get(f"{self.key}:last")
+        numbers, last = await pipeline.execute()
+        found = [int(number) for number in numbers]
         assert (int(last) if last else None) == (found[-1] if found else None), "half a transaction"
         return found
 
