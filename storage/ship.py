@@ -268,6 +268,8 @@ class Shipper:
     async def _append(self, into: Chain, data: bytes = b"", **mark) -> None:
         """Create the chain's next object. Tries until the store has it: what comes after names its digest."""
         file = into.copying
+        if not into.broken:
+            into.until = time.time()
         after = file.hash.copy()
         after.update(data)
         header = {
@@ -278,7 +280,7 @@ class Shipper:
             "prefix": file.digest
             or after.hexdigest(),  # a mark at the end of a chain that was not copied here
             "previous": into.previous,
-            "time": time.time(),
+            "time": into.until,
             **mark,
         }
         sealed = await wrap(chain.seal)(header, data)

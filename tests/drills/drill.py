@@ -67,13 +67,14 @@ async def power(rounds: int = 20, policy: str = "always") -> str:
             trace = Path(folder, "trace")
             watched = "trace=write,fdatasync,fsync"
             tracer = subprocess.Popen(
-                ["strace", "-f", "-ttt", "-y", "-e", watched, "-o", trace, "-p", str(redis.process.pid)],
+                ["strace", "-f", "-y", "-s", "64", "-e", watched, "-o", trace, "-p", str(redis.process.pid)],
                 stderr=subprocess.DEVNULL,
             )
             await until(lambda t=trace: t.exists(), "strace is there")
             start = redis.increment().stat().st_size
             await redis.client.set("traced", "1")
-            await until(lambda t=trace: "traced" in t.read_text(errors="replace"), "strace records")
+            wrote = re.compile(rf"{re.escape(redis.increment().name)}>.*SET")
+            await until(lambda t=trace, w=wrote: w.search(t.read_text(errors="replace")), "strace records")
             async with writing(settings, 16, 0) as writers:
                 await until(lambda w=writers: w[0].number > 100, "writes")
                 await asyncio.sleep(random.random() * 1.5)
@@ -87,8 +88,8 @@ async def power(rounds: int = 20, policy: str = "always") -> str:
             waiting: dict[str, int] = {}  # thread -> size of the file when its fsync began
             for line in trace.read_text(errors="replace").splitlines():
                 thread = line.split()[0]
-                if f"{increment.name}>" in line and "write(" in line and (wrote := re.search(r"= (\d+)$", line)):
-                    size += int(wrote[1])
+                if f"{increment.name}>" in line and "write(" in line and (count := re.search(r"= (\d+)$", line)):
+                    size += int(count[1])
                 elif f"{increment.name}>" in line and re.search(r"f(data)?sync\(", line):
                     if line.endswith("= 0"):
                         synced = size
