@@ -28,6 +28,7 @@ def create(settings: Settings) -> Sanic:
     )
     app.ctx.settings = settings
     app.ctx.secret = signing_secret(settings)
+    app.ctx.verified = {}  # Authorization header -> user, and when it expires (seconds since 1970)
     for room in (posts, uploads, comments, images, health):
         app.blueprint(room.routes)
 
@@ -36,7 +37,7 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = Redis(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url)
         app.ctx.flights = Flights()
-        app.ctx.receiving, app.ctx.stopping = set(), False
+        app.ctx.receiving, app.ctx.keeping, app.ctx.stopping = set(), set(), False
 
     @app.before_server_stop
     async def stop(app):
@@ -44,6 +45,7 @@ def create(settings: Settings) -> Sanic:
 
     @app.after_server_stop
     async def close(app):
+        await bodies.settle(app)
         await app.ctx.db.close()
 
     return app

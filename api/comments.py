@@ -26,7 +26,7 @@ async def add(request, post: str):
 @shared
 async def page(request, post: str) -> Answer:
     found = await comments.page(request.app.ctx.db, post, shapes.limit(request), shapes.before(request))
-    return shapes.page(request, [shapes.comment(row) for row in found.comments], found.more, "{id}")
+    return shapes.page(request, found.comments, shapes.encoded_comment, "{row.id}", found.more)
 
 
 @routes.get("/v1/posts/<post>/comments/<comment>")

@@ -49,7 +49,7 @@ async def feed(request) -> Answer:
     page = await posts.feed(db, request.app.ctx.settings.partitions, shapes.limit(request), after)
     token = changes.issue(db, page.seen)
     links = () if after else (f'</v1/changes?since={token}>; rel="changes"',)
-    return shapes.page(request, [shapes.post(row) for row in page.posts], page.more, "{comment_count}:{id}", links)
+    return shapes.page(request, page.posts, shapes.encoded_post, "{row.comment_count}:{row.id}", page.more, links)
 
 
 @routes.get("/v1/changes")
@@ -67,7 +67,7 @@ async def changed(request) -> Answer:
 @shared
 async def read(request, post: str) -> Answer:
     row = await posts.read(request.app.ctx.db, post)
-    return made(shapes.post(row), {"Retry-After": "1"} if row.status == "processing" else None)
+    return Answer(shapes.encoded_post(row), {"Retry-After": "1"} if row.status == "processing" else None)
 
 
 @routes.delete("/v1/posts/<post>")

@@ -16,6 +16,9 @@ from sanic.response import HTTPResponse
 from api.protocol import refuse_body
 from storage import errors, objects
 
+# Every answer below /v1/uploads says it, also what the router refuses, before a blueprint is known.
+TUS_VERSION = "1.0.0"
+
 
 class Problem(Exception):
     """A request that is refused before storage is asked."""
@@ -71,7 +74,7 @@ def problem(status: int, code: str, detail: str, headers: dict[str, str] | None 
     return HTTPResponse(orjson.dumps(body), status, headers, "application/problem+json")
 
 
-def answer(exception: Exception) -> HTTPResponse:
+def answer_to(exception: Exception) -> HTTPResponse:
     """The response to an error, whoever raised it."""
     match exception:
         case Problem():
@@ -105,9 +108,11 @@ class Errors(ErrorHandler):
     """Every error leaves as a problem; the rest of the request's body is not waited for."""
 
     def response(self, request, exception):
-        response = answer(exception)
+        response = answer_to(exception)
         if response.status == 405:
             response.headers["Allow"] = allowed(request)
+        if request.path.startswith("/v1/uploads"):
+            response.headers["Tus-Resumable"] = TUS_VERSION
         if response.status == 500:
             error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
         refuse_body(request)

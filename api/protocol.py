@@ -12,7 +12,8 @@ from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
-LINGER = 1.0  # seconds in which a refused client may still send, and reads why it was refused
+LINGER = 1.0  # seconds in which a refused client may read why it was refused
+DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
 LOOK = 2.0  # seconds between two looks at a connection's clock
 HEADER = 10.0  # seconds in which a request's header must be complete
 
@@ -41,6 +42,8 @@ class StrictHttp(Http):
     """Sanic's parser; what could mean another thing to a proxy is refused, and the connection closed."""
 
     async def http1_request_header(self):
+        # An idle timer would be reset by every byte: the header has its time as a whole.
+        self.protocol.asked = monotonic()
         await super().http1_request_header()
         request, hosts = self.request, self.request.headers.getall("host", ())
         length = request.headers.get("content-length")
@@ -49,9 +52,16 @@ class StrictHttp(Http):
             or (request.version == "1.1" and len(hosts) != 1)
             or len(hosts) > 1
             or (length is not None and not LENGTH.fullmatch(length))
+            # RFC 9112, section 6.1: HTTP/1.0 has no chunks
+            or (request.version == "1.0" and "transfer-encoding" in request.headers)
         ):
             self.request_body = None
             raise BadRequest("the request's header is malformed")
+
+    async def http1_response_header(self, data, end_stream):
+        if self.protocol.app.ctx.stopping:
+            self.keep_alive = False
+        await super().http1_response_header(data, end_stream)
 
     async def read(self) -> bytes | None:
         if self.request_body == "chunked" and self.request_bytes_left == 0:
@@ -71,12 +81,13 @@ class Protocol(HttpProtocol):
     """Sanic's protocol, with the holes closed."""
 
     HTTP_CLASS = StrictHttp
-    __slots__ = ("refused", "_lingering", "_header_since")
+    __slots__ = ("asked", "refused", "_lingering", "_discarded")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.refused = self._lingering = False
-        self._header_since = None
+        self._discarded = 0
+        self.asked = 0.0  # when the current request's header began
 
     def check_timeouts(self):
         """Looks again and again whether the connection has had its time."""
@@ -85,17 +96,13 @@ class Protocol(HttpProtocol):
         now, stage = monotonic(), self._http.stage
         idle, over = now - self._time, None
         if stage is Stage.REQUEST:
-            # An idle timer would be reset by every byte: the header has its time as a whole.
-            self._header_since = self._header_since or now
-            if now - self._header_since > HEADER - LOOK:
+            if now - self.asked > HEADER - LOOK:
                 over = RequestTimeout("the header took too long")
-        else:
-            self._header_since = None
-            if stage is Stage.IDLE:
-                if idle > self.keep_alive_timeout:
-                    over = RequestTimeout("idle")
-            elif idle > self.response_timeout:
-                over = ServiceUnavailable("no byte arrived for too long")
+        elif stage is Stage.IDLE:
+            if idle > self.keep_alive_timeout:
+                over = RequestTimeout("idle")
+        elif idle > self.response_timeout:
+            over = ServiceUnavailable("no byte arrived for too long")
         if over is None:
             self._callback_check_timeouts = self.loop.call_later(LOOK, self.check_timeouts)
             return
@@ -107,7 +114,8 @@ class Protocol(HttpProtocol):
 
     def close(self, timeout: float | None = None):
         # Closing a socket with unread bytes resets it, and the client loses the answer that tells it why. So the
-        # answer's end is sent first (RFC 9112, section 9.6), and what still arrives is thrown away for a while.
+        # answer's end is sent first (RFC 9112, section 9.6), and the socket stays a while, for the most part unread:
+        # what a client on a slow line sends in vain costs it more than us.
         if not self.refused or self._lingering or self.transport is None or self.transport.is_closing():
             return super().close(timeout)
         if self._callback_check_timeouts:
@@ -117,6 +125,13 @@ class Protocol(HttpProtocol):
         self.transport.resume_reading()
         self.loop.call_later(LINGER, self.abort)
 
+    def connection_lost(self, exc):
+        # What arrived together with the connection's end is read before its task is cancelled.
+        self.loop.call_soon(super().connection_lost, exc)
+
     def data_received(self, data: bytes):
         if not self._lingering:
-            super().data_received(data)
+            return super().data_received(data)
+        self._discarded += len(data)
+        if self._discarded >= DISCARD:
+            self.transport.pause_reading()

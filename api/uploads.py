@@ -2,8 +2,9 @@
 creation-with-upload, expiration and termination. No locks, so never 423: the offset moves by compare-and-set.
 """
 
+import binascii
 import re
-from contextlib import suppress
+from base64 import b64decode
 from email.utils import formatdate
 
 from sanic import Blueprint
@@ -11,16 +12,16 @@ from sanic.response import HTTPResponse, empty
 
 from api import shapes, tokens
 from api.bodies import append
-from api.problems import Problem
+from api.problems import TUS_VERSION as VERSION
+from api.problems import Problem, answer_to
 from api.protocol import refuse_body
 from storage import uploads
-from storage.errors import NoUpload, Offset, TooLarge, Unknown, Unreachable
+from storage.errors import NoUpload, Offset, Refusal, TooLarge
 from storage.objects import Unavailable
 from storage.settings import IMAGE_BYTES
 
 routes = Blueprint("uploads")
 
-VERSION = "1.0.0"
 OFFERED = {
     "Tus-Version": VERSION,
     "Tus-Extension": "creation,creation-with-upload,expiration,termination",
@@ -28,8 +29,7 @@ OFFERED = {
 }
 BODY = "application/offset+octet-stream"
 NUMBER = re.compile(r"0|[1-9][0-9]{0,15}")
-# tus, Upload-Metadata: pairs of an ASCII key and a Base64 value, the value may be missing
-METADATA = re.compile(r"([!-+\--~]+( [A-Za-z0-9+/]*={0,2})?)(, ?[!-+\--~]+( [A-Za-z0-9+/]*={0,2})?)*")
+KEY = re.compile(r"[!-+\--~]+")  # ASCII, no space and no comma
 METADATA_BYTES = 4096
 
 
@@ -47,6 +47,28 @@ def number(request, name: str) -> int:
     return int(text)
 
 
+def described(request) -> str:
+    """Upload-Metadata as it was sent: keys, each once, and Base64 values that may be missing. Raises Problem 400."""
+    text, seen = request.headers.get("upload-metadata", ""), set()
+    malformed = len(text) > METADATA_BYTES
+    for pair in text.split(",") if text else ():
+        key, _, value = pair.strip(" ").partition(" ")
+        try:
+            b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            malformed = True
+        malformed = malformed or not KEY.fullmatch(key) or key in seen
+        seen.add(key)
+    if malformed:
+        raise Problem(400, "malformed", "Upload-Metadata must be pairs of a key and a Base64 value")
+    return text
+
+
+def declared(request) -> int:
+    """The body's length, as far as it is declared: a chunked one is counted as it comes."""
+    return int(request.headers.get("content-length", 0))
+
+
 def expires(ms: int) -> str:
     """An HTTP date (RFC 9110, section 5.6.7)."""
     return formatdate(ms // 1000, usegmt=True)
@@ -59,7 +81,6 @@ def bare(status: int, answer: dict[str, str]) -> HTTPResponse:
 
 @routes.on_response
 async def resumable(request, response):
-    """Every answer says the version, errors too."""
     response.headers["Tus-Resumable"] = VERSION
 
 
@@ -73,24 +94,33 @@ async def options(request, upload: str = ""):
 async def create(request):
     supported(request)
     user = tokens.user(request)
-    length, metadata = number(request, "Upload-Length"), request.headers.get("upload-metadata", "")
-    if metadata and (len(metadata) > METADATA_BYTES or not METADATA.fullmatch(metadata)):
-        raise Problem(400, "malformed", "Upload-Metadata must be pairs of a key and a Base64 value")
+    length, metadata = number(request, "Upload-Length"), described(request)
+    if declared(request) > length:
+        raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
     once = shapes.once(request, f"{length} {metadata}".encode())
-    upload, replayed = await uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)
+    upload, replayed = await uploads.uncut(
+        uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)
+    )
     answer = {"Location": f"/v1/uploads/{upload}"}
     if replayed:
         answer["Idempotent-Replayed"] = "true"
     try:
-        found = await uploads.read(ctx.db, user, upload)
+        found = await uploads.uncut(uploads.read(ctx.db, user, upload))
     except NoUpload:  # it has become a post, or was deleted, since it was made
+        refuse_body(request)
         return bare(201, answer)
     if request.headers.get("content-type") == BODY and not replayed:
         image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, length)
-        # Once it is created the client must learn where: what could not be written now is sent by PATCH.
-        with suppress(Unreachable, Unknown, Unavailable):
+        try:
             await append(request, image)
+        except (Problem, Refusal, Unavailable) as error:
+            # Once it is created the client must learn where. What could not be written now is sent by PATCH.
+            refused = answer_to(error)
+            if refused.status < 500:
+                refuse_body(request)
+                refused.headers.update(answer)
+                return refused
         found = found._replace(offset=image.offset, expires=image.expires or found.expires)
     refuse_body(request)
     return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
@@ -99,7 +129,7 @@ async def create(request):
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
     supported(request)
-    found = await uploads.read(request.app.ctx.db, tokens.user(request), upload)
+    found = await uploads.settled(request.app.ctx.db, tokens.user(request), upload)
     answer = {
         "Upload-Offset": str(found.offset),
         "Upload-Length": str(found.length),
@@ -115,15 +145,16 @@ async def read(request, upload: str):
 async def patch(request, upload: str):
     supported(request)
     user, ctx = tokens.user(request), request.app.ctx
-    found = await uploads.read(ctx.db, user, upload)
+    # A client that sends and breaks off at once has sent all the same.
+    found = await uploads.uncut(uploads.read(ctx.db, user, upload))
     if request.headers.get("content-type") != BODY:
         raise Problem(415, "type", f"a PATCH is sent as {BODY}")
     if number(request, "Upload-Offset") != found.offset:
         raise Offset(f"the upload is at {found.offset}")
-    if int(request.headers.get("content-length", 0)) > found.length - found.offset:
+    if declared(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
-    await image.resume(found.chunks)
+    await uploads.uncut(image.resume(found.chunks))
     await append(request, image)
     return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or found.expires)})
 

@@ -5,17 +5,18 @@ the data a new epoch: a token of the timeline that was lost is then refused.
 """
 
 import asyncio
-import time
+import re
 from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Outdated
-from storage.posts import Post
-from storage.scripts import Redis
+from storage.posts import Post, of_row
+from storage.scripts import Redis, now_ms
 from storage.settings import DAY_MS, PAGE_BYTES
 
 KEPT_MS = 7 * DAY_MS  # deletions are told for as long
 HOUR_MS = 60 * 60 * 1000  # tokens are dated by the hour: a page that did not change keeps its ETag
+TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
 
 class Token(NamedTuple):
@@ -32,24 +33,18 @@ class Changes(NamedTuple):
     token: Token
 
 
-def now_ms(db: Redis) -> int:
-    return db.clock or int(time.time() * 1000)
-
-
 def issue(db: Redis, seen) -> Token:
     return Token(now_ms(db) // HOUR_MS * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in seen))
 
 
 def parse(text: str) -> Token:
     """Raises Outdated where it is no token of ours: then only another walk helps, too."""
-    try:
-        issued, *seen = text.split(",")
-        return Token(
-            int(issued) * HOUR_MS,
-            tuple((epoch, int(revision)) for epoch, revision in (one.split(".") for one in seen)),
-        )
-    except ValueError:
-        raise Outdated("this token was not given by this server; walk the feed again") from None
+    # Strictly: int() would take signs, spaces and other digits, and an epoch of nothing would pass for any.
+    if not TOKEN.fullmatch(text):
+        raise Outdated("this token was not given by this server; walk the feed again")
+    issued, *seen = text.split(",")
+    parts = (one.split(".") for one in seen)
+    return Token(int(issued) * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in parts))
 
 
 async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> Changes:
@@ -73,7 +68,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
             seen.append((current, revision))
             more = True
         else:
-            posts += [Post(*row) if len(row) > 1 else row[0] for row in rows]
+            posts += [of_row(row) if len(row) > 1 else row[0] for row in rows]
             seen.append((current, newest))
             more = more or bool(rest)
     return Changes(posts, more, issue(db, seen))

@@ -12,25 +12,39 @@ class Flights:
     """Flights by key: at most one under way and one boarding for each."""
 
     def __init__(self):
-        self._boarding: dict[Hashable, asyncio.Task] = {}
-        self._under_way: dict[Hashable, asyncio.Task] = {}
+        self._boarding: dict[Hashable, tuple[Callable[[], Awaitable], list[asyncio.Future]]] = {}
+        self._flying: dict[Hashable, asyncio.Task] = {}
 
     async def join(self, key: Hashable, fly: Callable[[], Awaitable]):
         """What `fly` returns, called once for all who join until it starts. Its error goes to all of them.
 
-        A flight is a task of its own: whoever leaves does not take the others' answer away.
+        Everybody has a seat of their own, and the flight is nobody's task: whoever leaves takes nothing from the
+        others. (`asyncio.shield` on one task would do the same, at 4 µs a request instead of 1.)
         """
-        flight = self._boarding.get(key)
-        if flight is None:
-            flight = self._boarding[key] = asyncio.create_task(self._fly(key, fly))
-        return await asyncio.shield(flight)
+        boarding = self._boarding.get(key)
+        if boarding is None:
+            boarding = self._boarding[key] = fly, []
+            if key not in self._flying:
+                self._flying[key] = asyncio.create_task(self._fly(key))
+        seat = asyncio.get_running_loop().create_future()
+        boarding[1].append(seat)
+        return await seat
 
-    async def _fly(self, key: Hashable, fly: Callable[[], Awaitable]):
-        if previous := self._under_way.get(key):
-            await asyncio.wait([previous])
-        flight = self._under_way[key] = self._boarding.pop(key)
+    async def _fly(self, key: Hashable) -> None:
+        """One flight after the other, as long as somebody boards."""
         try:
-            return await fly()
+            while key in self._boarding:
+                fly, seats = self._boarding.pop(key)
+                try:
+                    answer, error = await fly(), None
+                except Exception as raised:
+                    answer, error = None, raised
+                for seat in seats:
+                    if seat.done():  # whoever sat there has gone
+                        continue
+                    if error:
+                        seat.set_exception(error)
+                    else:
+                        seat.set_result(answer)
         finally:
-            if self._under_way[key] is flight:
-                del self._under_way[key]
+            del self._flying[key]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from storage.errors import NoComment, NoPost, NoUpload
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+DIGITS = str.maketrans(ALPHABET, "0123456789ABCDEFGHIJKLMNOPQRSTUV")  # as `int` reads base 32
 ID = re.compile(r"(u?)([0-7][0-9A-HJKMNP-TV-Z]{25})-(0|[1-9][0-9]{0,4})")
 COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
 
@@ -42,10 +43,7 @@ def _ulid() -> str:
 
 def created_ms(post: str) -> int:
     """When an id was minted, in milliseconds since 1970."""
-    number = 0
-    for digit in post.removeprefix("u")[:10]:
-        number = number << 5 | ALPHABET.index(digit)
-    return number
+    return int(post.removeprefix("u")[:10].translate(DIGITS), 32)
 
 
 def partition_of_post(post: str) -> int:

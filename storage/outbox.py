@@ -4,10 +4,11 @@ The zset `due` is the truth; a queue only carries hints. What is leased and not 
 process may die at any point: at worst the work is done again.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from storage import keys, uploads
-from storage.errors import NoPost
+from storage.errors import NoPost, NoUpload
 from storage.objects import S3, Folder, NotFound
 from storage.posts import read as read_post
 from storage.scripts import Redis
@@ -96,7 +97,8 @@ async def end_upload(db: Redis, objects: Folder | S3, due: Due) -> None:
     elif upload.post or not upload.expires:
         await uploads.erase_chunks(db, objects, due.id, upload.chunks)
     elif upload.expired:
-        await uploads.discard(db, objects, upload.owner, due.id, tell=DAY_MS)
+        with suppress(NoUpload):  # our lease ran out, and another has ended it meanwhile
+            await uploads.discard(db, objects, upload.owner, due.id, tell=DAY_MS)
     else:
         await _settle(db, due, upload.expires)
 

@@ -21,7 +21,11 @@ class Post(NamedTuple):
     thumbhash: str | None  # base64
     code: str | None  # why it failed
     detail: str | None
-    latest: list[str]
+    latest: tuple[str, ...]
+
+
+def of_row(row: list) -> Post:
+    return Post(*row[:-1], tuple(row[-1]))
 
 
 class Place(NamedTuple):
@@ -67,7 +71,7 @@ async def replayed(db: Redis, author: str, partitions: int, once: keys.Once) -> 
 
 async def read(db: Redis, post: str) -> Post:
     """Raises NoPost."""
-    return Post(*await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
+    return of_row(await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
 
 
 async def feed(db: Redis, partitions: int, limit: int, after: Place | None = None) -> Page:
@@ -75,12 +79,14 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
 
     Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
     """
-    pages = await asyncio.gather(*(_feed_page(db, partition, limit, after) for partition in range(partitions)))
+    asked = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
+    # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
+    pages = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
     # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
     ends = {rows[-1][0] for _, _, more, rows in pages if more}
     posts = []
     for row in merge(*(rows for *_, rows in pages), key=lambda row: (row[1], row[0]), reverse=True):
-        posts.append(Post(*row))
+        posts.append(of_row(row))
         if len(posts) == limit or row[0] in ends:
             break
     return Page(

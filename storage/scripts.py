@@ -12,9 +12,11 @@ Does not decide: that is done in Lua. Does not render: rows are returned as Redi
 
 import asyncio
 import hashlib
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hiredis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -61,7 +63,8 @@ class Channel:
     async def ask(self, *command):
         """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
         # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
-        packed = b"".join(self._connection.pack_command(*command))
+        # By hiredis: redis-py's own packer takes ten times as long.
+        packed = hiredis.pack_command(command)
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((packed, answer))
         if self._task is None:
@@ -159,3 +162,8 @@ class Redis:
     async def close(self) -> None:
         await self._reads.close()
         await self._writes.close()
+
+
+def now_ms(db: Redis) -> int:
+    """Milliseconds since 1970 by this machine's clock, for what need not agree with Redis' to the second."""
+    return db.clock or int(time.time() * 1000)

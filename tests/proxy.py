@@ -98,7 +98,7 @@ class Connection:
     def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter):
         self.proxy = proxy
         self.ends = client, server
-        self.silent = False
+        self.silent = self.ended = False
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         proxy = self.proxy
@@ -108,6 +108,8 @@ class Connection:
                     await asyncio.sleep(proxy.delay)
                 if proxy.rate:
                     await asyncio.sleep(len(data) / proxy.rate)
+                if self.ended:
+                    return
                 if self.silent:
                     continue
                 how = None
@@ -132,10 +134,11 @@ class Connection:
         if how == "silence":
             self.silent = True
             return
+        self.ended = True
         client, server = self.ends
         if how == "rst":
             end = client.get_extra_info("socket")
-            if end is not None and end.family != socket.AF_UNIX:
+            if end is not None and end.fileno() != -1 and end.family != socket.AF_UNIX:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.transport.abort()
         else:

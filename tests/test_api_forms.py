@@ -7,7 +7,7 @@ from base64 import b64decode
 
 import httpx
 import pytest
-from conftest import Site, until
+from conftest import until
 from making import bmp, jpeg, png
 from PIL import GifImagePlugin, Image, TiffImagePlugin  # noqa: F401  the pipeline loads none but its own
 from state import contents, files, unchanged
@@ -16,17 +16,6 @@ from wire import FORM, dial, exchange, form, head, hear, pour, reset
 MIB = 2**20
 BIG = 100 * MIB  # the largest image
 SLACK = 64 * 1024  # bytes a form may be longer than its image
-
-
-@pytest.fixture(scope="module")
-def standing(real_server, tmp_path_factory):
-    """A site for all tests of this file, without a worker: what is taken stays as it came."""
-    real_server.client.flushall()
-    site = Site(real_server.url, tmp_path_factory.mktemp("site"))
-    site.server = real_server
-    site.api()
-    yield site
-    site.close()
 
 
 def start(site, *headers: str) -> bytes:

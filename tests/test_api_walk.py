@@ -20,16 +20,12 @@ async def fill(db, partitions: int) -> list[str]:
     """Posts of which most have no comment, and the others 1 to 20."""
     made = []
     for start in range(0, POSTS, 100):
-        made += await asyncio.gather(
-            *(make_post(db, f"user{start + n}", partitions) for n in range(100))
-        )
+        made += await asyncio.gather(*(make_post(db, f"user{start + n}", partitions) for n in range(100)))
     chance = random.Random(partitions)
     counts = {post: chance.randint(1, 20) for post in chance.sample(made, POSTS - TIED)}
     for number in range(20):
         some = [post for post, count in counts.items() if count > number]
-        await asyncio.gather(
-            *(comments.add(db, "bob", post, str(number)) for post in some)
-        )
+        await asyncio.gather(*(comments.add(db, "bob", post, str(number)) for post in some))
     return made
 
 
@@ -67,10 +63,7 @@ async def walk(site, limit: int) -> list[tuple[str, int]]:
             if not page["next"]:
                 return found
             cursor = f"&cursor={page['next']}"
-            assert (
-                f'</v1/posts?limit={limit}{cursor}>; rel="next"'
-                in answer.headers["link"]
-            )
+            assert f'</v1/posts?limit={limit}{cursor}>; rel="next"' in answer.headers["link"]
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
@@ -87,9 +80,7 @@ async def test_every_post_that_did_not_change_is_returned_exactly_once(
             assert len({post.rpartition("-")[2] for post in made}) == partitions
         moving = random.Random(1).sample(made, 300)
         still = set(made) - set(moving)
-        counted = {
-            row.id: row.comment_count for row in await everything(db, partitions)
-        }
+        counted = {row.id: row.comment_count for row in await everything(db, partitions)}
         order = sorted(still, key=lambda post: (counted[post], post), reverse=True)
         for limit in (1, 7, 100):
             changing = asyncio.create_task(change(db, store, moving, partitions))
@@ -118,9 +109,7 @@ async def everything(db, partitions: int) -> list[storage_posts.Post]:
 
 
 @pytest.mark.parametrize("character", ["/", "\x7f", "\0", "é", "😀"])
-async def test_pages_that_end_by_their_bytes_lose_nothing_between_partitions(
-    server, tmp_path, character
-):
+async def test_pages_that_end_by_their_bytes_lose_nothing_between_partitions(server, tmp_path, character):
     """Comments so long that a partition's answer ends before its limit, while another's does not."""
     db = connect(server)
     made = [await make_post(db, f"user{n}", 3) for n in range(90)]
@@ -140,9 +129,7 @@ async def test_pages_that_end_by_their_bytes_lose_nothing_between_partitions(
                     answer = await line.ask("GET", f"/v1/posts?limit=100{cursor}")
                     assert len(answer.body) < PAGE_BYTES + 64 * 1024
                     walked += [item["id"] for item in answer.json()["items"]]
-                    cursor = (
-                        answer.json()["next"] and f"&cursor={answer.json()['next']}"
-                    )
+                    cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
             assert walked == found
         finally:
             site.close()
@@ -155,29 +142,20 @@ async def test_a_walk_through_long_comments_returns_each_exactly_once_while_othe
 ):
     db = connect(real_server)
     post = await make_post(db, "alice")
-    said = [
-        (await comments.add(db, "bob", post, character * (2200 - n)))[0]
-        for n in range(250)
-    ]
+    said = [(await comments.add(db, "bob", post, character * (2200 - n)))[0] for n in range(250)]
     async with Line(site.port) as line:
         for limit in (3, 100):
             walked, cursor = [], ""
             while cursor is not None:
-                answer = await line.ask(
-                    "GET", f"/v1/posts/{post}/comments?limit={limit}{cursor}"
-                )
+                answer = await line.ask("GET", f"/v1/posts/{post}/comments?limit={limit}{cursor}")
                 assert len(answer.body) < PAGE_BYTES + 64 * 1024
-                walked += [
-                    (item["id"], item["text"]) for item in answer.json()["items"]
-                ]
+                walked += [(item["id"], item["text"]) for item in answer.json()["items"]]
                 cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
                 await comments.add(db, "carol", post, "newer")
-                await comments.delete(
-                    db, "bob", post, walked[-1][0]
-                )  # the cursor's own comment
+                await comments.delete(db, "bob", post, walked[-1][0])  # the cursor's own comment
                 said = [comment for comment in said if comment.id != walked[-1][0]]
             gone = {id for id, _ in walked} - {comment.id for comment in said}
-            assert [
-                (id, text) for id, text in walked if id not in gone and text != "newer"
-            ] == [(comment.id, comment.text) for comment in said[::-1]]
+            assert [(id, text) for id, text in walked if id not in gone and text != "newer"] == [
+                (comment.id, comment.text) for comment in said[::-1]
+            ]
     await db.close()

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import pytest
-from conftest import connect
+from conftest import NOBODY, connect
 from making import make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
@@ -13,7 +13,6 @@ from storage.keys import Once
 from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 NOW = 1_763_971_200_000
-NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
 ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
 OTHER = ONCE._replace(digest="fedcba9876543210")
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from conftest import connect
+from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
@@ -12,7 +12,6 @@ from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
 
 NOW = 1_763_971_200_000
-NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
 
 
 @pytest.fixture

@@ -23,6 +23,13 @@ def head(method: str, target: str, *headers: str) -> bytes:
     return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode("latin-1")
 
 
+def request(method: str, target: str, token: str | None = None, body: bytes | None = None) -> bytes:
+    headers = [f"Authorization: Bearer {token}"] if token else []
+    if body is not None:
+        headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return head(method, target, *headers) + (body or b"")
+
+
 def form(*parts: tuple[str, str | None, bytes], boundary: str = "frontier", end: bool = True) -> bytes:
     """A multipart/form-data body of (field, file name or None, bytes)."""
     body = b""
@@ -40,9 +47,9 @@ def dial(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
-def hear(line: socket.socket) -> Answer:
+def hear(line: socket.socket, method: str = "GET") -> Answer:
     """The answer to a request that was sent; a 100 is passed over."""
-    response = http.client.HTTPResponse(line)
+    response = http.client.HTTPResponse(line, method=method)
     response.begin()
     return Answer(
         response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
@@ -52,7 +59,7 @@ def hear(line: socket.socket) -> Answer:
 def exchange(port: int, data: bytes) -> Answer:
     with dial(port) as line:
         line.sendall(data)
-        return hear(line)
+        return hear(line, data[: data.index(b" ")].decode())
 
 
 def pour(port: int, pieces: Iterable[bytes]) -> tuple[Answer, int]:

@@ -55,7 +55,11 @@ async def work(chosen: settings.Settings) -> int:
     parts.append(
         asyncio.create_task(
             dispatcher.dispatch(
-                Redis(chosen.redis_url), open_store(chosen.store_url), hints, chosen.partitions
+                Redis(chosen.redis_url),
+                open_store(chosen.store_url),
+                hints,
+                chosen.partitions,
+                chosen.converters,
             )
         )
     )

@@ -31,9 +31,9 @@ def queue(url: str) -> Queue:
     return Queue(QUEUE, connection=connection, serializer=JSONSerializer, default_timeout=TIMEOUT)
 
 
-def room(hints: Queue) -> int:
-    """How many more jobs the queue may take."""
-    return max(0, ROOM * Worker.count(queue=hints) - len(hints))
+def room(hints: Queue, converters: int) -> int:
+    """How many more jobs the queue may take. RQ's workers register once: should that be lost, ours are still there."""
+    return max(0, ROOM * max(converters, Worker.count(queue=hints)) - len(hints))
 
 
 def hint(hints: Queue, post: str, lease: int) -> None:
@@ -41,13 +41,15 @@ def hint(hints: Queue, post: str, lease: int) -> None:
     hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
 
 
-async def dispatch(db: Redis, store: objects.Folder | objects.S3, hints: Queue, partitions: int) -> None:
-    """Hand out what is due, until cancelled."""
+async def dispatch(
+    db: Redis, store: objects.Folder | objects.S3, hints: Queue, partitions: int, converters: int
+) -> None:
+    """Hand out what is due, until cancelled. `converters` are the RQ workers that live with this dispatcher."""
     away = None
     while True:
         try:
             for partition in range(partitions):
-                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints)):
+                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints, converters)):
                     await hand_out(db, store, hints, due)
             away = None
         except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:

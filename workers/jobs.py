@@ -14,7 +14,8 @@ from storage.errors import NoPost, Stale
 from storage.objects import S3, Folder, open_store
 from storage.scripts import Redis
 from storage.settings import Settings
-from workers.pipeline import Picture, Unusable, convert
+from workers.pipeline import Picture, Unusable
+from workers.sandbox import convert
 
 
 def make_image(post: str, lease: int) -> None:
@@ -46,7 +47,7 @@ async def _picture(
         with path.open("wb") as copy:
             await originals.keep(db, objects, post, upload, copy)
         try:
-            return convert(path, chosen.image_megapixels, chosen.image_side)
+            return convert(path, chosen)
         except Unusable as fault:
             await outbox.fail(db, post, attempt, fault.code, fault.detail)
             return None

@@ -2,19 +2,20 @@
 
 Knows no Redis, no store and no HTTP, and bounds neither its memory nor its time: see sandbox.py.
 
-The picture is shrunk before its colours are converted and its alpha is laid on white, although the other order reads
-better: the costly steps then see 600x600 pixels instead of millions. Shrinking is done on premultiplied alpha, where
-both orders come to the same. It is done on the values as encoded, not in linear light, as browsers and libvips do.
+The picture is shrunk before its colours are converted and its alpha is laid on white, although the other
+order reads better: the costly steps then see 600x600 pixels instead of millions. It is shrunk on premultiplied
+alpha, where both orders come to the same, and on the values as encoded, not in linear light, as browsers do.
 """
 
 import io
 import re
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, floor
 from mmap import ACCESS_READ, mmap
-from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 from PIL.BmpImagePlugin import BmpImageFile
@@ -24,18 +25,16 @@ from PIL.PngImagePlugin import PngImageFile
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
-GAP = 2  # shrinking by whole numbers stops here times SIDE; LANCZOS does the rest, and 2 leaves no trace of the first
-STRIP = 256  # rows of a shrunk strip: only one strip is ever held at full size beside the decoded image
-PROFILE = (
-    1024 * 1024
-)  # bytes; the largest profiles of printers come near, cameras' and screens' have kilobytes
-# Pillow bounds what text and profiles of a PNG inflate to, and refuses the file beyond. Room for large profiles, which
-# are ignored, and for the work flows that drawing programs keep in text.
+GAP = 2  # shrinking by whole numbers, which is quick, ends at twice SIDE; LANCZOS does the rest
+STRIP = 64  # rows of shrunk image made at once
+PROFILE = 1024 * 1024  # bytes; printers' largest profiles come near, cameras and screens have some thousands
+# What text and profiles of a PNG may inflate to; Pillow refuses the file beyond. Room for profiles over the
+# limit above, which are ignored, and for the work flows that drawing programs keep in text.
 PngImagePlugin.MAX_TEXT_CHUNK = 4 * 1024 * 1024
 PngImagePlugin.MAX_TEXT_MEMORY = 16 * 1024 * 1024
-Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; `_check_size` is exact
+Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; _check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": open() and save() now load no other
+Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() loads no other
 
 
 class Jpeg(JpegImageFile):
@@ -81,18 +80,22 @@ class Picture:
     format: str  # of the original: PNG, JPEG or BMP
 
 
-def convert(path: Path, megapixels: int, side: int) -> Picture:
-    """The picture of the file at `path`, which may have so many million pixels and so many pixels a side.
+def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
+    """The picture of an image, which may have so many million pixels and so many pixels a side.
+
+    `file` is one of the file system, because parts of it are mapped.
 
     Raises Unusable with wrong_format, too_many_pixels, too_many_scans, truncated or undecodable.
     """
-    with _open(path) as image:
-        width, height = image.size
-        _check_size(width, height, megapixels, side)
-        _check_whole(path, image)
-        _decode(image)
-        turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
-        picture = _cover(image)
+    image = _open(file)
+    width, height = image.size
+    _check_size(width, height, megapixels, side)
+    _check_sums(image)
+    _check_scans(file, image)
+    image = _open(file)
+    _decode(image)
+    turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
+    picture = _cover(image)
     picture = _upright(picture, turn)
     picture = _to_srgb(picture, profile)
     picture = _on_white(picture)
@@ -100,23 +103,21 @@ def convert(path: Path, megapixels: int, side: int) -> Picture:
 
 
 def require_colour_management() -> None:
-    """Raise SystemExit where Pillow was built without liblcms2, as its source distribution silently may be."""
+    """Raise SystemExit where Pillow was built without liblcms2, as it silently is where the headers lack."""
     if not features.check("littlecms2"):
         raise SystemExit(
             "Pillow was built without liblcms2: colours of Display P3, Adobe RGB and CMYK would be wrong"
         )
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> ImageFile.ImageFile:
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
     """The image with its header read, and no pixel decoded."""
-    with path.open("rb") as file:
-        head = file.read(8)
+    file.seek(0)
+    head = file.read(8)
+    file.seek(0)
     for magic, decoder in DECODERS.items():
         if head.startswith(magic):
-            return _permanent(decoder, path)
+            return _permanent(decoder, file)
     raise Unusable("wrong_format", "not a PNG, JPEG or BMP")
 
 
@@ -126,48 +127,51 @@ def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
         raise Unusable("too_many_pixels", f"{width} x {height} pixels; {limits}")
 
 
-def _check_whole(path: Path, image: ImageFile.ImageFile) -> None:
-    """What the decoders let pass: a PNG whose sums are wrong or whose end is missing, a JPEG of endless scans."""
+def _check_sums(image: ImageFile.ImageFile) -> None:
+    """Refuse a PNG with a wrong sum or without its end: decoding looks at neither. Uses the image up."""
     if image.format == "PNG":
-        with _permanent(PngImageFile, path) as again:
-            _permanent(again.verify)
-    if image.format == "JPEG":
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            scans = _scans(data)
-        if scans > SCANS:
-            raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
+        _permanent(image.verify)
 
 
-SCANS = 100  # of a JPEG; encoders write about 10. Each costs a pass over all pixels, however few bytes it has
+SCANS = 100  # of a progressive JPEG; encoders write about 10
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # no stuffed byte, no filling, no restart
 
 
-def _scans(data: mmap) -> int:
-    """Scans of a JPEG's first picture, which ends at EOI (ISO 10918-1, annex B)."""
-    # What stands in thumbnails and behind EOI is counted too, so few are few enough, and counting is quick.
-    if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
-        return 1
-    scans, at = 0, 2
-    while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":
-        scans += marker[1] == b"\xda"
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return scans
+def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
+    """Refuse a progressive JPEG of endless scans: each is a pass over all pixels, however few bytes it has.
+
+    The limit of CPU time would end it too, but only after that time, and where there is one.
+    """
+    if not image.info.get("progressive"):
+        return
+    with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        # Counts those of thumbnails and of what stands behind the picture too; but it is quick.
+        if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
+            return
+        scans, at = 0, 2
+        while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":  # EOI (ITU T.81, annex B)
+            scans += marker[1] == b"\xda"  # SOS
+            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    if scans > SCANS:
+        raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
+
+
+# Pillow brings pixels to 8 bits, but leaves a PNG's transparent colour as it stands in the file.
+KEYS = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "I;16B": lambda value: int(value / 257 + 0.5),
+    "RGB;16B": lambda value: value >> 8,
+}
 
 
 def _decode(image: ImageFile.ImageFile) -> None:
-    """All pixels. JPEG decodes to a half, quarter or eighth, of which the smallest that still leaves GAP is taken."""
-    scale = TRANSPARENT_KEY_SCALE.get(image.tile[0].args)
+    """All pixels. JPEG decodes to a half, quarter or eighth: the smallest that still leaves GAP."""
+    key, narrow = image.info.get("transparency"), KEYS.get(image.tile[0].args)
     image.draft(None, (GAP * SIDE, GAP * SIDE))
     _permanent(image.load)
-    key = image.info.get("transparency")
-    if scale and key is not None:
-        image.info["transparency"] = (
-            tuple(int(k * scale) for k in key) if type(key) is tuple else int(key * scale)
-        )
-
-
-# Pillow widens or narrows pixels to 8 bits, but leaves the colour a PNG calls transparent as it stands in the file.
-TRANSPARENT_KEY_SCALE = {"L;2": 85, "L;4": 17, "I;16B": 1 / 257, "RGB;16B": 1 / 256}
+    if key is not None and narrow:
+        image.info["transparency"] = tuple(map(narrow, key)) if isinstance(key, tuple) else narrow(key)
 
 
 def _permanent(read, *given):
@@ -197,31 +201,30 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-# ---- making --------------------------------------------------------------------------------------------------------
+SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
 
 
 def _cover(image: Image.Image) -> Image.Image:
-    """The centre square at 600x600, in L, RGB, RGBa or CMYK: by whole numbers strip for strip, then by LANCZOS."""
+    """The centre square at 600x600, in L, RGB, RGBa or CMYK."""
     side = min(image.size)
-    factor = max(1, side // (GAP * SIDE))
     x, y = ((length - side) / 2 for length in image.size)
+    if side >= SIDE and image.mode in SPACES and not image.has_transparency_data:
+        return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (x, y, x + side, y + side), reducing_gap=GAP)
+    # The same by hand. The values are made fit for shrinking strip for strip: at once, a large image's copies would
+    # take twice the memory of the image itself. And enlarging, LANCZOS would let in what lies beside the square.
+    factor = max(1, side // (GAP * SIDE))
     left, top, right, bottom = floor(x), floor(y), ceil(x + side), ceil(y + side)
-    box = [(start + more) / factor for more in (0, side) for start in (x - left, y - top)]
-    if factor == 1:
-        return _eight_bits(image.crop((left, top, right, bottom))).resize(
-            (SIDE, SIDE), Image.Resampling.LANCZOS, box
-        )
     small = None
     for start in range(top, bottom, STRIP * factor):
-        strip = image.crop((left, start, right, min(start + STRIP * factor, bottom)))
-        strip = _eight_bits(strip).reduce(factor)
+        strip = _ready(image.crop((left, start, right, min(start + STRIP * factor, bottom)))).reduce(factor)
         if small is None:
             small = Image.new(strip.mode, (strip.width, ceil((bottom - top) / factor)))
         small.paste(strip, (0, (start - top) // factor))
+    box = [(start + more) / factor for more in (0, side) for start in (x - left, y - top)]
     return small.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _ready(image: Image.Image) -> Image.Image:
     """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
     if image.mode == "I;16":  # convert() alone would cut: all but black turns white
         image = image.point(lambda value: value / 257 + 0.5).convert("L")
@@ -246,7 +249,6 @@ def _upright(image: Image.Image, turn: int) -> Image.Image:
     return image if turn == 1 else image.transpose(UPRIGHT[turn])
 
 
-SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
 DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not links between devices, abstract or named colours
 SRGB = ImageCms.createProfile("sRGB")
 
@@ -257,15 +259,11 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "RGBa":
         image = image.convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
-    # Bytes 12 to 20 of a profile: its class and colour space (ICC.1, 7.2). Pillow before 12.2 reads past its buffers
-    # where the space is not the image's.
-    if (
-        profile
-        and len(profile) <= PROFILE
-        and profile[12:16] in DEVICES
-        and profile[16:20] == SPACES[image.mode]
-    ):
-        try:
+    # A profile's class and colour space (ICC.1, 7.2). Where the space is not the image's, Pillow to 12.1 reads
+    # past its buffers (CVE-2026-59205).
+    fits = profile and profile[12:16] in DEVICES and profile[16:20] == SPACES[image.mode]
+    if fits and len(profile) <= PROFILE:
+        with suppress(ImageCms.PyCMSError, OSError):
             image = ImageCms.profileToProfile(
                 image,
                 ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -275,8 +273,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 outputMode="RGB",
                 flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
             )
-        except (ImageCms.PyCMSError, OSError):
-            pass
     image = image.convert("RGB")
     if alpha:
         image.putalpha(alpha)
@@ -292,10 +288,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    """Without metadata and profile: a JPEG that states nothing is sRGB (CSS Color 4, 15), and 600 bytes shorter."""
+    """Without metadata. It needs no profile: an image that states nothing is sRGB (CSS Color 4)."""
     out = io.BytesIO()
     image.info.clear()  # save() would write a comment that came with the original
-    # Made for slow connections. On photographs of this size 80 is where more bytes stop being seen; halved colour
-    # saves a fifth; progressive shows something early, and like optimised tables makes the file smaller.
+    # Made for slow connections. On photographs of this size 80 is where more bytes stop being seen; halved
+    # colour saves a fifth; progressive shows something early, and like optimised tables makes it smaller.
     image.save(out, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
     return out.getvalue()

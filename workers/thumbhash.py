@@ -1,7 +1,7 @@
 """ThumbHash: a blurred picture in 24 bytes, shown until the picture itself has come.
 
-The format is evanw/thumbhash's, here for a picture without transparency. The package of that name on PyPI takes 40
-times as long, and sums over each pixel for each of its 38 waves; here rows are summed first, then columns.
+The format is evanw/thumbhash's, here for a square picture without transparency. The package of that name on
+PyPI sums over all pixels for each of 39 waves and takes 30 ms; here rows are summed first, then columns: 1 ms.
 """
 
 from math import cos, pi
@@ -34,7 +34,7 @@ def thumbhash(image: Image.Image) -> bytes:
 
 
 def _waves(channel: list[float], count: int) -> tuple[float, float, list[float]]:
-    """Mean, largest amplitude, and the amplitudes as parts of it (0 to 1) of a two-dimensional cosine transform.
+    """A two-dimensional cosine transform: mean, largest amplitude, amplitudes as parts of it (0 to 1).
 
     Only the triangle of waves with x + y < count is kept, row by row.
     """

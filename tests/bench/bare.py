@@ -1,0 +1,57 @@
+"""Bare Sanic with the API's server settings: answers given bytes, parses a JSON body, writes a stream to a file."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import orjson
+from sanic import Sanic
+from sanic.response import HTTPResponse, empty, text
+
+from api.app import create
+from storage import settings
+
+port, answers, folder = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+config = create(settings.load({"IMAGEGRAM_DATA": str(folder), "IMAGEGRAM_JWT_SECRET": "unused"})).config
+app = Sanic("bare", config=config, configure_logging=False, dumps=orjson.dumps, loads=orjson.loads)
+
+
+def answering(status: int, type: str | None, headers: dict[str, str], body: str):
+    data = body.encode("latin-1")
+
+    async def answer(request):
+        return HTTPResponse(data, status, headers, type) if type else empty(status, headers)
+
+    async def parse(request):
+        if not isinstance(orjson.loads(request.body)["text"], str):
+            raise ValueError
+        return HTTPResponse(data, status, headers, type)
+
+    return parse if status == 201 else answer
+
+
+for name, answer in answers.items():
+    app.add_route(answering(**answer), f"/{name}", methods=["POST" if answer["status"] == 201 else "GET"], name=name)
+
+
+@app.get("/healthz")
+async def healthz(request):
+    return text("ok")
+
+
+@app.put("/file", stream=True)
+async def file(request):
+    with open(folder / "bare.upload", "wb") as written:
+        async for data in request.stream:
+            written.write(data)
+        written.flush()
+        os.fsync(written.fileno())
+    return empty()
+
+
+if __name__ == "__main__":
+    listening = socket.create_server(("127.0.0.1", port), backlog=1024)
+    app.prepare(sock=listening, single_process=True, access_log=False, motd=False)
+    Sanic.serve_single(primary=app)

@@ -1,0 +1,29 @@
+// Uploads a file with tus-js-client as an app on a bad line would, and prints the upload's address.
+// node upload.js FILE ENDPOINT TOKEN [CHUNK SIZE]
+const fs = require('fs')
+const tus = require('tus-js-client')
+
+const [file, endpoint, token, chunkSize] = process.argv.slice(2)
+const STALL = 1500 // ms without progress after which an app gives up a request; the library itself waits for ever
+let heard = Date.now()
+
+const upload = new tus.Upload(fs.createReadStream(file), {
+  endpoint,
+  chunkSize: chunkSize ? Number(chunkSize) : Infinity,
+  uploadSize: fs.statSync(file).size,
+  headers: { Authorization: `Bearer ${token}` },
+  metadata: { filename: 'photo.png' },
+  retryDelays: [0, 50, 100, 200, 400, 800],
+  onProgress: () => { heard = Date.now() },
+  onError: (error) => { console.error(String(error)); process.exit(1) },
+  onSuccess: () => { clearInterval(watch); console.log(upload.url) },
+})
+const watch = setInterval(async () => {
+  if (Date.now() - heard > STALL) {
+    heard = Date.now()
+    await upload.abort()
+    // Not at once: the error of the request that was given up would start a second one beside it.
+    setTimeout(() => upload.start(), 200)
+  }
+}, 100)
+upload.start()

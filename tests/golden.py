@@ -1,0 +1,318 @@
+"""Images whose right picture is known because they are made here, by hand where Pillow would do both sides.
+
+Each shows the same card: four colours around the centre, and magenta where the centre square ends. What a picture
+must show is computed from the colours and the definition of each format, never by the code that is tested.
+`python tests/golden.py FILE` writes a contact sheet: for each image what its values say without any care, and what is
+made of it.
+"""
+
+import io
+import struct
+import sys
+import tempfile
+import zlib
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import colours
+from colours import Colour
+from PIL import Image, MpoImagePlugin, PngImagePlugin  # noqa: F401  MPO is for writing one
+
+from workers import pipeline
+
+CARD = [(200, 60, 50), (60, 150, 70), (50, 80, 170), (225, 205, 80)]  # top left, top right, bottom left, bottom right
+CENTRES = [(150, 150), (450, 150), (150, 450), (450, 450)]  # of the four in the picture
+OUTSIDE = (255, 0, 255)
+
+
+class Golden(NamedTuple):
+    data: bytes
+    truth: dict[tuple[int, int], Colour]  # the picture's colour around these places
+    bound: float = 2.0  # CIEDE2000; JPEG at quality 80 takes up to 1.6 of it, 1 is what the eye can see
+
+
+
+def card(width: int, height: int, mode: str = "RGB", colours=CARD, outside=OUTSIDE) -> Image.Image:
+    image = Image.new(mode, (width, height), outside)
+    side, x, y = min(width, height), width / 2, height / 2
+    for (right, below), colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), colours, strict=True):
+        left, top = x - side / 2 * (1 - right), y - side / 2 * (1 - below)
+        image.paste(colour, (round(left), round(top), round(left + side / 2), round(top + side / 2)))
+    return image
+
+
+def saved(image: Image.Image, format: str, **how) -> bytes:
+    file = io.BytesIO()
+    if format == "JPEG":
+        how = {"quality": 95, "subsampling": "4:4:4", **how}
+    image.save(file, format, **how)
+    return file.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, kind: int, scans: bytes, *chunks: bytes, interlaced: int = 0) -> bytes:
+    """`scans`: the rows, each behind its filter byte."""
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
+    parts = [chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(scans)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def rows(image: Image.Image, pack=bytes) -> bytes:
+    """The image's rows unfiltered; `pack` makes bytes of a row's values."""
+    bands, values = len(image.getbands()), image.tobytes()
+    stride = image.width * bands
+    return b"".join(b"\0" + pack(values[at : at + stride]) for at in range(0, len(values), stride))
+
+
+def doubled(values: bytes) -> bytes:
+    """8 bits as 16, of which the lower half is 0: 0xff00 is not white, as truncating to 8 bits would have it."""
+    return b"".join(bytes([value, 0]) for value in values)
+
+
+def adam7(image: Image.Image) -> bytes:
+    scans = b""
+    passes = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
+    for x, y, dx, dy in passes:
+        for row in range(y, image.height, dy):
+            scans += b"\0" + b"".join(bytes(image.getpixel((col, row))) for col in range(x, image.width, dx))
+    return scans
+
+
+def packed(indices: bytes, bits: int) -> bytes:
+    """A row of palette indices, so many bits each, highest first."""
+    whole = "".join(f"{index:0{bits}b}" for index in indices)
+    return int(whole.ljust(-(-len(whole) // 8) * 8, "0"), 2).to_bytes(-(-len(whole) // 8), "big")
+
+
+def bmp(image: Image.Image, bits: int, pack, palette=(), compression: int = 0, masks=(), top_down=False) -> bytes:
+    """`pack` makes bytes of a row's values; what it makes of no row ends a compressed file."""
+    stride = image.width * len(image.getbands())
+    values = image.tobytes()
+    lines = [pack(values[at : at + stride]) for at in range(0, len(values), stride)]
+    body = b"".join(line if compression in (1, 2) else line.ljust(-(-len(line) // 4) * 4, b"\0")
+                    for line in (lines if top_down else lines[::-1]))
+    if compression in (1, 2):
+        body += b"\0\1"
+    colours = b"".join(bytes([b, g, r, 0]) for r, g, b in palette)
+    fields = b"".join(struct.pack("<I", mask) for mask in masks)
+    start = 14 + 40 + len(fields) + len(colours)
+    height = -image.height if top_down else image.height
+    head = struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start)
+    sizes = (40, image.width, height, 1, bits, compression, len(body), 2835, 2835, len(palette), 0)
+    return head + struct.pack("<IiiHHIIiiII", *sizes) + fields + colours + body
+
+
+def runs(indices: bytes, bits: int) -> bytes:
+    """A row in RLE8 or RLE4: its first seven values as they are (an odd number), the rest as runs."""
+    plain = packed(indices[:7], bits)
+    line, at = b"\0\7" + plain + bytes(len(plain) % 2), 7
+    while at < len(indices):
+        length = 1
+        while at + length < len(indices) and length < 255 and indices[at + length] == indices[at]:
+            length += 1
+        line += bytes([length, indices[at] * (0x11 if bits == 4 else 1)])
+        at += length
+    return line + b"\0\0"
+
+
+def triples(values: bytes) -> list[bytes]:
+    return [values[at : at + 3] for at in range(0, len(values), 3)]
+
+
+def short(values: bytes, red: int, green: int, blue: int) -> bytes:
+    """A row of 16-bit pixels with so many bits for each colour."""
+    pixels = [(r >> 8 - red << green + blue) | (g >> 8 - green << blue) | b >> 8 - blue for r, g, b in triples(values)]
+    return struct.pack(f"<{len(pixels)}H", *pixels)
+
+
+def five_bits(colour: Colour) -> Colour:
+    return tuple((value >> 3) * 255 // 31 for value in colour)
+
+
+# Where the first row and the first column of the stored image belong (EXIF 2.32, table 6).
+SIDES = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
+         5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}  # fmt: skip
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+
+
+def stored(orientation: int) -> list[Colour]:
+    """The card's colours in the order of a file of this orientation."""
+    first_row, first_column = SIDES[orientation].split()
+    order = []
+    for row, column in product((first_row, OPPOSITE[first_row]), (first_column, OPPOSITE[first_column])):
+        order.append(CARD[2 * ("bottom" in (row, column)) + ("right" in (row, column))])
+    return order
+
+
+def exif(orientation: int, gps: bool = False) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    if gps:
+        tags[0x8825] = {1: "N", 2: (48.0, 51.0, 29.0), 3: "E", 4: (2.0, 17.0, 40.0)}
+        tags[0x010F] = "A maker of cameras"
+    return tags
+
+
+def shows(*colours: Colour, **more) -> dict:
+    return {"truth": dict(zip(CENTRES, colours or CARD, strict=True)), **more}
+
+
+def through(matrix, tone, colour: Colour) -> Colour:
+    """A colour of another RGB space, in sRGB."""
+    return colours.from_xyz(colours.times(matrix, [tone(value / 255) for value in colour]))
+
+
+def inks(*which: tuple[int, int, int, int]) -> dict:
+    labs = [colours.ink_lab(*ink) for ink in which]
+    return shows(*(colours.from_lab((light / 2.55, a - 128, b - 128)) for light, a, b in labs))
+
+
+def goldens() -> dict[str, Golden]:
+    rgb, small = card(640, 480), card(64, 48)
+    grey = [40, 110, 180, 240]
+    greys = [(value,) * 3 for value in grey]
+    made = {}
+
+    def add(name: str, data: bytes, truth: dict, bound: float = 2.0) -> None:
+        made[name] = Golden(data, truth["truth"], truth.get("bound", bound))
+
+    add("plain JPEG", saved(rgb, "JPEG"), shows())
+    add("progressive JPEG", saved(rgb, "JPEG", progressive=True), shows())
+    add("JPEG reduced while decoding", saved(card(5000, 3751), "JPEG"), shows())
+    for orientation in range(1, 9):
+        turned = card(640, 480, colours=stored(orientation))
+        add(f"JPEG of orientation {orientation}", saved(turned, "JPEG", exif=exif(orientation)), shows())
+    add("PNG of orientation 6", saved(card(640, 480, colours=stored(6)), "PNG", exif=exif(6)), shows())
+    add("JPEG with GPS", saved(rgb, "JPEG", exif=exif(1, gps=True), comment=b"by a person"), shows())
+
+    # Colours of other spaces
+    for name, matrix, tone, profile in (
+        ("Display P3", colours.P3, colours.linear, colours.P3_PROFILE),
+        ("Adobe RGB", colours.ADOBE, lambda value: value**colours.ADOBE_GAMMA, colours.ADOBE_PROFILE),
+    ):
+        truth = shows(*(through(matrix, tone, colour) for colour in CARD))
+        add(f"{name} JPEG", saved(rgb, "JPEG", icc_profile=profile), truth)
+        add(f"{name} PNG", saved(rgb, "PNG", icc_profile=profile), truth)
+        clear = card(640, 480, "RGBA", [(*colour, 255) for colour in CARD], (0, 0, 0, 0))
+        add(f"{name} PNG with alpha", saved(clear, "PNG", icc_profile=profile), truth)
+        add(f"{name} PNG with palette", saved(rgb.quantize(8), "PNG", icc_profile=profile), truth)
+    tone = [round(255 * colours.encoded((value / 255) ** colours.GREY_GAMMA)) for value in grey]
+    for format in ("JPEG", "PNG"):
+        image = saved(card(640, 480, "L", grey, 0), format, icc_profile=colours.GREY_PROFILE)
+        add(f"grey {format} with profile", image, shows(*((value,) * 3 for value in tone)))
+    printed = ((1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 0), (0, 0, 0, 1))
+    ink = card(640, 480, "CMYK", [tuple(255 * part for part in one) for one in printed], (0, 0, 0, 0))
+    add("CMYK JPEG with profile", saved(ink, "JPEG", icc_profile=colours.cmyk_profile()), inks(*printed))
+    simple = shows((0, 255, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0))
+    add("CMYK JPEG without profile", saved(ink, "JPEG"), simple)
+    wrong = {"JPEG with a profile for CMYK": colours.cmyk_profile(),
+             "JPEG with a profile for grey": colours.GREY_PROFILE,
+             "JPEG with a broken profile": colours.P3_PROFILE[:200] + bytes(300),
+             "JPEG with a large profile": colours.P3_PROFILE + bytes(1100 * 1024)}  # fmt: skip
+    for name, profile in wrong.items():
+        add(name, saved(rgb, "JPEG", icc_profile=profile), shows())
+    add("PNG with a large profile", saved(rgb, "PNG", icc_profile=colours.P3_PROFILE + bytes(1100 * 1024)), shows())
+
+    # Transparency is white. What is invisible is black here, and must not show.
+    seen = [(200, 60, 50, 255), (0, 0, 0, 0), (50, 80, 170, 128), (225, 205, 80, 0)]
+    white = (255, 255, 255)
+    truth = shows((200, 60, 50), white, (152, 167, 212), white)
+    add("PNG with alpha", saved(card(640, 480, "RGBA", seen, (0, 0, 0, 0)), "PNG"), truth)
+    add("large PNG with alpha", saved(card(3000, 2500, "RGBA", seen, (0, 0, 0, 0)), "PNG"), truth)
+    large = card(3000, 2500, "RGBA", seen, (0, 0, 0, 0))
+    add("16-bit PNG with alpha", png(640, 480, 16, 6, rows(large.resize((640, 480), 0), doubled)), truth)
+    ghost = card(640, 480, "LA", [(40, 255), (0, 0), (180, 128), (240, 0)], (0, 0))
+    truth = shows((40,) * 3, white, (217,) * 3, white)
+    add("grey PNG with alpha", saved(ghost, "PNG"), truth)
+    add("16-bit grey PNG with alpha", png(640, 480, 16, 4, rows(ghost, doubled)), truth)
+    index = card(640, 480, "P", (0, 1, 2, 3), 4)
+    palette = b"".join(bytes(colour) for colour in (*CARD, OUTSIDE))
+    few = card(640, 480, "P", (0, 1, 2, 3), 3)
+    for bits in (2, 4, 8):
+        scans = rows(few, lambda row, bits=bits: packed(row, bits))
+        add(f"PNG with palette of {bits} bits", png(640, 480, bits, 3, scans, chunk(b"PLTE", palette)), shows())
+    cut = shows(CARD[0], white, (152, 167, 212), CARD[3])
+    keyed = (chunk(b"PLTE", palette), chunk(b"tRNS", bytes([255, 0, 128])))
+    add("PNG with palette and tRNS", png(640, 480, 8, 3, rows(index), *keyed), cut)
+    key = shows(CARD[0], white, *CARD[2:])
+    add("RGB PNG with tRNS", png(640, 480, 8, 2, rows(rgb), chunk(b"tRNS", struct.pack(">3H", *CARD[1]))), key)
+    wide = chunk(b"tRNS", struct.pack(">3H", *(value * 256 for value in CARD[1])))
+    add("16-bit RGB PNG with tRNS", png(640, 480, 16, 2, rows(rgb, doubled), wide), key)
+    level = card(640, 480, "L", grey, 0)
+    key = shows(greys[0], white, *greys[2:])
+    add("grey PNG with tRNS", png(640, 480, 8, 0, rows(level), chunk(b"tRNS", struct.pack(">H", grey[1]))), key)
+    wide = chunk(b"tRNS", struct.pack(">H", grey[1] * 256))
+    add("16-bit grey PNG with tRNS", png(640, 480, 16, 0, rows(level, doubled), wide), key)
+    few = card(640, 480, "L", (0, 1, 2, 3), 3)
+    thirds = shows((0,) * 3, white, (170,) * 3, white)
+    add("2-bit grey PNG with tRNS",
+        png(640, 480, 2, 0, rows(few, lambda row: packed(row, 2)), chunk(b"tRNS", b"\0\1")), thirds)
+
+    # Depths
+    two = card(640, 480, "L", (0, 255, 255, 0), 0).convert("1", dither=Image.Dither.NONE)
+    chess = shows((0,) * 3, white, white, (0,) * 3)
+    add("1-bit PNG", saved(two, "PNG"), chess)
+    add("grey JPEG", saved(level, "JPEG"), shows(*greys))
+    add("16-bit grey PNG", png(640, 480, 16, 0, rows(level, doubled)), shows(*greys))
+    add("16-bit RGB PNG", png(640, 480, 16, 2, rows(rgb, doubled)), shows())
+    add("interlaced PNG", png(64, 48, 8, 2, adam7(small), interlaced=1), shows())
+
+    # BMP
+    for top_down in (False, True):
+        turned = ", top-down" if top_down else ""
+        add(f"BMP of 24 bits{turned}", bmp(rgb, 24, lambda row: b"".join(one[::-1] for one in triples(row)),
+            top_down=top_down), shows())  # fmt: skip
+        add(f"BMP of 8 bits{turned}", bmp(index, 8, bytes, (*CARD, OUTSIDE), top_down=top_down), shows())
+    add("BMP of 32 bits", bmp(rgb, 32, lambda row: b"".join(one[::-1] + b"\0" for one in triples(row))), shows())
+    add("BMP of 4 bits", bmp(index, 4, lambda row: packed(row, 4), (*CARD, OUTSIDE)), shows())
+    pair = card(640, 480, "P", (0, 1, 1, 0), 0)
+    add("BMP of 1 bit", bmp(pair, 1, lambda row: packed(row, 1), CARD[:2]), shows(*(CARD[i] for i in (0, 1, 1, 0))))
+    coarse = shows(*map(five_bits, CARD))
+    add("BMP of 16 bits", bmp(rgb, 16, lambda row: short(row, 5, 5, 5)), coarse)
+    fields = bmp(rgb, 16, lambda row: short(row, 5, 6, 5), compression=3, masks=(0xF800, 0x7E0, 0x1F))
+    add("BMP of 16 bits, 5-6-5", fields, coarse, 3.0)  # green has 6 bits here
+    add("BMP in RLE8", bmp(index, 8, lambda row: runs(row, 8), (*CARD, OUTSIDE), 1), shows())
+    add("BMP in RLE4", bmp(index, 4, lambda row: runs(row, 4), (*CARD, OUTSIDE), 2), shows())
+
+    # Shapes
+    one = (60, 150, 70)
+    for name, size in {"1x501": (1, 501), "501x1": (501, 1), "1x1": (1, 1)}.items():
+        image = Image.new("RGB", size, OUTSIDE)
+        image.putpixel((size[0] // 2, size[1] // 2), one)
+        add(f"PNG of {name}", saved(image, "PNG"), {"truth": dict.fromkeys([*CENTRES, (2, 2), (597, 597)], one)})
+    for name, size in {"30,000x10": (30000, 10), "10x30,000": (10, 30000), "20x20": (20, 20)}.items():
+        add(f"PNG of {name}", saved(card(*size), "PNG"), shows())
+        add(f"JPEG of {name}", saved(card(*size), "JPEG"), shows())
+
+    # Of several pictures the first
+    other = Image.new("RGB", rgb.size)
+    add("animated PNG", saved(rgb, "PNG", save_all=True, append_images=[other]), shows())
+    add("MPO", saved(rgb, "MPO", save_all=True, append_images=[other], quality=95), shows())
+    return made
+
+
+def sheet(width: int = 64) -> Image.Image:
+    """Pairs of each golden image, its values taken as they are, and its picture; in the order of their names."""
+    pairs = []
+    for _, golden in sorted(goldens().items()):
+        came = Image.open(io.BytesIO(golden.data))
+        came = came.convert("RGB").resize((width, width * 3 // 4))
+        with tempfile.TemporaryFile() as file:
+            file.write(golden.data)
+            made = Image.open(io.BytesIO(pipeline.convert(file, 100, 30_000).jpeg))
+        pairs.append((came, made.resize((width * 3 // 4,) * 2)))
+    cell, columns = (width * 7 // 4 + 14, width * 3 // 4 + 10), 7
+    whole = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(pairs) // columns)), (120, 120, 120))
+    for place, (came, made) in enumerate(pairs):
+        x, y = place % columns * cell[0] + 5, place // columns * cell[1] + 5
+        whole.paste(came, (x, y))
+        whole.paste(made, (x + width + 2, y))
+    return whole
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_bytes(saved(sheet(), "JPEG", quality=70, optimize=True))

@@ -1,0 +1,238 @@
+"""The main job from end to end: real HTTP, a real server, a real worker, a real photograph."""
+
+import io
+import time
+from datetime import UTC, datetime
+
+import pytest
+from conftest import Site, photograph, publish, turned, until
+from making import bmp, png
+from PIL import Image
+from state import files
+
+from storage import keys
+
+
+@pytest.fixture(scope="module")
+def running(real_server, tmp_path_factory):
+    """A site with a worker. Every test of this file that uses it leaves the feed empty."""
+    real_server.client.flushall()
+    site = Site(real_server.url, tmp_path_factory.mktemp("site"))
+    site.api()
+    site.worker()
+    yield site
+    site.close()
+
+
+PICTURES = {
+    "a photograph": lambda: photograph(),
+    "a PNG": lambda: png(1000, 700),
+    "a BMP": lambda: bmp(300, 900),
+}
+
+
+def stored(site, name: str) -> bytes:
+    return (site.folder / "store" / name).read_bytes()
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_story_of_a_post(running, picture):
+    site, data = running, PICTURES[picture]()
+    anyone, alice, bob, carol = (site.client(user) for user in (None, "alice", "bob", "carol"))
+    began, before = time.time(), set(files(site.folder / "store"))
+
+    # Alice posts it, and it turns ready.
+    made = publish(alice, data, "Amazing ☃")
+    post = made["id"]
+    assert made == {
+        "id": post,
+        "author": "alice",
+        "caption": "Amazing ☃",
+        "created_at": made["created_at"],
+        "status": "processing",
+        "image": None,
+        "comment_count": 0,
+        "latest_comments": [],
+    }
+    created = datetime.strptime(made["created_at"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
+    assert began - 0.002 <= created <= time.time()
+    ready = turned(anyone, made)
+    assert ready == made | {"status": "ready", "image": ready["image"]}
+    assert ready["image"] == {
+        "url": f"/v1/images/{post}.jpg",
+        "width": 600,
+        "height": 600,
+        "thumbhash": ready["image"]["thumbhash"],
+    }
+    assert anyone.get("/v1/posts").json() == {"items": [ready], "next": None}
+
+    # Its original is kept byte for byte, its picture is a JPEG of 600x600.
+    assert stored(site, keys.original(post)) == data
+    shown = anyone.get(ready["image"]["url"])
+    assert (shown.status_code, shown.headers["Content-Type"]) == (200, "image/jpeg")
+    with Image.open(io.BytesIO(shown.content)) as image:
+        image.load()
+        assert (image.format, image.size, image.mode) == ("JPEG", (600, 600), "RGB")
+    assert anyone.get(f"/v1/originals/{post}").status_code == 404
+
+    # Bob and Carol comment on it; the feed shows the last two.
+    said = []
+    for client, text in ((bob, "first"), (carol, "second"), (bob, "third")):
+        comment = client.post(f"/v1/posts/{post}/comments", json={"text": text})
+        assert comment.status_code == 201
+        assert anyone.get(comment.headers["Location"]).json() == comment.json()
+        said.append(comment.json())
+    assert [(comment["author"], comment["text"]) for comment in said] == [
+        ("bob", "first"),
+        ("carol", "second"),
+        ("bob", "third"),
+    ]
+    (item,) = anyone.get("/v1/posts").json()["items"]
+    assert item == ready | {"comment_count": 3, "latest_comments": [said[2], said[1]]}
+    assert anyone.get(f"/v1/posts/{post}/comments").json() == {
+        "items": said[::-1],
+        "next": None,
+    }
+
+    # Bob deletes his last one: the feed goes back to the two before.
+    target = f"/v1/posts/{post}/comments/{said[2]['id']}"
+    assert carol.delete(target).status_code == 403
+    assert alice.delete(target).status_code == 403
+    assert bob.delete(target).status_code == 204
+    assert bob.delete(target).status_code == 404
+    (item,) = anyone.get("/v1/posts").json()["items"]
+    assert item == ready | {"comment_count": 2, "latest_comments": [said[1], said[0]]}
+
+    # Alice deletes the post: nothing of it is served any more, and only the original is kept for a while.
+    assert bob.delete(f"/v1/posts/{post}").status_code == 403
+    assert alice.delete(f"/v1/posts/{post}").status_code == 204
+    for target in ("", "/comments", f"/comments/{said[0]['id']}"):
+        assert anyone.get(f"/v1/posts/{post}{target}").status_code == 404
+    assert anyone.get(ready["image"]["url"]).status_code == 404
+    assert carol.post(f"/v1/posts/{post}/comments", json={"text": "late"}).status_code == 404
+    assert alice.delete(f"/v1/posts/{post}").status_code == 404
+    assert anyone.get("/v1/posts").json() == {"items": [], "next": None}
+    left = before | {keys.original(post)}
+    until(lambda: set(files(site.folder / "store")) == left, what="the end of the chunks")
+
+
+def test_the_feed_has_the_most_commented_first_and_then_the_newest(running):
+    alice, bob = running.client("alice"), running.client("bob")
+    posts = [publish(alice, png(50 + n, 40), str(n)) for n in range(4)]
+    for post in posts:
+        turned(bob, post)
+    for number, count in ((0, 1), (1, 2), (2, 1)):
+        for _ in range(count):
+            bob.post(f"/v1/posts/{posts[number]['id']}/comments", json={"text": "counts"})
+    expected = [posts[number]["id"] for number in (1, 2, 0, 3)]
+    walked, following = [], "/v1/posts?limit=1"
+    while following:
+        page = bob.get(following)
+        walked += [item["id"] for item in page.json()["items"]]
+        following = page.links.get("next", {}).get("url")
+    assert walked == [item["id"] for item in bob.get("/v1/posts").json()["items"]] == expected
+    for post in posts:
+        assert alice.delete(f"/v1/posts/{post['id']}").status_code == 204
+
+
+def test_an_image_is_served_as_http_knows_it(running):
+    with running.client("alice") as client:
+        post = turned(client, publish(client, photograph()))
+        target = post["image"]["url"]
+        whole = client.get(target)
+        size = len(whole.content)
+        assert whole.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        assert whole.headers["X-Content-Type-Options"] == "nosniff"
+        assert whole.headers["Content-Length"] == str(size)
+        tag = whole.headers["ETag"]
+        assert tag.startswith('"') and tag.endswith('"')
+
+        head = client.head(target)
+        assert (head.status_code, head.content) == (200, b"")
+        for name in (
+            "Content-Length",
+            "Content-Type",
+            "ETag",
+            "Cache-Control",
+            "X-Content-Type-Options",
+        ):
+            assert head.headers[name] == whole.headers[name]
+
+        for known in (tag, f'"other", {tag}', "*", f"W/{tag}"):
+            for ask in (client.get, client.head):
+                same = ask(target, headers={"If-None-Match": known})
+                assert (same.status_code, same.content, same.headers["ETag"]) == (
+                    304,
+                    b"",
+                    tag,
+                )
+        assert client.get(target, headers={"If-None-Match": '"other"'}).status_code == 200
+
+        ranges = {
+            "bytes=0-0": (0, 1),
+            "bytes=0-99": (0, 100),
+            "bytes=100-": (100, size),
+            "bytes=-100": (size - 100, size),
+            f"bytes={size - 1}-": (size - 1, size),
+            f"bytes=0-{size * 9}": (0, size),
+            f"bytes=-{size * 9}": (0, size),
+        }
+        for asked, (start, stop) in ranges.items():
+            part = client.get(target, headers={"Range": asked})
+            assert (part.status_code, part.content) == (206, whole.content[start:stop])
+            assert part.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
+            assert part.headers["ETag"] == tag
+        for asked in (
+            f"bytes={size}-",
+            f"bytes={size}-{size + 5}",
+            "bytes=-0",
+            "bytes=" + "9" * 18 + "-",
+        ):
+            none = client.get(target, headers={"Range": asked})
+            assert (none.status_code, none.headers["Content-Range"]) == (
+                416,
+                f"bytes */{size}",
+            )
+            assert none.headers["Content-Type"] == "application/problem+json"
+            assert "immutable" not in none.headers.get("Cache-Control", "")
+        for asked in (
+            "bytes=5-4",
+            "bytes=0-1,3-4",
+            "lines=0-1",
+            "bytes=a-b",
+            "bytes=-",
+            "bytes=" + "9" * 99 + "-",
+        ):
+            assert client.get(target, headers={"Range": asked}).content == whole.content
+        part = {"Range": "bytes=0-9"}
+        assert client.get(target, headers={**part, "If-Range": tag}).status_code == 206
+        assert client.get(target, headers={**part, "If-Range": '"other"'}).status_code == 200
+        assert client.get(target, headers={**part, "If-None-Match": tag}).status_code == 304
+        assert client.head(target, headers=part).status_code == 200
+        assert client.delete(f"/v1/posts/{post['id']}").status_code == 204
+
+
+BROKEN = {
+    "half a JPEG": lambda: photograph()[: len(photograph()) // 2],
+    "half a PNG": lambda: png(900, 900)[:900],
+    "a BMP without pixels": lambda: bmp()[:60],
+    "text that begins like a BMP": lambda: b"BM I am no picture at all" * 10,
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_image_that_cannot_be_made_fails_its_post_and_is_kept_and_never_served(running, fault):
+    site, data = running, BROKEN[fault]()
+    with site.client("alice") as client:
+        made = publish(client, data)
+        post = turned(client, made)
+        assert post == made | {"status": "failed", "error": post["error"]}
+        assert set(post["error"]) == {"code", "detail"} and all(post["error"].values())
+        assert client.get("/v1/posts").json() == {"items": [], "next": None}
+        missing = client.get(f"/v1/images/{post['id']}.jpg")
+        assert (missing.status_code, missing.json()["code"]) == (404, "noimage")
+        assert "Retry-After" not in missing.headers
+        assert client.post(f"/v1/posts/{post['id']}/comments", json={"text": "a"}).status_code == 409
+        assert data in files(site.folder / "store").values()
+        assert client.delete(f"/v1/posts/{post['id']}").status_code == 204
+        assert client.get(f"/v1/posts/{post['id']}").status_code == 404

@@ -1,0 +1,374 @@
+"""PATCH of tus: bytes at an offset, of which every one that arrived counts."""
+
+import asyncio
+import json
+import socket
+
+import pytest
+from conftest import connect, until
+from state import contents, files
+from uploading import BODY, begin, joined, offset, picture, stored
+from wire import dial, head, hear, reset
+from wiretrace import chunked, play
+
+from storage import uploads
+
+PATCH = """
+        > PATCH /v1/uploads/<upload>
+        > Content-Type: application/offset+octet-stream"""
+UNTOUCHED = """
+        > HEAD /v1/uploads/<upload>
+        < 200
+        < Upload-Offset: 0
+"""
+TRACES = {
+    "all of it": f"""{PATCH}
+        > Upload-Offset: 0
+        > [picture]
+        < 204
+        < Upload-Offset: 100
+        < Upload-Expires: *, * GMT
+        < Tus-Resumable: 1.0.0
+        < -Content-Length
+        > HEAD /v1/uploads/<upload>
+        < 200
+        < Upload-Offset: 100
+    """,
+    "the first byte, which tells no format, then the rest": f"""{PATCH}
+        > Upload-Offset: 0
+        > [one]
+        < 204
+        < Upload-Offset: 1{PATCH}
+        > Upload-Offset: 1
+        > [others]
+        < 204
+        < Upload-Offset: 100
+    """,
+    "nothing, at the beginning": f"""{PATCH}
+        > Upload-Offset: 0
+        > Content-Length: 0
+        < 204
+        < Upload-Offset: 0
+    """,
+    "nothing, without saying so": f"""{PATCH}
+        > Upload-Offset: 0
+        < 204
+        < Upload-Offset: 0
+    """,
+    "nothing, at the end of a finished upload: our last answer was lost": f"""{PATCH}
+        > Upload-Offset: 0
+        > [picture]
+        < 204{PATCH}
+        > Upload-Offset: 100
+        > Content-Length: 0
+        < 204
+        < Upload-Offset: 100
+    """,
+    "in chunked encoding": f"""{PATCH}
+        > Upload-Offset: 0
+        > Transfer-Encoding: chunked
+        > [chunked]
+        < 204
+        < Upload-Offset: 100
+    """,
+    "by POST, for networks that know no PATCH": """
+        > POST /v1/uploads/<upload>
+        > X-HTTP-Method-Override: PATCH
+        > Content-Type: application/offset+octet-stream
+        > Upload-Offset: 0
+        > [picture]
+        < 204
+        < Upload-Offset: 100
+    """,
+    "POST that overrides nothing": """
+        > POST /v1/uploads/<upload>
+        > [picture]
+        < 405
+        < Allow: *PATCH*
+    """ + UNTOUCHED,
+    "at an offset that is ahead": f"""{PATCH}
+        > Upload-Offset: 1
+        > [one]
+        < 409
+        < code: offset
+        < Tus-Resumable: 1.0.0
+    """ + UNTOUCHED,
+    "at an offset that is behind": f"""{PATCH}
+        > Upload-Offset: 0
+        > [picture]
+        < 204{PATCH}
+        > Upload-Offset: 0
+        > [one]
+        < 409
+        < code: offset
+        > HEAD /v1/uploads/<upload>
+        < 200
+        < Upload-Offset: 100
+    """,
+    "without an offset": f"""{PATCH}
+        > [one]
+        < 400
+        < code: malformed
+    """ + UNTOUCHED,
+    "at an offset that is none": f"""{PATCH}
+        > Upload-Offset: -0
+        > [one]
+        < 400
+        < code: malformed
+    """ + UNTOUCHED,
+    "as another type": """
+        > PATCH /v1/uploads/<upload>
+        > Upload-Offset: 0
+        > Content-Type: application/octet-stream
+        > [picture]
+        < 415
+        < code: type
+        < Tus-Resumable: 1.0.0
+    """ + UNTOUCHED,
+    "as no type": """
+        > PATCH /v1/uploads/<upload>
+        > Upload-Offset: 0
+        > [picture]
+        < 415
+        < code: type
+    """ + UNTOUCHED,
+    "in another version": f"""{PATCH}
+        > Upload-Offset: 0
+        > Tus-Resumable: 0.2.2
+        > [picture]
+        < 412
+        < Tus-Version: 1.0.0
+    """ + UNTOUCHED,
+    "past the end": f"""{PATCH}
+        > Upload-Offset: 0
+        > [more]
+        < 413
+        < code: toolarge
+    """ + UNTOUCHED,
+    "past the end, which shows only as it comes": f"""{PATCH}
+        > Upload-Offset: 0
+        > Transfer-Encoding: chunked
+        > [chunked-more]
+        < 413
+        < code: toolarge
+    """ + UNTOUCHED,
+    "what is no image of ours": f"""{PATCH}
+        > Upload-Offset: 0
+        > [text]
+        < 415
+        < code: format
+    """ + UNTOUCHED,
+    "what turns out to be none with its second byte": f"""{PATCH}
+        > Upload-Offset: 0
+        > [one]
+        < 204{PATCH}
+        > Upload-Offset: 1
+        > [text]
+        < 415
+        < code: format
+        > HEAD /v1/uploads/<upload>
+        < 200
+        < Upload-Offset: 1
+    """,
+    "chunks that break: what came before them is kept": f"""{PATCH}
+        > Upload-Offset: 0
+        > Transfer-Encoding: chunked
+        > [broken]
+        < 400
+        < Connection: close
+        > HEAD /v1/uploads/<upload>
+        < 200
+        < Upload-Offset: 50
+    """,
+    "to an upload that is not there": """
+        > PATCH /v1/uploads/u00000000000000000000000000-0
+        > Upload-Offset: 0
+        > Content-Type: application/offset+octet-stream
+        > [picture]
+        < 404
+        < code: noupload
+        < Tus-Resumable: 1.0.0
+    """,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty(standing):
+    standing.server.client.flushall()
+
+
+@pytest.mark.parametrize("case", TRACES)
+def test_patch(standing, case):
+    image = picture(100)
+    bodies = {
+        "picture": image,
+        "one": image[:1],
+        "others": image[1:],
+        "more": image + b"!",
+        "chunked": chunked(image[:3], image[3:]),
+        "chunked-more": chunked(image, b"!"),
+        "text": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "broken": chunked(image[:50], end=b"0x10\r\n"),
+    }
+    known = {"upload": begin(standing, 100)}
+    play(standing, TRACES[case], known=known, **bodies)
+    chunks = standing.server.client.lrange(f"chunks:{{0}}:{known['upload']}", 0, -1)
+    assert stored(standing, known["upload"]) == len(chunks), "no bytes that are nobody's"
+
+
+def test_only_its_owner_may(standing):
+    known = {"upload": begin(standing, 100)}
+    before = contents(standing.server.client), files(standing.folder)
+    for user, status in (("bob", 404), (None, 401)):
+        play(standing, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< {status}", user, known, picture=picture(100))
+    assert (contents(standing.server.client), files(standing.folder)) == before
+
+
+def test_a_post_is_made_of_a_finished_upload_once(standing):
+    known = {"upload": begin(standing, 100)}
+    unfinished = '{{"upload": "{upload}", "caption": "first"}}'.format(**known).encode()
+    trace = f"""
+        > POST /v1/posts
+        > Content-Type: application/json
+        > [post]
+        < 409
+        < code: incomplete{PATCH}
+        > Upload-Offset: 0
+        > [picture]
+        < 204
+        > POST /v1/posts
+        > Content-Type: application/json
+        > [post]
+        < 201
+        < Location: /v1/posts/<post>
+        > POST /v1/posts
+        > Content-Type: application/json
+        > [again]
+        < 201
+        < Location: /v1/posts/<post>
+        > HEAD /v1/uploads/<upload>
+        < 404
+        < -Upload-Offset{PATCH}
+        > Upload-Offset: 100
+        > Content-Length: 0
+        < 404
+    """
+    again = unfinished.replace(b"first", b"second")
+    known = play(standing, trace, known=known, picture=picture(100), post=unfinished, again=again)
+    play(standing, "> POST /v1/posts\n> Content-Type: application/json\n> [post]\n< 404", "bob", post=unfinished)
+    client = standing.server.client
+    assert client.hget(f"post:{{0}}:{known['post']}", "caption") == "first"
+    assert client.keys("post:*") == [f"post:{{0}}:{known['post']}"]
+    assert client.hlen("uploads:{0}:alice") == 0, "it counts for the quota no longer"
+
+
+def patch(site, upload: str, at: int, *headers: str) -> bytes:
+    token = f"Authorization: Bearer {site.token('alice')}"
+    return head(
+        "PATCH", f"/v1/uploads/{upload}", token, "Tus-Resumable: 1.0.0", BODY, f"Upload-Offset: {at}", *headers
+    )
+
+
+@pytest.mark.parametrize("size", [1, 1000, 70_000, 200_000, 1_500_000])
+@pytest.mark.parametrize("end", ["fin", "rst"])
+async def test_every_byte_that_arrived_before_the_connection_broke_counts(standing, size, end):
+    image = picture(2_000_000)
+    upload = await asyncio.to_thread(begin, standing, len(image))
+    line = dial(standing.port)
+    line.sendall(patch(standing, upload, 0, f"Content-Length: {len(image)}") + image[:size])
+    until(lambda: unread(line) == 0, what="the server's kernel to have all of it")
+    reset(line) if end == "rst" else line.close()
+    await asyncio.to_thread(until, lambda: offset(standing, upload) == size)
+    assert await joined(standing, standing.server, upload) == image[:size]
+
+
+def unread(line: socket.socket) -> int:
+    """Bytes that were sent and not yet acknowledged by the other end's kernel."""
+    import fcntl
+    import struct
+
+    return struct.unpack("i", fcntl.ioctl(line, 0x5411, b"    "))[0]  # SIOCOUTQ
+
+
+async def test_of_a_chunked_body_that_breaks_off_every_whole_byte_counts(standing):
+    image = picture(3000)
+    upload = await asyncio.to_thread(begin, standing, len(image))
+    line = dial(standing.port)
+    line.sendall(patch(standing, upload, 0, "Transfer-Encoding: chunked"))
+    line.sendall(chunked(image[:1000], end=b"7d0\r\n" + image[1000:1500]))
+    line.shutdown(socket.SHUT_WR)
+    await asyncio.to_thread(until, lambda: offset(standing, upload) == 1500)
+    assert await joined(standing, standing.server, upload) == image[:1500]
+    line.close()
+
+
+async def test_an_upload_goes_on_while_its_old_connection_hangs(standing):
+    """No locks: the new one is taken at the offset that is durable, the old one finds the offset moved."""
+    image = picture(300_000)
+    upload = await asyncio.to_thread(begin, standing, len(image))
+    with dial(standing.port) as old:
+        old.sendall(patch(standing, upload, 0, f"Content-Length: {len(image)}") + image[:100_000])
+        await asyncio.to_thread(until, lambda: offset(standing, upload) > 0)
+        at = offset(standing, upload)
+        rest = image[at:]
+        known = {"upload": upload}
+        went = await asyncio.to_thread(
+            play, standing, f"{PATCH}\n> Upload-Offset: {at}\n> [rest]\n< 204", "alice", known, rest=rest
+        )
+        assert went["upload"] == upload
+        old.sendall(image[100_000:])
+        assert hear(old).status == 409
+    assert await joined(standing, standing.server, upload) == image
+
+
+def test_a_broken_upload_is_ended_by_delete_while_its_connection_hangs(standing):
+    upload = begin(standing, 1000)
+    with dial(standing.port) as old:
+        old.sendall(patch(standing, upload, 0, "Content-Length: 1000") + picture(500))
+        play(standing, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": upload})
+        old.sendall(bytes(500))
+        assert hear(old).status == 404
+    assert stored(standing, upload) == 0
+
+
+async def test_a_trickle_makes_few_objects(standing, store, monkeypatch):
+    """1 KiB a second for two minutes, with the second made short. Nothing of it is lost."""
+    monkeypatch.setattr(uploads, "SLOW", 0.002)
+    db = connect(standing.server)
+    image = picture(120 * 1024)
+    upload, _ = await uploads.create(db, "alice", 1, len(image))
+    appender = uploads.Appender(db, store, upload, 0, len(image))
+    for at in range(0, len(image), 1024):
+        await appender.write(image[at : at + 1024])
+        await asyncio.sleep(0.002)
+    await appender.commit()
+    chunks = (await uploads.look(db, upload)).chunks
+    await db.close()
+    assert appender.offset == len(image)
+    assert len(chunks) <= 4
+    assert b"".join([await store.get(f"chunks/{upload}/{name}") for name in chunks]) == image
+
+
+def test_what_a_post_of_an_upload_answers_is_a_post(standing):
+    known = {"upload": begin(standing, 100)}
+    post = json.dumps(known).encode()
+    play(standing, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< 204", known=known, picture=picture(100))
+    play(
+        standing,
+        """
+        > POST /v1/posts
+        > Content-Type: application/json
+        > Idempotency-Key: k
+        > [post]
+        < 201
+        < -Tus-Resumable
+        < -Idempotent-Replayed
+        > POST /v1/posts
+        > Content-Type: application/json
+        > Idempotency-Key: k
+        > [post]
+        < 201
+        < Idempotent-Replayed: true
+        """,
+        post=post,
+    )
