@@ -131,6 +131,8 @@ async def test_nothing_is_added_to_a_chain_that_the_files_left(settings, store, 
             await shipped(shipper)
             shutil.copytree(redis.folder, tmp_path / "older", ignore=shutil.ignore_patterns("*.sock"))
             await until(lambda n=writers[0].number: writers[0].number > n + 50, "more writes")
+            first = shipper.chain.second
+            await until(lambda: time.time() >= first + 2, "the next base is of a later second")
         await shipped(shipper)
         before = [entry.name async for entry in store.list()]
         redis.kill()

@@ -1,4 +1,4 @@
-"""Long forms of the durability tests, with figures. `python tests/drills/drill.py [kill|power|everysec|machine|seconds]`.
+"""Long forms of the durability tests, with figures: `drill.py [kill|power|everysec|machine|seconds]`, or all.
 
 kill      kill -9 of Redis under 64 writers: nothing answered is lost, nothing is half there.
 power     the append-only file is cut back to its last fsync at a moment chosen at random, as a power cut may leave it.
