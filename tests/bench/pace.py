@@ -20,7 +20,8 @@ CONNECTIONS = 32
 
 async def write(port: int, rate: float, paths: list[str], authorization: str) -> tuple[int, float, int]:
     body = orjson.dumps({"text": TEXT})
-    head = f"Host: 127.0.0.1:{port}\r\nAuthorization: {authorization}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    head = f"Host: 127.0.0.1:{port}\r\nAuthorization: {authorization}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = head.encode() + body
     waiting: asyncio.Queue = asyncio.Queue()
     count = errors = 0
 
