@@ -15,14 +15,15 @@
 -- A cursor is a place in the order, not a row: where its post has moved or gone, the place is found by the count
 -- and, in the run of equal counts, by a binary search over ids. O(log n), or O(log² n) in a run of n.
 local feed, changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local count, id, limit, bytes, posts, latests = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local score, count, id = ARGV[1], tonumber(ARGV[1]), ARGV[2]
+local limit, bytes, posts, latests = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
 
 local start = 0
 if count and tonumber(redis.call('ZSCORE', feed, id)) == count then
   start = redis.call('ZREVRANK', feed, id) + 1
 elseif count then
-  start = redis.call('ZCOUNT', feed, '(' .. ARGV[1], '+inf')
-  local stop = start + redis.call('ZCOUNT', feed, ARGV[1], ARGV[1])
+  start = redis.call('ZCOUNT', feed, '(' .. score, '+inf')
+  local stop = start + redis.call('ZCOUNT', feed, score, score)
   while start < stop do
     local middle = math.floor((start + stop) / 2)
     if redis.call('ZREVRANGE', feed, middle, middle)[1] < id then
