@@ -131,7 +131,8 @@ def test_http_2_over_tls(front, tmp_path):
     (tmp_path / "image").write_bytes(picture(3 * MB))
     url, alice = f"https://127.0.0.1:{front.tls_port}", f"Authorization: Bearer {front.token('alice')}"
     tus = ["-H", alice, "-H", "Tus-Resumable: 1.0.0"]
-    curl = ["curl", "-ksS", "--http2", "-D", tmp_path / "headers", "-w", "%{http_version} %{http_code}", "-o", "/dev/null"]
+    shown = ["-D", tmp_path / "headers", "-w", "%{http_version} %{http_code}", "-o", "/dev/null"]
+    curl = ["curl", "-ksS", "--http2", *shown]
 
     def run(*more) -> tuple[str, str]:
         said = subprocess.run([*curl, *more], check=True, capture_output=True, text=True).stdout
