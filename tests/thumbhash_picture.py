@@ -1,4 +1,4 @@
-"""Makes docs/images/thumbhash.png: a photograph as it is served, and beside it what its thumbhash tells before it comes.
+"""Makes docs/images/thumbhash.png: a photograph as it is served, and beside it what its thumbhash tells of it.
 
     python tests/thumbhash_picture.py
 
