@@ -7,7 +7,7 @@ from typing import NamedTuple
 from storage import keys
 from storage.objects import S3, Folder
 from storage.scripts import Redis
-from storage.settings import DAY_MS, PAGE_BYTES
+from storage.settings import DAY_MS, PAGE_BYTES, TOLD_MS
 
 
 class Post(NamedTuple):
@@ -123,6 +123,7 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> Non
         post,
         author,
         DAY_MS,
+        TOLD_MS,
     )
     await erase_image(objects, post)
 
