@@ -1,5 +1,6 @@
 """The docs' commands, run as they stand."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -20,21 +21,22 @@ def test_the_readme_makes_the_first_call(working_site, tmp_path):
         (tmp_path / room).symlink_to(ROOT / room)
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
-    upload, read = (block.replace("http://127.0.0.1:8000", working_site.url) for block in blocks)
-
-    def shell(script: str) -> str:
-        run = subprocess.run(
-            ["bash", "-euc", script], cwd=tmp_path, env=working_site.environment, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stdout
-
-    # The two blocks are one session: the second one uses what the first one set.
-    setting = "\n".join(line for line in upload.splitlines() if not line.startswith("curl"))
-    assert '"status":"processing"' in shell(upload)
-    until(lambda: working_site.client().get("/v1/posts").json()["items"], what="the post")
-    said = shell(setting + "\n" + read)
-    assert '"text":"First!"' in said and '"comment_count":1' in said
+    script = "".join(blocks).replace("http://127.0.0.1:8000", working_site.url)
+    assert working_site.url in script
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=working_site.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    ready, rest = run.stdout.split("\n", 1)
+    assert json.loads(ready)["status"] == "ready"
+    comment, feed = map(json.loads, rest.replace("}{", "}\n{").splitlines())
+    assert comment["text"] == "First!"
+    assert feed["items"] == [{**json.loads(ready), "comment_count": 1, "latest_comments": [comment]}]
     assert (tmp_path / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
 
 
