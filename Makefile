@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench lock clean
+.PHONY: run test lint unit load bench bench-images drill lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -29,6 +29,15 @@ load: ## locust against a started system, at the forecast's mix
 bench: ## figures beside bare Sanic
 	@.ci/setup test
 	$(python) -m tests.bench
+
+bench-images: ## what a picture costs, beside libvips
+	@.ci/setup test
+	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
+	$(python) -m tests.bench.images
+
+drill: ## the long forms of the durability tests, with figures; ten minutes at most
+	@.ci/setup test
+	timeout 600 $(python) tests/drills/drill.py
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock

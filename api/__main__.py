@@ -61,6 +61,9 @@ def serve(settings) -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no orphan goes on serving
             if os.getppid() != parent:
                 os._exit(1)
+            # A group of its own: who signals all of ours at once would interrupt, by the parent's second signal, an
+            # orderly end that has begun.
+            os.setpgid(0, 0)
             for other in sockets:
                 if other is not listening:
                     other.close()
@@ -71,9 +74,14 @@ def serve(settings) -> None:
         listening.close()
     print(f"api: http://{settings.host}:{settings.port}, {len(children)} processes", flush=True)
 
+    stopping = False
+
     def stop(signum=None, frame=None):
-        for child in children:
-            os.kill(child, signal.SIGTERM)
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            for child in children:
+                os.kill(child, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

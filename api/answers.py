@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import brotli
 import orjson
-from sanic.response import HTTPResponse
+from sanic.response import BaseHTTPResponse
 
 SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
@@ -20,7 +20,7 @@ UNSAFE = str.maketrans("", "", "\r\n\0")  # what would end a header
 CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
-class Shared(HTTPResponse):
+class Shared(BaseHTTPResponse):
     """A response with headers that were encoded for all who share it. What is set on it besides follows them.
 
     Sanic encodes each header of each response, which costs as much as half of its other work.
@@ -29,8 +29,8 @@ class Shared(HTTPResponse):
     __slots__ = ("_head",)
 
     def __init__(self, head: tuple[bytes, bytes], status: int = 200, body: bytes = b""):
-        super().__init__(body, status)
-        self._head = head
+        super().__init__()
+        self.body, self.status, self._head = body, status, head
 
     @property
     def processed_headers(self):
@@ -57,7 +57,7 @@ class Answer:
         self._encoded: dict[str, bytes | asyncio.Task] = {}
         self._heads: dict[tuple[int, str], tuple[bytes, bytes]] = {}
 
-    async def respond(self, request) -> HTTPResponse:
+    async def respond(self, request) -> Shared:
         """200 in the best encoding the client takes, or 304 if it has that already."""
         coding = best(request.headers.get("accept-encoding", "")) if len(self.body) >= SMALL else ""
         tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'

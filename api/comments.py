@@ -10,9 +10,10 @@ from storage import comments
 routes = Blueprint("comments")
 
 
-@routes.post("/v1/posts/<post>/comments")
+@routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
     user = tokens.user(request)
+    await shapes.receive(request)
     text = shapes.text(shapes.fields(request).get("text"), "text")
     if not text.strip():
         raise shapes.invalid("text must not be blank")
@@ -25,8 +26,9 @@ async def add(request, post: str):
 @routes.get("/v1/posts/<post>/comments")
 @shared
 async def page(request, post: str) -> Answer:
-    found = await comments.page(request.app.ctx.db, post, shapes.limit(request), shapes.before(request))
-    return shapes.page(request, found.comments, shapes.encoded_comment, "{row.id}", found.more)
+    limit = shapes.limit(request)
+    found = await comments.page(request.app.ctx.db, post, limit, shapes.before(request))
+    return shapes.page(request.path, limit, tuple(found.comments), found.more, shapes.encoded_comment, "{row.id}")
 
 
 @routes.get("/v1/posts/<post>/comments/<comment>")

@@ -89,7 +89,7 @@ def boundary(request) -> bytes:
     if not declared.isascii():
         raise damaged("the form's boundary is not ASCII")
     _, options = parse_options_header(declared)
-    if int(request.headers.get("content-length", 0)) > IMAGE_BYTES + FORM_SLACK:
+    if shapes.declared(request) > IMAGE_BYTES + FORM_SLACK:
         raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
     if not options.get(b"boundary"):
         raise damaged("the form names no boundary")

@@ -45,11 +45,11 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
 @routes.get("/v1/posts")
 @shared
 async def feed(request) -> Answer:
-    db, after = request.app.ctx.db, shapes.place(request)
-    page = await posts.feed(db, request.app.ctx.settings.partitions, shapes.limit(request), after)
-    token = changes.issue(db, page.seen)
-    links = () if after else (f'</v1/changes?since={token}>; rel="changes"',)
-    return shapes.page(request, page.posts, shapes.encoded_post, "{row.comment_count}:{row.id}", page.more, links)
+    db, after, limit = request.app.ctx.db, shapes.place(request), shapes.limit(request)
+    found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
+    links = () if after else (f'</v1/changes?since={changes.issue(db, found.seen)}>; rel="changes"',)
+    place = "{row.comment_count}:{row.id}"
+    return shapes.page(request.path, limit, tuple(found.posts), found.more, shapes.encoded_post, place, links)
 
 
 @routes.get("/v1/changes")

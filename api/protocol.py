@@ -17,10 +17,15 @@ DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for cli
 LOOK = 2.0  # seconds between two looks at a connection's clock
 HEADER = 10.0  # seconds in which a request's header must be complete
 
-# RFC 9112, sections 3 and 5: one space between the parts, no space before a colon, no folded lines.
-HEAD = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00\r\n]*)*")
-LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110, section 8.6: ASCII digits and nothing else
-CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,16}[ \t]*(?:;[^\r\n]*)?\r\n")  # RFC 9112, section 7.1
+# RFC 9112, sections 3 and 5: one space between the parts, none before a colon, no folded lines, no control characters.
+HEAD = re.compile(
+    rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*"
+)
+# What says where a body ends is read as bytes: Sanic's strings lose what Unicode takes for spaces or digits.
+# RFC 9110, section 8.6: a length has ASCII digits and nothing else.
+FRAMING = re.compile(rb"\r\n(?:content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
+FRAMED = re.compile(rb"[ \t]*(?:[0-9]{1,18}|chunked)[ \t]*")
+CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,16}[ \t]*(?:;[^\r\n]{0,64})?\r\n")  # RFC 9112, section 7.1
 CHUNK_HEAD = 64  # bytes a chunk's size line may have, extensions and all
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -44,16 +49,21 @@ class StrictHttp(Http):
     async def http1_request_header(self):
         # An idle timer would be reset by every byte: the header has its time as a whole.
         self.protocol.asked = monotonic()
+        buffer = self.recv_buffer
+        while (end := buffer.find(b"\r\n\r\n")) == -1 and len(buffer) < self.HEADER_MAX_SIZE:
+            await self._receive_more()
+        if end != -1 and not HEAD.fullmatch(buffer, 0, end):
+            raise BadRequest("the request's header is malformed")
         await super().http1_request_header()
-        request, hosts = self.request, self.request.headers.getall("host", ())
-        length = request.headers.get("content-length")
+        request = self.request
+        hosts = len(request.headers.getall("host", ()))
+        framing = FRAMING.findall(request.head) if self.request_body else ()
         if (
-            not HEAD.fullmatch(request.head)
-            or (request.version == "1.1" and len(hosts) != 1)
-            or len(hosts) > 1
-            or (length is not None and not LENGTH.fullmatch(length))
+            hosts > 1
+            or (hosts == 0 and request.version == "1.1")
             # RFC 9112, section 6.1: HTTP/1.0 has no chunks
-            or (request.version == "1.0" and "transfer-encoding" in request.headers)
+            or (self.request_body == "chunked" and request.version == "1.0")
+            or not all(map(FRAMED.fullmatch, framing))
         ):
             self.request_body = None
             raise BadRequest("the request's header is malformed")
@@ -74,6 +84,8 @@ class StrictHttp(Http):
             if not CHUNK.match(buffer):
                 self.keep_alive = False
                 raise BadRequest("the body's chunks are malformed")
+        if self.request_bytes > self.request_max_size:
+            self.expecting_continue = False  # what is too large is not invited
         return await super().read()
 
 

@@ -20,6 +20,7 @@ JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\u
 LIMIT = 20
 MOST = 100
 SIDE = 600  # pixels of the served image
+PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
 RENDERED = 2048  # posts whose JSON is remembered: 3 MB, and 60 MB where all texts are as long as they may be
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
@@ -84,8 +85,15 @@ def once(request, body: bytes | None) -> keys.Once | None:
     return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
+def declared(request) -> int:
+    """The body's length, as far as it is declared: a chunked one is counted as it comes."""
+    return int(request.headers.get("content-length", 0))
+
+
 async def receive(request) -> None:
-    """Read a JSON body of a route that streams."""
+    """Read a JSON body of a route that streams, which is one that looks at the token before it takes a body."""
+    if declared(request) > JSON_BYTES:
+        raise TooLarge(f"a JSON body may have up to {JSON_BYTES} bytes")
     async for data in request.stream:
         request.body += data
         if len(request.body) > JSON_BYTES:
@@ -169,10 +177,14 @@ def encoded_comment(row: Comment) -> bytes:
     return orjson.dumps(comment(row))
 
 
-def page(request, rows: list, encode, place: str, more: bool, links: tuple[str, ...] = ()) -> Answer:
+@lru_cache(PAGES)
+def page(
+    path: str, limit: int, rows: tuple, more: bool, encode, place: str, links: tuple[str, ...] = ()
+) -> Answer:
     """A page of a list: as many rows as fit, and the place behind the last of them.
 
-    `place` is a template that the last row fills in.
+    `place` is a template that the last row fills in. The same rows are the same page, with its ETag and what was
+    compressed of it: this saves making it again, and never a look into Redis.
     """
     items, size = [], 0
     for row in rows:
@@ -184,6 +196,6 @@ def page(request, rows: list, encode, place: str, more: bool, links: tuple[str, 
     if items and (more or len(items) < len(rows)):
         last = place.format(row=rows[len(items) - 1])
         following = urlsafe_b64encode(last.encode()).decode().rstrip("=")
-        links = (f'<{request.path}?limit={limit(request)}&cursor={following}>; rel="next"', *links)
+        links = (f'<{path}?limit={limit}&cursor={following}>; rel="next"', *links)
     body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
     return Answer(body, {"Link": ", ".join(links)} if links else None)

@@ -64,11 +64,6 @@ def described(request) -> str:
     return text
 
 
-def declared(request) -> int:
-    """The body's length, as far as it is declared: a chunked one is counted as it comes."""
-    return int(request.headers.get("content-length", 0))
-
-
 def expires(ms: int) -> str:
     """An HTTP date (RFC 9110, section 5.6.7)."""
     return formatdate(ms // 1000, usegmt=True)
@@ -95,7 +90,7 @@ async def create(request):
     supported(request)
     user = tokens.user(request)
     length, metadata = number(request, "Upload-Length"), described(request)
-    if declared(request) > length:
+    if shapes.declared(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
     once = shapes.once(request, f"{length} {metadata}".encode())
@@ -151,7 +146,7 @@ async def patch(request, upload: str):
         raise Problem(415, "type", f"a PATCH is sent as {BODY}")
     if number(request, "Upload-Offset") != found.offset:
         raise Offset(f"the upload is at {found.offset}")
-    if declared(request) > found.length - found.offset:
+    if shapes.declared(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
     await uploads.uncut(image.resume(found.chunks))

@@ -1,18 +1,71 @@
-"""`python -m storage redis` starts the embedded Redis."""
+"""`python -m storage`: the embedded Redis, and its backup.
+
+    redis                              starts the embedded server
+    ship                               copies its append-only file to the backup store as it grows
+    snapshots                          what is in the backup store
+    restore [--at TIME] --to FOLDER    a Redis data folder as of any kept second
+    verify                             restores the newest on trial
+"""
 
 import argparse
+import asyncio
 import os
+import sys
+from datetime import datetime
+from pathlib import Path
 
-from storage import server
-from storage.settings import load
+from storage import restore, server, ship, snapshots
+from storage.aof import Damaged
+from storage.objects import NotFound, Unavailable, open_store
+from storage.settings import Settings, load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m storage", description=__doc__)
-    parser.add_argument("command", choices=["redis"])
-    parser.parse_args()
-    command = server.command(load())
-    os.execv(command[0], command)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m storage", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("redis", "ship", "snapshots", "verify"):
+        commands.add_parser(name)
+    restoring = commands.add_parser("restore")
+    restoring.add_argument("--at", type=_second, help="2026-11-23T07:00:00Z; without it, the newest")
+    restoring.add_argument("--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new")
+    arguments = parser.parse_args()
+    settings = load()
+    if arguments.command == "redis":
+        command = server.command(settings)
+        os.execv(command[0], command)
+    if arguments.command == "ship":
+        ship.main(settings)
+        return
+    try:
+        asyncio.run(_backup(arguments, settings))
+    except (restore.Refused, Damaged, NotFound, Unavailable) as error:
+        sys.exit(f"{type(error).__name__.lower()}: {error}")
+
+
+async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
+    store = open_store(settings.backup_store_url)
+    if arguments.command == "snapshots":
+        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings)))
+    elif arguments.command == "verify":
+        if not await restore.verify(settings, store, _say):
+            sys.exit("the newest generation cannot be restored: python -m storage snapshots says why")
+    else:
+        done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
+        counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())
+        _say(f"done: {arguments.to} holds all up to {restore.clock(done.second)} ({counts})")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _second(text: str) -> int:
+    """Unix seconds of a time in RFC 3339. One without a zone is refused: nobody should restore an hour beside."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(text)
+    return int(moment.timestamp())
 
 
 if __name__ == "__main__":

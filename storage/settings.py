@@ -38,6 +38,11 @@ class Settings:
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
     store_url: str
     backup_store_url: str
+    ship_interval: int  # seconds between two looks at what is to be shipped: what a lost machine may lose
+    snapshot_every: int  # seconds after which a rewrite is forced: how much of the AOF a restore replays
+    keep_seconds: int  # seconds of the past of which each can be restored
+    keep_days: int  # days of the past of which one base is kept each
+    verify_every: int  # seconds between two restores on trial; each holds the data in memory twice; 0: none
     jwt_secret: str  # empty: made on first start and kept in the data folder
     partitions: int  # how many partitions new posts spread over; old ones stay where they are
 
@@ -74,6 +79,11 @@ def load(environ=os.environ) -> Settings:
         queue_url=get("QUEUE_URL", redis_url),
         store_url=get("STORE", (data / "store").as_uri()),
         backup_store_url=get("BACKUP_STORE", (data / "backup").as_uri()),
+        ship_interval=integer("SHIP_INTERVAL", 1, 1, 3600),
+        snapshot_every=integer("SNAPSHOT_EVERY", 6 * 3600, 1, 366 * 86400),
+        keep_seconds=integer("KEEP_SECONDS", 86400, 0, 366 * 86400),
+        keep_days=integer("KEEP_DAYS", 30, 0, 36600),
+        verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
         jwt_secret=get("JWT_SECRET", ""),
         # A partition is a number in a key's hash tag; a Cluster has no more slots than this.
         partitions=integer("PARTITIONS", 1, 1, 16384),

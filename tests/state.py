@@ -1,6 +1,7 @@
 """What Redis and the store hold, to be compared before and after."""
 
 import contextlib
+import os
 from pathlib import Path
 
 READERS = {
@@ -26,9 +27,9 @@ def contents(client) -> dict[str, object]:
 def files(folder: Path) -> dict[str, bytes | int]:
     """Every file below a folder, also what is being written, with its bytes (of a big one only their number)."""
     found = {}
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
+    for parent, _, names in os.walk(folder):  # passes over folders that go meanwhile
+        for path in (Path(parent, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
                 size = path.stat().st_size
                 found[str(path.relative_to(folder))] = path.read_bytes() if size < 2**20 else size
     return found

@@ -52,7 +52,7 @@ def test_an_idempotency_key_of_another_shape_is_refused(standing, key, target):
         standing.filled(target),
         f"Authorization: Bearer {standing.token('bob')}",
         "Tus-Resumable: 1.0.0",
-        "Upload-Length: 10",
+        "Upload-Length: 100",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         f"Idempotency-Key: {key}",

@@ -9,10 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
-from moto.server import ThreadedMotoServer
+from parts import s3_url
 
 from storage.objects import TMP, Exists, Folder, NotFound, Unavailable, open_store
 
@@ -20,28 +19,11 @@ pytestmark = pytest.mark.asyncio
 MIB = 1024 * 1024
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture(params=["folder", "s3"])
 def store(request, tmp_path, monkeypatch):
     if request.param == "folder":
         return open_store((tmp_path / "new" / "store").as_uri())
-    return open_store(s3_url(request.getfixturevalue("s3_server"), monkeypatch))
-
-
-def s3_url(endpoint: str, monkeypatch) -> str:
-    variables = {"ENDPOINT_URL": endpoint, "ALLOW_HTTP": "true", "REGION": "us-east-1"}
-    for name, value in {**variables, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    bucket = f"b{secrets.token_hex(8)}"
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"))
-    return f"s3://{bucket}/some/prefix"
+    return open_store(s3_url(monkeypatch))
 
 
 async def names(store, prefix=""):
@@ -290,8 +272,8 @@ async def test_a_folder_in_the_way_is_unavailable_for_a_put(tmp_path):
 # What only S3 has to prove
 
 
-async def test_s3_that_is_gone_silent_or_unknown_is_unavailable_within_seconds(s3_server, monkeypatch):
-    url = s3_url(s3_server, monkeypatch)
+async def test_s3_that_is_gone_silent_or_unknown_is_unavailable_within_seconds(monkeypatch):
+    url = s3_url(monkeypatch)
     unknown = open_store("s3://no-such-bucket/x")
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -164,40 +164,40 @@ METADATA = {
 
 
 @pytest.fixture(autouse=True)
-def empty(standing):
-    standing.server.client.flushall()
+def empty(serving):
+    serving.server.client.flushall()
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_post(standing, case):
+def test_post(serving, case):
     image = picture(100)
     bodies = {"picture": image, "first": image[:40], "rest": image[40:], "chunked": chunked(image[:1], image[1:])}
-    play(standing, TRACES[case], **bodies, text=b"<svg>" + image[5:])
+    play(serving, TRACES[case], **bodies, text=b"<svg>" + image[5:])
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_length_that_is_none_is_refused(standing, length):
-    play(standing, f"> POST /v1/uploads\n> Upload-Length: {length}\n< 400\n< code: malformed\n< -Location")
-    assert standing.server.client.keys() == []
+def test_a_length_that_is_none_is_refused(serving, length):
+    play(serving, f"> POST /v1/uploads\n> Upload-Length: {length}\n< 400\n< code: malformed\n< -Location")
+    assert serving.server.client.keys() == []
 
 
 @pytest.mark.parametrize("case", METADATA)
-def test_metadata(standing, case):
+def test_metadata(serving, case):
     text, status = METADATA[case]
-    known = play(standing, f"> POST /v1/uploads\n> Upload-Length: 1\n> Upload-Metadata: {text}\n< {status}")
+    known = play(serving, f"> POST /v1/uploads\n> Upload-Length: 1\n> Upload-Metadata: {text}\n< {status}")
     assert known == {}
-    assert bool(standing.server.client.keys()) == (status == 201)
+    assert bool(serving.server.client.keys()) == (status == 201)
 
 
-def test_creating_needs_a_token(standing):
-    play(standing, "> POST /v1/uploads\n> Upload-Length: 1\n< 401\n< Tus-Resumable: 1.0.0", user=None)
-    assert standing.server.client.keys() == []
+def test_creating_needs_a_token(serving):
+    play(serving, "> POST /v1/uploads\n> Upload-Length: 1\n< 401\n< Tus-Resumable: 1.0.0", user=None)
+    assert serving.server.client.keys() == []
 
 
-async def test_what_came_with_the_creation_is_what_is_kept(standing):
+async def test_what_came_with_the_creation_is_what_is_kept(serving):
     image = picture(3 * 2**20 + 5)
     known = play(
-        standing,
+        serving,
         f"""
         > POST /v1/uploads
         > Upload-Length: {len(image)}
@@ -209,30 +209,30 @@ async def test_what_came_with_the_creation_is_what_is_kept(standing):
         """,
         image=image,
     )
-    assert await joined(standing, standing.server, known["upload"]) == image
+    assert await joined(serving, serving.server, known["upload"]) == image
 
 
-def test_a_user_has_twenty_open_uploads_and_no_more(standing):
-    opened = [begin(standing, 100) for _ in range(OPEN_UPLOADS)]
-    before = standing.server.client.hgetall("uploads:{0}:alice")
+def test_a_user_has_twenty_open_uploads_and_no_more(serving):
+    opened = [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
+    before = serving.server.client.hgetall("uploads:{0}:alice")
     assert sorted(before) == sorted(opened)
     refused = "> POST /v1/uploads\n> Upload-Length: 100\n< 429\n< code: quota\n< Retry-After: *\n< Tus-Resumable: 1.0.0"
-    play(standing, refused)
-    assert standing.server.client.hgetall("uploads:{0}:alice") == before
-    begin(standing, 100, "bob")
-    play(standing, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": opened[0]})
-    begin(standing, 100)
-    play(standing, refused)
+    play(serving, refused)
+    assert serving.server.client.hgetall("uploads:{0}:alice") == before
+    begin(serving, 100, "bob")
+    play(serving, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": opened[0]})
+    begin(serving, 100)
+    play(serving, refused)
 
 
-def test_a_user_has_two_gibibytes_reserved_and_no_more(standing):
+def test_a_user_has_two_gibibytes_reserved_and_no_more(serving):
     """Twenty largest images are less: only the quota of bytes would stop at 2 GiB, so the script is asked."""
-    standing.server.client.hset("uploads:{0}:alice", mapping={"u1": 2**31 - 100})
-    play(standing, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota")
-    begin(standing, 100)
+    serving.server.client.hset("uploads:{0}:alice", mapping={"u1": 2**31 - 100})
+    play(serving, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota")
+    begin(serving, 100)
 
 
-def test_an_upload_made_again_with_its_key_says_where_it_is_now(standing):
+def test_an_upload_made_again_with_its_key_says_where_it_is_now(serving):
     made = """
         > POST /v1/uploads
         > Idempotency-Key: one
@@ -259,5 +259,5 @@ def test_an_upload_made_again_with_its_key_says_where_it_is_now(standing):
         < 422
         < code: reused
     """
-    known = play(standing, made, first=picture(40))
-    assert offset(standing, known["upload"]) == 40
+    known = play(serving, made, first=picture(40))
+    assert offset(serving, known["upload"]) == 40

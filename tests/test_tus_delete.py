@@ -63,28 +63,28 @@ TRACES = {
 
 
 @pytest.fixture(autouse=True)
-def empty(standing):
-    standing.server.client.flushall()
+def empty(serving):
+    serving.server.client.flushall()
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_delete(standing, case):
-    play(standing, TRACES[case], picture=picture(100))
-    assert contents(standing.server.client) == {}
-    assert not any(name.startswith("store/chunks/") for name in files(standing.folder))
+def test_delete(serving, case):
+    play(serving, TRACES[case], picture=picture(100))
+    assert contents(serving.server.client) == {}
+    assert not any(name.startswith("store/chunks/") for name in files(serving.folder))
 
 
-def test_only_its_owner_may(standing):
-    known = {"upload": begin(standing, 100)}
-    before = contents(standing.server.client)
-    play(standing, "> DELETE /v1/uploads/<upload>\n< 404\n< code: noupload", "bob", known)
-    play(standing, "> DELETE /v1/uploads/<upload>\n< 401", None, known)
-    assert contents(standing.server.client) == before
+def test_only_its_owner_may(serving):
+    known = {"upload": begin(serving, 100)}
+    before = contents(serving.server.client)
+    play(serving, "> DELETE /v1/uploads/<upload>\n< 404\n< code: noupload", "bob", known)
+    play(serving, "> DELETE /v1/uploads/<upload>\n< 401", None, known)
+    assert contents(serving.server.client) == before
 
 
-def test_a_post_keeps_the_bytes_of_its_upload(standing):
+def test_a_post_keeps_the_bytes_of_its_upload(serving):
     known = play(
-        standing,
+        serving,
         """
         > POST /v1/uploads
         > Upload-Length: 100
@@ -96,7 +96,7 @@ def test_a_post_keeps_the_bytes_of_its_upload(standing):
         picture=picture(100),
     )
     play(
-        standing,
+        serving,
         """
         > POST /v1/posts
         > Content-Type: application/json
@@ -110,4 +110,4 @@ def test_a_post_keeps_the_bytes_of_its_upload(standing):
         known=known,
         post=b'{"upload": "%b"}' % known["upload"].encode(),
     )
-    assert stored(standing, known["upload"]) == 1
+    assert stored(serving, known["upload"]) == 1

@@ -96,21 +96,21 @@ TRACES = {
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_head(standing, case):
-    play(standing, TRACES[case], picture=picture(100))
+def test_head(serving, case):
+    play(serving, TRACES[case], picture=picture(100))
 
 
-def test_the_uploads_of_others_are_unknown(standing):
-    known = {"upload": begin(standing, 100)}
-    play(standing, "> HEAD /v1/uploads/<upload>\n< 404\n< -Upload-Offset", "bob", known)
-    play(standing, "> HEAD /v1/uploads/<upload>\n< 401\n< WWW-Authenticate: Bearer *", None, known)
-    assert offset(standing, known["upload"]) == 0
+def test_the_uploads_of_others_are_unknown(serving):
+    known = {"upload": begin(serving, 100)}
+    play(serving, "> HEAD /v1/uploads/<upload>\n< 404\n< -Upload-Offset", "bob", known)
+    play(serving, "> HEAD /v1/uploads/<upload>\n< 401\n< WWW-Authenticate: Bearer *", None, known)
+    assert offset(serving, known["upload"]) == 0
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(standing, store, begun):
-    db = connect(standing.server)
-    now = int(standing.server.client.time()[0] * 1000)
+async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(serving, store, begun):
+    db = connect(serving.server)
+    now = int(serving.server.client.time()[0] * 1000)
     db.clock = now - DAY_MS - 1000
     upload, _ = await uploads.create(db, "alice", 1, 100)
     if begun:
@@ -136,7 +136,7 @@ async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(standing
     """
 
     def ask(expected=gone):
-        play(standing, expected, known={"upload": upload}, rest=picture(50), post=b'{"upload": "%b"}' % upload.encode())
+        play(serving, expected, known={"upload": upload}, rest=picture(50), post=b'{"upload": "%b"}' % upload.encode())
 
     await asyncio.to_thread(ask)
     db.clock = ""
@@ -146,13 +146,13 @@ async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(standing
     assert [entry async for entry in store.list("")] == []
     await asyncio.to_thread(ask)
     # It counts for the quota no longer, and after another day it is forgotten.
-    assert not standing.server.client.hexists("uploads:{0}:alice", upload)
-    assert 0 < standing.server.client.pttl(f"upload:{{0}}:{upload}") <= DAY_MS
+    assert not serving.server.client.hexists("uploads:{0}:alice", upload)
+    assert 0 < serving.server.client.pttl(f"upload:{{0}}:{upload}") <= DAY_MS
     await db.close()
 
 
-async def test_expiry_slides_with_each_patch(standing, store):
-    db = connect(standing.server)
+async def test_expiry_slides_with_each_patch(serving, store):
+    db = connect(serving.server)
     db.clock = start = 1_800_000_000_000
     upload, _ = await uploads.create(db, "alice", 1, 100)
     assert (await uploads.read(db, "alice", upload)).expires == start + DAY_MS
@@ -161,6 +161,6 @@ async def test_expiry_slides_with_each_patch(standing, store):
     await image.write(picture(50))
     await image.commit()
     assert (await uploads.read(db, "alice", upload)).expires == image.expires == db.clock + DAY_MS
-    assert standing.server.client.zscore("due:{0}", upload) == image.expires
+    assert serving.server.client.zscore("due:{0}", upload) == image.expires
     await uploads.discard(db, store, "alice", upload)
     await db.close()

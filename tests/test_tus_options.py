@@ -23,6 +23,6 @@ ASKED = {
 
 
 @pytest.mark.parametrize("case", ASKED)
-def test_options_tells_the_offer(standing, case):
+def test_options_tells_the_offer(serving, case):
     asked, user = ASKED[case]
-    play(standing, asked + OFFER, user)
+    play(serving, asked + OFFER, user)

@@ -193,12 +193,12 @@ TRACES = {
 
 
 @pytest.fixture(autouse=True)
-def empty(standing):
-    standing.server.client.flushall()
+def empty(serving):
+    serving.server.client.flushall()
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_patch(standing, case):
+def test_patch(serving, case):
     image = picture(100)
     bodies = {
         "picture": image,
@@ -210,22 +210,22 @@ def test_patch(standing, case):
         "text": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "broken": chunked(image[:50], end=b"0x10\r\n"),
     }
-    known = {"upload": begin(standing, 100)}
-    play(standing, TRACES[case], known=known, **bodies)
-    chunks = standing.server.client.lrange(f"chunks:{{0}}:{known['upload']}", 0, -1)
-    assert stored(standing, known["upload"]) == len(chunks), "no bytes that are nobody's"
+    known = {"upload": begin(serving, 100)}
+    play(serving, TRACES[case], known=known, **bodies)
+    chunks = serving.server.client.lrange(f"chunks:{{0}}:{known['upload']}", 0, -1)
+    assert stored(serving, known["upload"]) == len(chunks), "no bytes that are nobody's"
 
 
-def test_only_its_owner_may(standing):
-    known = {"upload": begin(standing, 100)}
-    before = contents(standing.server.client), files(standing.folder)
+def test_only_its_owner_may(serving):
+    known = {"upload": begin(serving, 100)}
+    before = contents(serving.server.client), files(serving.folder)
     for user, status in (("bob", 404), (None, 401)):
-        play(standing, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< {status}", user, known, picture=picture(100))
-    assert (contents(standing.server.client), files(standing.folder)) == before
+        play(serving, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< {status}", user, known, picture=picture(100))
+    assert (contents(serving.server.client), files(serving.folder)) == before
 
 
-def test_a_post_is_made_of_a_finished_upload_once(standing):
-    known = {"upload": begin(standing, 100)}
+def test_a_post_is_made_of_a_finished_upload_once(serving):
+    known = {"upload": begin(serving, 100)}
     unfinished = '{{"upload": "{upload}", "caption": "first"}}'.format(**known).encode()
     trace = f"""
         > POST /v1/posts
@@ -254,9 +254,9 @@ def test_a_post_is_made_of_a_finished_upload_once(standing):
         < 404
     """
     again = unfinished.replace(b"first", b"second")
-    known = play(standing, trace, known=known, picture=picture(100), post=unfinished, again=again)
-    play(standing, "> POST /v1/posts\n> Content-Type: application/json\n> [post]\n< 404", "bob", post=unfinished)
-    client = standing.server.client
+    known = play(serving, trace, known=known, picture=picture(100), post=unfinished, again=again)
+    play(serving, "> POST /v1/posts\n> Content-Type: application/json\n> [post]\n< 404", "bob", post=unfinished)
+    client = serving.server.client
     assert client.hget(f"post:{{0}}:{known['post']}", "caption") == "first"
     assert client.keys("post:*") == [f"post:{{0}}:{known['post']}"]
     assert client.hlen("uploads:{0}:alice") == 0, "it counts for the quota no longer"
@@ -271,15 +271,15 @@ def patch(site, upload: str, at: int, *headers: str) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 1000, 70_000, 200_000, 1_500_000])
 @pytest.mark.parametrize("end", ["fin", "rst"])
-async def test_every_byte_that_arrived_before_the_connection_broke_counts(standing, size, end):
+async def test_every_byte_that_arrived_before_the_connection_broke_counts(serving, size, end):
     image = picture(2_000_000)
-    upload = await asyncio.to_thread(begin, standing, len(image))
-    line = dial(standing.port)
-    line.sendall(patch(standing, upload, 0, f"Content-Length: {len(image)}") + image[:size])
+    upload = await asyncio.to_thread(begin, serving, len(image))
+    line = dial(serving.port)
+    line.sendall(patch(serving, upload, 0, f"Content-Length: {len(image)}") + image[:size])
     until(lambda: unread(line) == 0, what="the server's kernel to have all of it")
     reset(line) if end == "rst" else line.close()
-    await asyncio.to_thread(until, lambda: offset(standing, upload) == size)
-    assert await joined(standing, standing.server, upload) == image[:size]
+    await asyncio.to_thread(until, lambda: offset(serving, upload) == size)
+    assert await joined(serving, serving.server, upload) == image[:size]
 
 
 def unread(line: socket.socket) -> int:
@@ -290,51 +290,51 @@ def unread(line: socket.socket) -> int:
     return struct.unpack("i", fcntl.ioctl(line, 0x5411, b"    "))[0]  # SIOCOUTQ
 
 
-async def test_of_a_chunked_body_that_breaks_off_every_whole_byte_counts(standing):
+async def test_of_a_chunked_body_that_breaks_off_every_whole_byte_counts(serving):
     image = picture(3000)
-    upload = await asyncio.to_thread(begin, standing, len(image))
-    line = dial(standing.port)
-    line.sendall(patch(standing, upload, 0, "Transfer-Encoding: chunked"))
+    upload = await asyncio.to_thread(begin, serving, len(image))
+    line = dial(serving.port)
+    line.sendall(patch(serving, upload, 0, "Transfer-Encoding: chunked"))
     line.sendall(chunked(image[:1000], end=b"7d0\r\n" + image[1000:1500]))
     line.shutdown(socket.SHUT_WR)
-    await asyncio.to_thread(until, lambda: offset(standing, upload) == 1500)
-    assert await joined(standing, standing.server, upload) == image[:1500]
+    await asyncio.to_thread(until, lambda: offset(serving, upload) == 1500)
+    assert await joined(serving, serving.server, upload) == image[:1500]
     line.close()
 
 
-async def test_an_upload_goes_on_while_its_old_connection_hangs(standing):
+async def test_an_upload_goes_on_while_its_old_connection_hangs(serving):
     """No locks: the new one is taken at the offset that is durable, the old one finds the offset moved."""
     image = picture(300_000)
-    upload = await asyncio.to_thread(begin, standing, len(image))
-    with dial(standing.port) as old:
-        old.sendall(patch(standing, upload, 0, f"Content-Length: {len(image)}") + image[:100_000])
-        await asyncio.to_thread(until, lambda: offset(standing, upload) > 0)
-        at = offset(standing, upload)
+    upload = await asyncio.to_thread(begin, serving, len(image))
+    with dial(serving.port) as old:
+        old.sendall(patch(serving, upload, 0, f"Content-Length: {len(image)}") + image[:100_000])
+        await asyncio.to_thread(until, lambda: offset(serving, upload) > 0)
+        at = offset(serving, upload)
         rest = image[at:]
         known = {"upload": upload}
         went = await asyncio.to_thread(
-            play, standing, f"{PATCH}\n> Upload-Offset: {at}\n> [rest]\n< 204", "alice", known, rest=rest
+            play, serving, f"{PATCH}\n> Upload-Offset: {at}\n> [rest]\n< 204", "alice", known, rest=rest
         )
         assert went["upload"] == upload
         old.sendall(image[100_000:])
         assert hear(old).status == 409
-    assert await joined(standing, standing.server, upload) == image
+    assert await joined(serving, serving.server, upload) == image
 
 
-def test_a_broken_upload_is_ended_by_delete_while_its_connection_hangs(standing):
-    upload = begin(standing, 1000)
-    with dial(standing.port) as old:
-        old.sendall(patch(standing, upload, 0, "Content-Length: 1000") + picture(500))
-        play(standing, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": upload})
+def test_a_broken_upload_is_ended_by_delete_while_its_connection_hangs(serving):
+    upload = begin(serving, 1000)
+    with dial(serving.port) as old:
+        old.sendall(patch(serving, upload, 0, "Content-Length: 1000") + picture(500))
+        play(serving, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": upload})
         old.sendall(bytes(500))
         assert hear(old).status == 404
-    assert stored(standing, upload) == 0
+    assert stored(serving, upload) == 0
 
 
-async def test_a_trickle_makes_few_objects(standing, store, monkeypatch):
+async def test_a_trickle_makes_few_objects(serving, store, monkeypatch):
     """1 KiB a second for two minutes, with the second made short. Nothing of it is lost."""
     monkeypatch.setattr(uploads, "SLOW", 0.002)
-    db = connect(standing.server)
+    db = connect(serving.server)
     image = picture(120 * 1024)
     upload, _ = await uploads.create(db, "alice", 1, len(image))
     appender = uploads.Appender(db, store, upload, 0, len(image))
@@ -349,12 +349,12 @@ async def test_a_trickle_makes_few_objects(standing, store, monkeypatch):
     assert b"".join([await store.get(f"chunks/{upload}/{name}") for name in chunks]) == image
 
 
-def test_what_a_post_of_an_upload_answers_is_a_post(standing):
-    known = {"upload": begin(standing, 100)}
+def test_what_a_post_of_an_upload_answers_is_a_post(serving):
+    known = {"upload": begin(serving, 100)}
     post = json.dumps(known).encode()
-    play(standing, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< 204", known=known, picture=picture(100))
+    play(serving, f"{PATCH}\n> Upload-Offset: 0\n> [picture]\n< 204", known=known, picture=picture(100))
     play(
-        standing,
+        serving,
         """
         > POST /v1/posts
         > Content-Type: application/json

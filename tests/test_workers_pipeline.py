@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from colours import ciede2000, to_lab
-from golden import CARD, Golden, card, chunk, exif, goldens, png, rows, saved
+from golden import CARD, Golden, bmp, card, chunk, exif, goldens, png, rows, runs, saved
 from PIL import Image
 
 from workers import pipeline, thumbhash
@@ -98,6 +98,27 @@ def test_a_picture_says_what_its_original_was():
         "JPEG reduced while decoding": (5000, 3751, "JPEG"),
         "MPO": (640, 480, "JPEG"),
     }
+
+
+def test_run_lengths_show_each_pixel_in_its_place():
+    """Stripes of one pixel, of which the first seven come as they are: an odd stretch."""
+    stripes = Image.frombytes("P", (600, 600), bytes((x + y) % 3 for y in range(600) for x in range(600)))
+    plain = convert(bmp(stripes, 8, bytes, CARD))
+    for bits, compression in ((8, 1), (4, 2)):
+        for top_down in (False, True):
+            how = {"compression": compression, "top_down": top_down}
+            data = bmp(stripes, bits, lambda row, bits=bits: runs(row, bits), CARD, **how)
+            assert convert(data).jpeg == plain.jpeg
+
+
+def test_rows_that_run_lengths_leave_out_are_of_the_first_colour():
+    image = Image.new("P", (600, 600), 1)
+    data = bmp(image, 8, lambda row: b"", CARD, 1)[:-2]
+    for body in (b"\0\1", b"\0\2\0\xff\0\1", b"\0\2\xff\xff" * 3):
+        picture = convert(data + body)
+        assert ciede2000(to_lab(around(shown(picture), (300, 300))), to_lab(CARD[0])) < 2
+    with pytest.raises(pipeline.Unusable, match="truncated"):
+        convert(data + b"\xff\1")
 
 
 def test_two_runs_make_the_same_bytes():

@@ -22,6 +22,7 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+import workers.rle  # noqa: F401  registers its decoder
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides

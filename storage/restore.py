@@ -1,0 +1,261 @@
+"""`python -m storage restore` and `verify`: a Redis data folder from the backup store, as of any kept second.
+
+Puts the files back where Redis expects them and lets Redis load them: nothing here knows what a record does.
+The folder gets its name only after a server has loaded it and the data were checked; until then it is called
+`<folder>.part`, which a broken-off restore leaves behind and the next one removes.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from aiofiles.base import wrap
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from storage import aof, chain, server
+from storage.aof import Damaged
+from storage.objects import S3, Folder
+from storage.settings import Settings
+
+LOAD_SECONDS = 3600  # a server that has not loaded by then never will: 10 GiB take minutes
+
+
+class Refused(Exception):
+    """The restore cannot be done as asked; nothing was written."""
+
+
+@dataclass
+class Restored:
+    generation: int
+    asked: int | None  # unix second; None: the newest
+    second: int  # the newest second of which something is in
+    exact: bool  # nothing between `second` and the second asked for is missing
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def clock(second: float) -> str:
+    return datetime.fromtimestamp(int(second), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def restore(
+    settings: Settings,
+    store: Folder | S3,
+    to: Path,
+    at: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Restored:
+    """Make `to` the data folder of a Redis that holds all of the seconds up to and including `at`.
+
+    Raises Refused; Damaged if anything in the store is not what was put; NotFound, Unavailable.
+    """
+    to = to.absolute()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise Refused(f"{to} is not empty")
+    described = await chain.descriptions(store)
+    number = _choose(described, at)
+    description = described[number]
+    _fits(settings, description)
+    say(f"generation {number}, begun {clock(description['second'])} by {description['server']}")
+    part = to.with_name(to.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    folder = part / "appendonlydir"
+    folder.mkdir(parents=True)
+    files, mark = await _fetch(store, description, folder, say)
+    kept, restored = await wrap(_cut)(folder, files, description, at)
+    await wrap(_finish)(part, kept, description)
+    following = min((other for other in described if other > number), default=None)
+    if at is not None and following and not restored.exact:
+        restored.exact = mark.get("closed") == following and not mark["gap"]
+        if not restored.exact:
+            say(
+                f"NOT EXACT: nothing is kept of the time from {clock(restored.second)}"
+                f" to {clock(described[following]['second'])}; this is the state at its beginning"
+            )
+    else:
+        restored.exact = True
+    say("starting a server on it")
+    async with running(settings, part) as redis:
+        restored.counts = await _prove(redis, settings)
+    await wrap(_name)(part, to)
+    return restored
+
+
+def _choose(described: dict[int, dict], at: int | None) -> int:
+    """The newest generation, or the newest whose base holds nothing later than the second asked for."""
+    if not described:
+        raise Refused("the backup store holds no generation")
+    fit = [number for number, one in described.items() if at is None or one["second"] <= at]
+    if not fit:
+        raise Refused(f"the oldest second kept is {clock(min(one['second'] for one in described.values()))}")
+    return max(fit)
+
+
+def _fits(settings: Settings, description: dict) -> None:
+    here = server.identify(server.program(settings))
+    version = tuple(int(part) for part in description["version"].split("."))
+    wrote = server.Server(description["server"], version)
+    if here.family != wrote.family or here.version < wrote.version:
+        raise Refused(
+            f"{wrote} wrote this backup, the server here is {here}:"
+            " set IMAGEGRAM_REDIS_SERVER to one of that family, no older"
+        )
+
+
+async def _fetch(store: Folder | S3, description: dict, folder: Path, say) -> tuple[list[str], dict]:
+    """Write the files of the chain. Returns their names in order, and the last header."""
+    files: list[str] = []
+    header: dict = {}
+    size, told, out = 0, time.monotonic(), None
+    try:
+        async for header, body in chain.read(store, description["generation"], description["base"]):
+            if not files or header["file"] != files[-1]:
+                if out:
+                    out.close()
+                files.append(header["file"])
+                out = open(folder / Path(header["file"]).name, "xb")  # noqa: SIM115
+            await wrap(out.write)(body)
+            size += len(body)
+            if time.monotonic() - told >= 1:
+                told = time.monotonic()
+                say(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
+            if header.get("next") and len(files) == 1 and header["prefix"] != description["sha256"]:
+                raise Damaged(f"{header['file']}: not the base that was described")
+    finally:
+        if out:
+            out.close()
+    if not files or (len(files) == 1 and "next" not in header):
+        raise Damaged(f"generation {description['generation']}: its base is not whole")
+    say(f"{size / (1 << 20):.1f} MiB read, all digests hold")
+    return files, header
+
+
+def _cut(folder: Path, files: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
+    """Cut the increments after the second, or after the last whole record. Returns the files left."""
+    restored = Restored(description["generation"], at, description["second"], False)
+    kept = [files[0]]
+    for name in files[1:]:
+        found = aof.walk(folder / name, at)
+        kept.append(name)
+        restored.second = max(restored.second, found.second or 0)
+        if found.later or found.torn:
+            os.truncate(folder / name, found.end)
+            for after in files[len(kept) :]:
+                os.unlink(folder / after)
+            restored.exact = found.later
+            if found.torn and len(kept) < len(files):
+                raise Damaged(f"{name}: ends within a record, and other files follow")
+            break
+    if len(kept) == 1:  # only the base is kept: Redis wants an increment to go on with
+        sequence = files[0].split(".")[-3]
+        kept.append(f"appendonly.aof.{sequence}.incr.aof")
+        (folder / kept[1]).touch()
+    return kept, restored
+
+
+def _finish(part: Path, files: list[str], description: dict) -> None:
+    """What makes it a data folder: bytes first, then the manifest that names them, then the folders."""
+    folder = part / "appendonlydir"
+    manifest = folder / aof.MANIFEST
+    manifest.write_text(aof.render(aof.Manifest(files[0], files[1:])))
+    wrote = part / "server"
+    wrote.write_text(f"{description['server']} {description['version']}\n")
+    for path in [*(folder / name for name in files), manifest, wrote, folder, part]:
+        _sync(path)
+
+
+def _name(part: Path, to: Path) -> None:
+    os.rename(part, to)  # takes the place of an empty folder
+    _sync(to.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@asynccontextmanager
+async def running(settings: Settings, folder: Path):
+    """A client of a server of its own on `folder`, which nobody else can reach; it is stopped afterwards.
+
+    Raises Damaged with the server's last words if it does not load.
+    """
+    with tempfile.TemporaryDirectory(prefix="imagegram-") as scratch:
+        socket, words = Path(scratch, "redis.sock"), Path(scratch, "log")
+        Path(scratch, "redis").symlink_to(folder)  # a data folder whose paths are short enough for a socket
+        command = server.command(replace(settings, data=Path(scratch)))
+        own = [
+            "--unixsocket",
+            str(socket),
+            "--logfile",
+            "",
+        ]  # of options given twice the server takes the last
+        with words.open("wb") as out:
+            process = await asyncio.create_subprocess_exec(
+                *command, *own, stdout=out, stderr=out, stdin=asyncio.subprocess.DEVNULL
+            )
+        client = Redis(unix_socket_path=str(socket))
+        try:
+            deadline = time.monotonic() + LOAD_SECONDS
+            while not await _loaded(client):
+                if process.returncode is not None or time.monotonic() > deadline:
+                    tail = words.read_text(errors="replace").strip().splitlines()[-5:]
+                    raise Damaged("the server does not load it: " + " | ".join(tail))
+                await asyncio.sleep(0.02)
+            yield client
+        finally:
+            await client.aclose()
+            with suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+
+async def _loaded(client: Redis) -> bool:
+    try:
+        return not (await client.info("persistence"))["loading"]
+    except (RedisError, OSError):
+        return False
+
+
+async def _prove(redis: Redis, settings: Settings) -> dict[str, int]:
+    """The one place where the data model comes in: repair what a restore makes stale, check, and count."""
+    if importlib.util.find_spec("storage.check"):
+        from storage import check
+
+        return await check.restored(redis, settings)
+    return {"keys": await redis.dbsize()}
+
+
+async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], None] = print) -> bool:
+    """Restore the newest into a scratch folder, check it, and keep the result in the store.
+
+    False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
+    removes nothing from there on. Raises Unavailable.
+    """
+    before = await chain.verified(store)
+    settings.data.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    result = {"time": begun, "ok": False, "good": before["good"] if before else 0}
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
+        try:
+            done = await restore(settings, store, Path(scratch, "redis"), None, say)
+        except (Damaged, Refused) as error:
+            result["detail"] = str(error)
+        else:
+            result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}
+    result["took"] = round(time.time() - begun, 3)
+    await store.put("verified", json.dumps(result).encode())
+    return result["ok"]

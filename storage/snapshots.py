@@ -1,0 +1,58 @@
+"""`python -m storage snapshots`: the generations in the backup store, and which seconds can be had back."""
+
+import time
+from dataclasses import dataclass
+
+from storage import chain
+from storage.objects import S3, Folder
+from storage.restore import clock
+
+
+@dataclass
+class Snapshot:
+    generation: int
+    server: str
+    second: int  # unix seconds: of the base, and
+    until: int  # of the last object, when its bytes were read
+    size: int  # bytes in the store
+    objects: int
+    state: str  # "open", "closed", "gap" (closed, and the next does not join), "base" (increments removed)
+
+
+async def snapshots(store: Folder | S3) -> list[Snapshot]:
+    """All complete generations, oldest first. Raises Damaged, Unavailable."""
+    described = await chain.descriptions(store)
+    found = []
+    for number, description in described.items():
+        sizes = [entry.size async for entry in store.list(f"{number:08}/")]
+        tip = await chain.load(store, number)
+        end = tip.end if tip else {"time": description["second"], "gap": True, "closed": 0}
+        state = "open"
+        if "closed" in end:
+            state = "gap" if end["gap"] else "closed"
+        elif number != max(described):
+            state = "base" if "next" in end else "gap"
+        wrote = f"{description['server']} {description['version']}"
+        found.append(
+            Snapshot(number, wrote, description["second"], int(end["time"]), sum(sizes), len(sizes), state)
+        )
+    return found
+
+
+def table(found: list[Snapshot], state: dict) -> str:
+    """For people. `state` is that of the shipper here (`ship.state`)."""
+    lines = ["generation  base                  until                 objects       MiB  state   server"]
+    for one in found:
+        lines.append(
+            f"{one.generation:>10}  {clock(one.second)}  {clock(one.until)}  {one.objects:>7}"
+            f"  {one.size / (1 << 20):>8.1f}  {one.state:<6}  {one.server}"
+        )
+    lag = "never caught up" if state["lag"] is None else f"{state['lag']:.1f} s behind"
+    lines.append(f"shipper here: {lag}" + (f", {state['trouble']}" if state["trouble"] else ""))
+    if proof := state["verified"]:
+        outcome = f"generation {proof['good']} restored" if proof["ok"] else f"FAILED: {proof['detail']}"
+        age = (time.time() - proof["time"]) / 3600
+        lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome}")
+    else:
+        lines.append("verified: never")
+    return "\n".join(lines)

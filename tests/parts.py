@@ -1,0 +1,225 @@
+"""Real parts for the durability tests: a Redis on a folder, a shipper, writers that note the answers."""
+
+import asyncio
+import contextlib
+import functools
+import random
+import secrets
+import shutil
+import subprocess
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+from moto.server import ThreadedMotoServer
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from storage import server
+from storage.objects import open_store
+from storage.restore import restore, running
+from storage.settings import Settings, load
+from storage.ship import Shipper
+
+PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
+DEADLINE = 20  # seconds a condition may take to come true
+
+
+async def until(condition, what: str, deadline: float = DEADLINE):
+    """The first true value of a condition, plain or awaitable. Asks again every few milliseconds."""
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < end, f"never came true: {what}"
+        await asyncio.sleep(0.01)
+
+
+class RedisProcess:
+    """A server on `settings.data/redis`, which the test may kill and start again."""
+
+    def __init__(self, settings: Settings, *options: str):
+        self.settings, self.options = settings, options
+        self.folder = settings.data / "redis"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.process: subprocess.Popen | None = None
+        self.client = Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0))
+
+    async def start(self) -> "RedisProcess":
+        with (self.settings.data / "redis.log").open("ab") as log:
+            command = [*server.command(self.settings), "--logfile", "", *self.options]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        await until(self.answers, "Redis answers")
+        return self
+
+    async def answers(self) -> bool:
+        try:
+            return not (await self.client.info("persistence"))["loading"]
+        except (RedisError, OSError):
+            return False
+
+    def kill(self) -> None:
+        """As `kill -9`."""
+        self.process.kill()
+        self.process.wait()
+
+    async def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+        await self.client.aclose()
+
+    async def rewrite(self) -> None:
+        """BGREWRITEAOF, until its base is the one in the manifest."""
+        before = self.base()
+        await until(self._asked, "a rewrite is begun")
+        await until(lambda: self.base() != before, "a rewrite is done")
+
+    async def _asked(self) -> bool:
+        try:
+            await self.client.bgrewriteaof()
+        except RedisError:  # one is under way
+            return False
+        return True
+
+    @property
+    def aof(self) -> Path:
+        return self.folder / "appendonlydir"
+
+    def base(self) -> str:
+        return next(path.name for path in sorted(self.aof.glob("*.base.*")))
+
+    def increment(self) -> Path:
+        return max(self.aof.glob("*.incr.aof"), key=lambda path: int(path.name.split(".")[-3]))
+
+
+@contextlib.asynccontextmanager
+async def shipping(settings: Settings, store=None):
+    """A shipper in this process. What it raised comes out at the end."""
+    shipper = Shipper(settings, store or open_store(settings.backup_store_url))
+    task = asyncio.ensure_future(shipper.run())
+    shipper.task = task
+    try:
+        yield shipper
+        shipper.stop.set()
+        await asyncio.wait_for(task, DEADLINE)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def shipped(shipper: Shipper) -> None:
+    """All that is in Redis' files now is in the store, in a generation that restore finds."""
+    now = time.time()
+    await until(
+        lambda: shipper.task.done() or (shipper.chain and shipper.chain.second and shipper.caught > now),
+        "the shipper caught up",
+    )
+    if shipper.task.done():
+        shipper.task.result()
+
+
+class Writer:
+    """Writes number after number; notes when each was begun and answered."""
+
+    def __init__(self, settings: Settings, name: str = "w"):
+        self.client = Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0))
+        self.key = f"written:{name}"
+        self.begun: dict[int, float] = {}
+        self.answered: dict[int, float] = {}
+        self.number = 0
+        self.stopping = False
+
+    async def write(self) -> None:
+        """One script's worth: two keys that must never differ."""
+        self.number += 1
+        number = self.number
+        self.begun[number] = time.time()
+        pipeline = self.client.pipeline(transaction=True)
+        pipeline.rpush(self.key, number)
+        pipeline.set(f"{self.key}:last", number)
+        await pipeline.execute()
+        self.answered[number] = time.time()
+
+    async def run(self, pause: float = 0.005) -> None:
+        """Until `stopping`: redis-py may swallow a cancellation. An unanswered write is begun only."""
+        while not self.stopping:
+            try:
+                await self.write()
+            except (RedisError, OSError):
+                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)
+
+    async def read(self, client: Redis) -> list[int]:
+        """What is in a Redis. Asserts that no transaction is half there."""
+        pipeline = client.pipeline(transaction=True)  # a moment, because the writer may go on
+        pipeline.lrange(self.key, 0, -1)
+        pipeline.get(f"{self.key}:last")
+        numbers, last = await pipeline.execute()
+        found = [int(number) for number in numbers]
+        assert (int(last) if last else None) == (found[-1] if found else None), "half a transaction"
+        return found
+
+
+@contextlib.asynccontextmanager
+async def writing(settings: Settings, count: int = 1, pause: float = 0.005):
+    writers = [Writer(settings, str(number)) for number in range(count)]
+    tasks = [asyncio.ensure_future(writer.run(pause)) for writer in writers]
+    try:
+        yield writers
+    finally:
+        for writer in writers:
+            writer.stopping = True
+        await asyncio.gather(*tasks)
+        for writer in writers:
+            await writer.client.aclose()
+
+
+def make_settings(data: Path, program: str, backup: str, **changes) -> Settings:
+    environ = {
+        "IMAGEGRAM_DATA": str(data),
+        "IMAGEGRAM_REDIS_SERVER": program,
+        "IMAGEGRAM_BACKUP_STORE": backup,
+    }
+    return replace(load(environ), **{"verify_every": 0, "ship_interval": 0.2, **changes})
+
+
+@contextlib.asynccontextmanager
+async def redis_on(settings, *options):
+    redis = await RedisProcess(settings, *options).start()
+    try:
+        yield redis
+    finally:
+        await redis.stop()
+
+
+async def restored(settings, store, writers, tmp_path, at=None):
+    """The lists of the writers as they come out of a restore into a new folder."""
+    to = tmp_path / f"restored-{random.getrandbits(32)}"
+    done = await restore(settings, store, to, at)
+    async with running(settings, to) as client:
+        return done, [await writer.read(client) for writer in writers]
+
+
+@functools.cache
+def s3_server() -> str:
+    """The endpoint of an S3 in this process, one for all tests; its thread ends with the process."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return "http://{}:{}".format(*server.get_host_and_port())
+
+
+def s3_url(monkeypatch) -> str:
+    """A prefix in a new bucket of it; sets the AWS variables."""
+    variables = {"ENDPOINT_URL": s3_server(), "ALLOW_HTTP": "true", "REGION": "us-east-1"}
+    for name, value in {**variables, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    bucket = f"b{secrets.token_hex(8)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server()}/{bucket}", method="PUT"))
+    return f"s3://{bucket}/some/prefix"

@@ -1,0 +1,284 @@
+"""Connections that smuggle, stall, trickle or are refused: they get what is theirs, and harm nobody."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+
+import psutil
+import pytest
+from conftest import connect, until
+from making import make_post
+from uploading import BODY, begin, offset, picture
+from wire import FORM, Line, dial, head
+from wiretrace import chunked
+
+SECOND = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+CHUNKED = ("Content-Type: application/json", "Transfer-Encoding: chunked")
+TEXT = b'{"text": "smuggled"}'
+
+# Whole requests to add a comment, but for the shape that is wrong. Each is followed by a second request.
+SHAPES = {
+    "a space before a colon": (["Transfer-Encoding : chunked"], chunked(TEXT)),
+    "a tab before a colon": (["Content-Length\t: 20"], TEXT),
+    "a length and chunks": ([*CHUNKED, "Content-Length: 20"], chunked(TEXT)),
+    "chunks and a length": (["Content-Length: 20", *CHUNKED], chunked(TEXT)),
+    "two lengths": (["Content-Length: 20", "Content-Length: 4"], TEXT),
+    "the same length twice": (["Content-Length: 20", "Content-Length: 20"], TEXT),
+    "two lengths in one": (["Content-Length: 20, 20"], TEXT),
+    "a length with a sign": (["Content-Length: +20"], TEXT),
+    "a negative length": (["Content-Length: -20"], TEXT),
+    "a hexadecimal length": (["Content-Length: 0x14"], TEXT),
+    "a length with an underscore": (["Content-Length: 2_0"], TEXT),
+    "an empty length": (["Content-Length:"], TEXT),
+    "a length in Arabic digits": (["Content-Length: \u0662\u0660"], TEXT),
+    "a length in superscript": (["Content-Length: 2\u2070"], TEXT),
+    "a length beyond all numbers": (["Content-Length: " + "9" * 30], TEXT),
+    "another encoding after chunks": (["Transfer-Encoding: chunked, gzip"], chunked(TEXT)),
+    "another encoding before chunks": (["Transfer-Encoding: gzip, chunked"], chunked(TEXT)),
+    "chunks twice": (["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], chunked(TEXT)),
+    "no encoding by name": (["Transfer-Encoding: identity"], TEXT),
+    "chunks with a vertical tab": (["Transfer-Encoding: \x0bchunked"], chunked(TEXT)),
+    "chunks with a space of Unicode": (["Transfer-Encoding: \u00a0chunked"], chunked(TEXT)),
+    "a length with a space of Unicode": (["Content-Length: \u00a020"], TEXT),
+    "a folded line": (["Content-Length: 20", "X-One: a", " b"], TEXT),
+    "a folded first line": ([" Transfer-Encoding: chunked"], TEXT),
+    "a line without a colon": (["Content-Length 20"], TEXT),
+    "a line without a name": ([": 20"], TEXT),
+    "a bare line feed": (["X-One: a\nTransfer-Encoding: chunked"], chunked(TEXT)),
+    "a bare carriage return": (["X-One: a\rTransfer-Encoding: chunked"], chunked(TEXT)),
+    "a NUL": (["X-One: a\x00b"], TEXT),
+    "a second host": (["Host: other"], TEXT),
+    "a chunk's size in 0x": (CHUNKED, b"0x14\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk's size with a sign": (CHUNKED, b"+14\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a negative chunk": (CHUNKED, b"-14\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk's size with an underscore": (CHUNKED, b"1_4\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk's size after a space": (CHUNKED, b" 14\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk without a size": (CHUNKED, b";a=b\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk of nonsense": (CHUNKED, b"zz\r\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a chunk longer than its size": (CHUNKED, b"14\r\n" + TEXT + b"XX0\r\n\r\n"),
+    "a chunk ended by a line feed": (CHUNKED, b"14\r\n" + TEXT + b"\n0\r\n\r\n"),
+    "a size ended by a line feed": (CHUNKED, b"14\n" + TEXT + b"\r\n0\r\n\r\n"),
+    "a size line without end": (CHUNKED, b"14;" + b"a" * 200),
+    "a trailer": (CHUNKED, chunked(TEXT, end=b"0\r\nX-One: a\r\n\r\n")),
+    "no empty line at the end": (CHUNKED, chunked(TEXT, end=b"0\r\nGET")),
+}
+LINES = {
+    "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two spaces": b"GET  /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "no version": b"GET /healthz\r\nHost: localhost\r\n\r\n",
+    "another version": b"GET /healthz HTTP/1.2\r\nHost: localhost\r\n\r\n",
+    "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a target that is not ASCII": "GET /h\u00e9 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
+    "a control character in the target": b"GET /heal\x01thz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "chunks in HTTP/1.0": b"POST /healthz HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+}
+
+
+@pytest.fixture(scope="module")
+def post(serving):
+    async def make():
+        db = connect(serving.server)
+        try:
+            return await make_post(db, "alice")
+        finally:
+            await db.close()
+
+    return asyncio.run(make())
+
+
+def everything(line: socket.socket) -> bytes:
+    """All that is answered until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := line.recv(65536):
+            data += piece
+    return data
+
+
+def closed_with(site, data: bytes) -> list[bytes]:
+    """The status lines that are answered before the connection is closed by the server."""
+    with dial(site.port) as line:
+        line.settimeout(10)
+        line.sendall(data)
+        return [part[:12] for part in everything(line).split(b"HTTP/1.1 ") if part]
+
+
+def comments(site, post: str) -> int:
+    return site.server.client.xlen(f"comments:{{0}}:{post}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_request_that_could_mean_two_things_is_refused_and_the_connection_closed(serving, post, shape):
+    headers, body = SHAPES[shape]
+    headers = [header.encode().decode("latin-1") for header in headers]
+    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *headers)
+    before = comments(serving, post)
+    answers = closed_with(serving, asked + body + SECOND)
+    assert [answer[:3] for answer in answers] == [b"400"]
+    assert comments(serving, post) == before
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_request_line_that_is_none_is_refused_and_the_connection_closed(serving, line):
+    answers = closed_with(serving, LINES[line] + SECOND)
+    assert [answer[:3] for answer in answers] == [b"400"]
+
+
+def test_a_right_request_in_chunks_is_taken_and_the_connection_kept(serving, post):
+    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *CHUNKED)
+    body = b'5;a="b"\r\n{"tex\r\n0F\r\n' + b't": "two parts"}'[:15] + b"\r\n1\r\n}\r\n0\r\n\r\n"
+    last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    answers = closed_with(serving, asked + body + last)
+    assert [answer[:3] for answer in answers] == [b"201", b"200"]
+
+
+def refused(site) -> dict[str, tuple[bytes, bytes]]:
+    """Requests whose bodies are not wanted, and what they are told."""
+    alice, big = f"Authorization: Bearer {site.token('alice')}", "Content-Length: 104857600"
+    upload = f"/v1/uploads/{begin(site, 100)}"
+    tus = "Tus-Resumable: 1.0.0"
+    return {
+        "a form without a token": (head("POST", "/v1/posts", FORM, big), b"401"),
+        "a form that is too large": (head("POST", "/v1/posts", alice, FORM, "Content-Length: 999999999"), b"413"),
+        "a post of another type": (head("POST", "/v1/posts", alice, "Content-Type: a/b", big), b"415"),
+        "a comment that is too large": (head("POST", "/v1/posts/x/comments", alice, big), b"413"),
+        "an upload without a token": (head("POST", "/v1/uploads", tus, "Upload-Length: 9", BODY, big), b"401"),
+        "an upload past its length": (head("POST", "/v1/uploads", alice, tus, "Upload-Length: 9", BODY, big), b"413"),
+        "a PATCH at another offset": (head("PATCH", upload, alice, tus, BODY, "Upload-Offset: 9", big), b"409"),
+        "a PATCH past the end": (head("PATCH", upload, alice, tus, BODY, "Upload-Offset: 0", big), b"413"),
+        "a PATCH of no upload": (head("PATCH", "/v1/uploads/u0", alice, tus, BODY, "Upload-Offset: 0", big), b"404"),
+        "nowhere": (head("POST", "/nowhere", big), b"404"),
+        "a method that is not taken": (head("PUT", "/v1/posts", big), b"405"),
+    }
+
+
+@pytest.mark.parametrize("invited", [False, True])
+def test_a_body_that_is_not_wanted_is_neither_invited_nor_waited_for(serving, invited):
+    for name, (asked, status) in refused(serving).items():
+        if invited:
+            asked = asked.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        began = time.monotonic()
+        with dial(serving.port) as line:
+            line.sendall(asked)
+            answer = everything(line)
+        assert answer.startswith(b"HTTP/1.1 " + status), (name, answer)
+        assert answer.count(b"HTTP/1.1 ") == 1 and b"\r\nconnection: close\r\n" in answer.lower(), (name, answer)
+        assert time.monotonic() - began < 5, name
+
+
+def test_an_unknown_expectation_is_refused(serving):
+    asked = head("POST", "/v1/posts", "Expect: 200-ok", "Content-Length: 5") + b"12345"
+    assert [answer[:3] for answer in closed_with(serving, asked)] == [b"417"]
+
+
+class Bad:
+    """A connection that misbehaves: sends a beginning, then now and then a piece, and sees when it is closed."""
+
+    def __init__(self, name: str, beginning: bytes, piece: bytes = b"", every: float = 1.0):
+        self.name, self.beginning, self.piece, self.every = name, beginning, piece, every
+        self.answer, self.lasted = b"", None
+
+    async def run(self, port: int, give_up: float) -> "Bad":
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = time.monotonic()
+        sending = asyncio.create_task(self.send(writer))
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(give_up):
+                while data := await reader.read(4096):
+                    self.answer += data
+                self.lasted = time.monotonic() - began
+        if self.lasted is None and reader.exception():
+            self.lasted = time.monotonic() - began
+        sending.cancel()
+        writer.transport.abort()
+        return self
+
+    async def send(self, writer) -> None:
+        with contextlib.suppress(ConnectionError):
+            writer.write(self.beginning)
+            while self.piece:
+                await asyncio.sleep(self.every)
+                writer.write(self.piece)
+                await writer.drain()
+
+
+def open_files(site) -> int:
+    parent = psutil.Process(site.processes[0].pid)
+    return sum(process.num_fds() for process in parent.children())
+
+
+async def healthy(site, seconds: float, times: list[float]) -> None:
+    """Requests one after the other, each on time."""
+    end = time.monotonic() + seconds
+    async with Line(site.port) as line:
+        while time.monotonic() < end:
+            began = time.monotonic()
+            assert (await line.ask("GET", "/v1/posts")).status == 200
+            times.append(time.monotonic() - began)
+            await asyncio.sleep(0.02)
+
+
+def crowd(site, post: str, count: int) -> dict[str, list[Bad]]:
+    """So many slow headers, and a quarter as many of each other sort. Limits are those of the contract, in seconds."""
+    alice = f"Authorization: Bearer {site.token('alice')}"
+    comment = head("POST", f"/v1/posts/{post}/comments", alice, "Content-Type: application/json", "Content-Length: 99")
+    form = head("POST", "/v1/posts", alice, FORM, "Content-Length: 1000000")
+    unwanted = head("POST", "/v1/posts", FORM, "Content-Length: 1000000")
+    few = count // 4
+    return {
+        "header": [Bad("header", b"GET /healthz HTTP/1.1\r\n", b"x") for _ in range(count)],
+        "stalled": [Bad("stalled", comment + b"{") for _ in range(few)],
+        "trickling": [Bad("trickling", form + b"--frontier\r\n", b"X", 5.0) for _ in range(few)],
+        "refused": [Bad("refused", unwanted, b"x" * 1000, 0.5) for _ in range(few)],
+    }
+
+
+@pytest.mark.timeout(90)
+async def test_a_crowd_of_bad_connections_harms_nobody_and_goes_in_time(serving, post):
+    """The limits as they are, all at once: a header has 10 s, a body 30 s without a byte, a slow one as long as it
+    lasts."""
+    client = serving.server.client
+    upload = await asyncio.to_thread(begin, serving, 1000)
+    alice = f"Authorization: Bearer {serving.token('alice')}"
+    tus = (alice, "Tus-Resumable: 1.0.0", BODY, "Upload-Offset: 0")
+    stalled = Bad("upload", head("PATCH", f"/v1/uploads/{upload}", *tus, "Content-Length: 1000") + picture(700))
+    slow_upload = await asyncio.to_thread(begin, serving, 36)
+    # A byte a second, longer than any limit: it progresses.
+    slow = Bad("slow", head("PATCH", f"/v1/uploads/{slow_upload}", *tus, "Content-Length: 36") + b"B", b"M", 1.0)
+    opened = set(client.hgetall("uploads:{0}:alice"))
+    before, times = open_files(serving), []
+    people = crowd(serving, post, 200)
+    runs = [bad.run(serving.port, 39) for sort in people.values() for bad in sort]
+    runs += [stalled.run(serving.port, 39), slow.run(serving.port, 39), healthy(serving, 36, times)]
+    await asyncio.gather(*runs)
+
+    for bad in people["header"]:
+        assert bad.lasted is not None and 7 < bad.lasted < 15, bad.lasted
+        assert bad.answer.startswith(b"HTTP/1.1 408")
+    for bad in (*people["stalled"], stalled):
+        assert bad.lasted is not None and 28 < bad.lasted < 35, bad.lasted
+        assert bad.answer.startswith(b"HTTP/1.1 503") and b"stalled" in bad.answer
+    for bad in people["refused"]:
+        assert bad.lasted is not None and bad.lasted < 5
+        assert bad.answer.startswith(b"HTTP/1.1 401")
+    for bad in people["trickling"]:
+        # Refused for another reason (alice may have 20 uploads), or kept as long as it goes on.
+        assert bad.lasted is None or bad.answer.startswith((b"HTTP/1.1 429", b"HTTP/1.1 422")), bad.answer
+    assert slow.answer.startswith(b"HTTP/1.1 204") and slow.lasted is None
+    assert await asyncio.to_thread(offset, serving, slow_upload) == 36
+    assert await asyncio.to_thread(offset, serving, upload) == 700
+    assert len(times) > 300 and max(times) < 2, "healthy requests are answered all the while"
+    await asyncio.to_thread(until, lambda: open_files(serving) <= before + 2, 10, "all sockets to go")
+    await asyncio.to_thread(until, lambda: set(client.hgetall("uploads:{0}:alice")) == opened, 10, "the forms to go")
+
+
+def test_a_connection_that_was_cut_for_its_header_says_why(serving):
+    """The answer is a problem like any other."""
+    with dial(serving.port) as line:
+        line.sendall(b"GET /healthz HTTP/1.1\r\nHost : x\r\n\r\n")
+        answer = everything(line)
+    content = json.loads(answer[answer.index(b"\r\n\r\n") + 4 :])
+    assert (content["status"], content["title"]) == (400, "Bad Request")

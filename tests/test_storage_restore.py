@@ -1,0 +1,306 @@
+"""Restoring on real servers: any second, every digest, nothing half."""
+
+import asyncio
+import os
+import random
+import secrets
+import time
+from dataclasses import replace
+
+import pytest
+from parts import (
+    PROGRAMS,
+    make_settings,
+    redis_on,
+    restored,
+    s3_url,
+    shipped,
+    shipping,
+    until,
+    writing,
+)
+
+from storage import aof, chain, snapshots
+from storage.aof import Damaged
+from storage.objects import open_store
+from storage.restore import Refused, restore, running, verify
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(params=["valkey-s3", "redis-folder"])
+def settings(request, tmp_path, monkeypatch):
+    program, kind = request.param.split("-")
+    backup = s3_url(monkeypatch) if kind == "s3" else (tmp_path / "backup").as_uri()
+    return make_settings(tmp_path / "data", PROGRAMS[program], backup)
+
+
+@pytest.fixture
+def store(settings):
+    return open_store(settings.backup_store_url)
+
+
+async def backed_up(settings, store, generations: int = 1, writes: int = 50):
+    """A store with that many generations, made by one writer; the writer."""
+    async with redis_on(settings) as redis, shipping(settings, store) as shipper:
+        async with writing(settings) as (writer,):
+            for number in range(1, generations + 1):
+                await until(lambda n=number: shipper.chain and shipper.chain.generation == n, "a generation")
+                await until(lambda n=writer.number: writer.number >= n + writes, "writes")
+                if number < generations:
+                    await redis.rewrite()
+        await shipped(shipper)
+        return writer
+
+
+# The walk over records
+
+
+def record(*words: bytes) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+TRANSACTION = record(b"MULTI") + record(b"RPUSH", b"k", b"1") + record(b"SET", b"l", b"1") + record(b"EXEC")
+
+
+def walked(tmp_path, data: bytes, at=None) -> aof.Walk:
+    path = tmp_path / "x.incr.aof"
+    path.write_bytes(data)
+    return aof.walk(path, at)
+
+
+async def test_a_file_cut_at_any_byte_ends_after_its_last_whole_record(tmp_path):
+    parts = [
+        b"#TS:100\r\n",
+        record(b"SELECT", b"0"),
+        TRANSACTION,
+        b"#TS:101\r\n",
+        record(b"SET", b"a", b"b\r\n"),
+    ]
+    data = b"".join(parts)
+    ends = [sum(map(len, parts[:count])) for count in range(len(parts) + 1)]
+    for size in range(len(data) + 1):
+        found = walked(tmp_path, data[:size])
+        assert found.end == max(end for end in ends if end <= size)
+        assert found.torn == (size not in ends)
+
+
+async def test_a_second_takes_all_of_its_records_and_none_of_a_later_one(tmp_path):
+    seconds = [b"#TS:%d\r\n" % second + TRANSACTION for second in (100, 101, 103)]
+    data = record(b"SELECT", b"0") + b"".join(seconds)
+    first = len(record(b"SELECT", b"0"))
+    length = len(seconds[0])
+    for at, count, second in [(99, 0, None), (100, 1, 100), (101, 2, 101), (102, 2, 101), (103, 3, 103)]:
+        found = walked(tmp_path, data, at)
+        assert (found.end, found.second) == (first + count * length, second)
+        assert found.later == (count < 3) and not found.torn
+
+
+async def test_what_looks_like_an_annotation_in_a_comment_is_a_comment(tmp_path):
+    text = b"\r\n#TS:1\r\n*1\r\n$4\r\nEXEC\r\n#TS:999\r\n"
+    data = b"#TS:100\r\n" + record(b"SET", b"k", text) + record(b"SET", b"k", b"v")
+    found = walked(tmp_path, data, 100)
+    assert (found.end, found.second, found.later) == (len(data), 100, False)
+
+
+async def test_an_annotation_torn_by_a_crash_is_passed_over(tmp_path):
+    data = b"#TS:100\r\n" + TRANSACTION + b"#TS:10#TS:105\r\n" + TRANSACTION
+    assert walked(tmp_path, data).end == len(data)
+    found = walked(tmp_path, data, 104)
+    assert (found.end, found.later) == (len(b"#TS:100\r\n" + TRANSACTION), True)
+
+
+async def test_bytes_that_begin_no_record_are_damage_not_an_end(tmp_path):
+    for bad in (b"\0" * 20 + b"\r\n", b"*x\r\n", b"*1\r\nSET\r\n", b"*1\r\n$x\r\nSET\r\n"):
+        with pytest.raises(Damaged, match="no record begins at byte"):
+            walked(tmp_path, TRANSACTION + bad)
+    assert walked(tmp_path, b"#TS:100\r\n" + TRANSACTION + b"#TS:101\r\n" + b"\0\r\n", 100).second == 100
+
+
+async def test_a_manifest_is_read_and_written_as_redis_does(settings, tmp_path):
+    async with redis_on(settings) as redis:
+        await redis.rewrite()
+        text = (redis.aof / aof.MANIFEST).read_text()
+        manifest = aof.parse(text)
+        lines = [line for line in text.splitlines() if not line.endswith("type h")]
+        assert aof.render(manifest).splitlines() == lines
+        assert manifest.files == [redis.base(), redis.increment().name]
+    history = "file a.aof.1.base.rdb seq 1 type h\nfile a.aof.2.incr.aof seq 2 type i\n"
+    assert aof.parse(history) is None
+
+
+# Any second
+
+
+async def test_any_second_can_be_had_back_across_rewrites_and_a_flushall(settings, store, tmp_path):
+    async with redis_on(settings) as redis, shipping(settings, store) as shipper:
+        async with writing(settings, 2) as writers:
+            await shipped(shipper)
+            begun = time.time()
+            for number in range(6):
+                await until(lambda n=number: time.time() > begun + n + random.random(), "time goes by")
+                if number == 3:
+                    flush = time.time()
+                    await redis.client.flushall()
+                    flushed = time.time()
+                await redis.rewrite()
+            ended = time.time()
+        await shipped(shipper)
+    assert len(await chain.descriptions(store)) >= 5
+    proved = 0
+    for at in random.sample(range(int(begun) + 1, int(ended)), 4):
+        done, lists = await restored(settings, store, writers, tmp_path, at)
+        assert done.exact and done.second <= at
+        for writer, found in zip(writers, lists, strict=True):
+            since = flushed if at >= flushed else 0
+            if flush < at + 1 and at < flushed:
+                continue  # the FLUSHALL was in that very second
+            wanted = {n for n, when in writer.answered.items() if when < at and writer.begun[n] > since}
+            allowed = {n for n, when in writer.begun.items() if when < at + 1 and writer.answered[n] >= since}
+            assert wanted <= set(found) <= allowed
+            proved += 1
+    assert proved >= 4
+
+
+async def test_a_second_before_the_oldest_is_refused_and_one_after_the_newest_is_the_newest(
+    settings, store, tmp_path
+):
+    writer = await backed_up(settings, store, 2)
+    first = (await chain.descriptions(store))[1]["second"]
+    with pytest.raises(Refused, match="the oldest second kept is"):
+        await restore(settings, store, tmp_path / "to", first - 1)
+    assert not (tmp_path / "to").exists()
+    done, (found,) = await restored(settings, store, [writer], tmp_path, int(time.time()) + 3600)
+    assert done.generation == 2 and set(writer.answered) <= set(found)
+
+
+async def test_a_time_nobody_shipped_is_said_to_be_missing(settings, store, tmp_path, capsys):
+    async with redis_on(settings) as redis, writing(settings) as (writer,):
+        async with shipping(settings, store) as shipper:
+            await shipped(shipper)
+        hole = int(time.time()) + 1
+        await until(lambda: time.time() > hole + 1, "seconds without a shipper")
+        await redis.rewrite()
+        await redis.rewrite()
+        async with shipping(settings, store) as shipper:
+            await until(lambda: shipper.chain and shipper.chain.generation == 2, "a new generation")
+    done, (found,) = await restored(settings, store, [writer], tmp_path, hole)
+    assert not done.exact and "NOT EXACT" in capsys.readouterr().out
+    assert {n for n, when in writer.answered.items() if when < done.second} <= set(found)
+
+
+# What is refused
+
+
+async def test_a_folder_that_is_not_empty_is_refused(settings, store, tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "precious").write_text("x")
+    with pytest.raises(Refused, match="not empty"):
+        await restore(settings, store, tmp_path / "to")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["precious"]
+
+
+async def test_a_server_of_another_family_or_an_older_version_is_refused(settings, store, tmp_path):
+    await backed_up(settings, store)
+    other = PROGRAMS["redis"] if settings.redis_server == "" else ""
+    with pytest.raises(Refused, match="wrote this backup"):
+        await restore(replace(settings, redis_server=other), store, tmp_path / "to")
+    name = chain.description_name(1)
+    header, _ = chain.unseal(name, await store.get(name))
+    await store.put(name, chain.seal({**header, "version": "99.0.0"}))
+    with pytest.raises(Refused, match="wrote this backup"):
+        await restore(settings, store, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+async def test_an_empty_store_is_refused(settings, store, tmp_path):
+    with pytest.raises(Refused, match="no generation"):
+        await restore(settings, store, tmp_path / "to")
+
+
+async def test_one_flipped_bit_anywhere_is_found_and_nothing_is_restored(settings, store, tmp_path):
+    await backed_up(settings, store)
+    names = [entry.name async for entry in store.list()]
+    for name in names:
+        good = await store.get(name)
+        bad = bytearray(good)
+        bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
+        await store.put(name, bytes(bad))
+        with pytest.raises(Damaged):
+            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+        assert not (tmp_path / "to").exists()
+        await store.put(name, good)
+    await restore(settings, store, tmp_path / "to")
+
+
+async def test_an_object_that_is_missing_or_in_anothers_place_is_found(settings, store, tmp_path):
+    await backed_up(settings, store)
+    names = [entry.name async for entry in store.list("00000001/")]
+    kept = {name: await store.get(name) for name in names}
+    for name in names[:-1]:
+        await store.delete([name])
+        with pytest.raises(Damaged):
+            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+        await store.put(name, kept[names[-1]])
+        with pytest.raises(Damaged):
+            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+        await store.put(name, kept[name])
+    await restore(settings, store, tmp_path / "to")
+
+
+# What comes of it
+
+
+async def test_a_restored_folder_is_a_data_folder_that_goes_on_being_shipped(settings, store, tmp_path):
+    writer = await backed_up(settings, store)
+    data = tmp_path / "new"
+    data.mkdir()
+    (data / "redis").mkdir()  # an empty folder is as good as none
+    done = await restore(settings, store, data / "redis")
+    assert done.counts
+    moved = replace(settings, data=data, redis_url=f"unix://{data}/redis/redis.sock")
+    async with redis_on(moved) as redis, shipping(moved, store) as shipper:
+        assert set(writer.answered) <= set(await writer.read(redis.client))
+        await redis.client.set("after", "the restore")
+        await shipped(shipper)
+    await restore(settings, store, tmp_path / "again")
+    async with running(settings, tmp_path / "again") as client:
+        assert await client.get("after") == b"the restore"
+    family = "redis " if settings.redis_server else "valkey "
+    assert (data / "redis" / "server").read_text().startswith(family)
+
+
+async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_next(
+    settings, store, tmp_path
+):
+    await backed_up(settings, store)
+    task = asyncio.ensure_future(restore(settings, store, tmp_path / "to"))
+    await until((tmp_path / "to.part").exists, "it has begun")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not (tmp_path / "to").exists()
+    await restore(settings, store, tmp_path / "to")
+    assert os.listdir(tmp_path / "to" / "appendonlydir") and not (tmp_path / "to.part").exists()
+
+
+async def test_verify_keeps_its_last_result_and_the_last_good_generation(settings, store):
+    await backed_up(settings, store, 2)
+    assert await verify(settings, store)
+    result = await chain.verified(store)
+    assert result["ok"] and result["good"] == 2 and result["counts"]
+    name = (await chain.descriptions(store))[2]["base"]
+    await store.put(chain.segment_name(2, name, 0), secrets.token_bytes(100))
+    assert not await verify(settings, store)
+    result = await chain.verified(store)
+    assert not result["ok"] and result["good"] == 2 and "digest does not hold" in result["detail"]
+    assert [path.name for path in settings.data.iterdir() if path.name.startswith("verify-")] == []
+
+
+async def test_snapshots_tell_generations_seconds_and_lag(settings, store):
+    await backed_up(settings, store, 3)
+    found = await snapshots.snapshots(store)
+    assert [(one.generation, one.state) for one in found] == [(1, "closed"), (2, "closed"), (3, "open")]
+    for one, after in zip(found, found[1:], strict=False):
+        assert one.second <= after.second <= one.until + 1
+    text = snapshots.table(found, {"lag": 1.25, "trouble": "", "verified": None})
+    assert "1.2 s behind" in text and "verified: never" in text
