@@ -28,12 +28,12 @@ load: ## locust against a started system, at the forecast's mix
 
 bench: ## figures beside bare Sanic
 	@.ci/setup test
-	$(python) -m tests.bench
+	PYTHONPATH=tests $(python) -m tests.bench
 
 bench-images: ## what a picture costs, beside libvips
 	@.ci/setup test
 	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
-	$(python) -m tests.bench.images
+	PYTHONPATH=tests $(python) -m tests.bench.images
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
