@@ -20,20 +20,25 @@ from storage.scripts import Redis
 from workers import dispatcher, pipeline
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
-PR_SET_PDEATHSIG = 1  # prctl(2): a child does not outlive its parent, however that ended
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None)
+
+
+def die_with_parent(signum: int) -> None:
+    """Be sent a signal when the parent has ended, however it did."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signum)
 
 
 class Converter(Worker):
     """RQ's worker, whose forks die with it."""
 
     def main_work_horse(self, job, queue):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         super().main_work_horse(job, queue)
 
 
 def convert(chosen: settings.Settings) -> None:
     """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.nice(10)  # answers come first: a picture may wait, a reader not
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
@@ -47,7 +52,12 @@ async def work(chosen: settings.Settings) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
     converters = [
-        await asyncio.create_subprocess_exec(sys.executable, "-m", "workers", "convert", start_new_session=True)
+        await asyncio.create_subprocess_exec(
+            # Before exec: while the interpreter starts, this process may die, too.
+            *(sys.executable, "-m", "workers", "convert"),
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            start_new_session=True,
+        )
         for _ in range(chosen.converters)
     ]
     hints = dispatcher.queue(chosen.queue_url)
