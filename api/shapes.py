@@ -148,7 +148,7 @@ def post(row: Post) -> dict:
         "status": row.status,
         "image": None,
         "comment_count": row.comment_count,
-        "latest_comments": [comment(Comment(*orjson.loads(entry))) for entry in row.latest],
+        "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
     }
     if row.status == "ready":
         shown["image"] = {
