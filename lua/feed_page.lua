@@ -10,8 +10,9 @@
 -- ARGV[4] bytes    the page ends when its rows have as many
 -- ARGV[5] posts    prefix of the post keys of this partition, to which ids are appended
 -- ARGV[6] latests  prefix of its latest lists
--- Returns {epoch, newest revision, more 0|1, {row, …}}; a row's lines: id, comment count, author, thumbhash,
---   the latest comments as a JSON array, and the caption, which may have lines of its own
+-- Returns {epoch, newest revision, more 0|1, {row, …}}; the first two are told of the first page only
+--   A row's lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the caption, which
+--   may have lines of its own
 -- Refuses nothing
 -- A cursor is a place in the order, not a row: where its post has moved or gone, the place is found by the count
 -- and, in the run of equal counts, by a binary search over ids. A row is one string, because Redis takes a fifth
@@ -49,6 +50,9 @@ for i = 1, #members, 2 do
   local line = table.concat({member, members[i + 1], row[1], row[2], '[' .. latest .. ']', row[3]}, '\n')
   size = size + #line
   rows[#rows + 1] = line
+end
+if count then
+  return {'0', 0, more, rows}
 end
 local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
 local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0

@@ -26,8 +26,7 @@ PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds 
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
-# Narrower than what folders and S3 take: such names mean the same to both, to a shell and in a URL, they
-# cannot leave the folder, and S3's own quoting never comes into play.
+# Narrower than either store takes: these mean the same to both, to a shell and in a URL, and stay in the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 

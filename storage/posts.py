@@ -51,7 +51,7 @@ class Place(NamedTuple):
 class Page(NamedTuple):
     posts: list[Post]
     more: bool
-    seen: list[tuple[str, int]]  # epoch and newest revision of each partition, at the moment its rows were read
+    seen: list[tuple[str, int]]  # first page: epoch and newest revision of each partition, when its rows were read
 
 
 MADE, REPLAYED, KNOWN = 0, 1, 2
