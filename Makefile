@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench bench-images drill lock clean
+.PHONY: run test lint unit load bench bench-images drill drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -28,16 +28,21 @@ load: ## locust against a started system, at the forecast's mix
 
 bench: ## figures beside bare Sanic
 	@.ci/setup test
-	$(python) -m tests.bench
+	PYTHONPATH=tests $(python) -m tests.bench
 
 bench-images: ## what a picture costs, beside libvips
 	@.ci/setup test
 	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
-	$(python) -m tests.bench.images
+	PYTHONPATH=tests $(python) -m tests.bench.images
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
 	timeout 600 $(python) tests/drills/drill.py
+
+drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
+	@.ci/setup test
+	$(python) -m pytest -s tests/drills/connections.py
+	KILLS=50 $(python) -m pytest tests/test_uploads_races.py -k kill
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock

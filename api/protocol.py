@@ -19,7 +19,7 @@ HEADER = 10.0  # seconds in which a request's header must be complete
 
 # RFC 9112, sections 3 and 5: one space between the parts, none before a colon, no folded lines, no control characters.
 HEAD = re.compile(
-    rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*"
+    rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f]*)*"
 )
 # What says where a body ends is read as bytes: Sanic's strings lose what Unicode takes for spaces or digits.
 # RFC 9110, section 8.6: a length has ASCII digits and nothing else.

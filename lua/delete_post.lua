@@ -11,12 +11,14 @@
 -- ARGV[2] id        post id
 -- ARGV[3] author    user who asks
 -- ARGV[4] keep      ms for which a backup may still name its bytes
+-- ARGV[5] told      ms for which deletions are told
 -- Returns 1
 -- Refuses NOPOST FORBIDDEN
+-- Deletions that nobody is told of any more are forgotten by the next one, which stays: the newest revision does too.
 -- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local now, id, author, keep = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
-if #KEYS ~= 7 or #ARGV ~= 4 or not keep then
+local now, id, author, keep, told = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+if #KEYS ~= 7 or #ARGV ~= 5 or not keep or not told then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -40,6 +42,7 @@ redis.call('UNLINK', post, comments, latest)
 redis.call('ZREM', feed, id)
 redis.call('ZREM', changes, id)
 redis.call('ZADD', gone, revision, id)
+redis.call('ZREMRANGEBYSCORE', gone, '-inf', now - told)
 redis.call('ZADD', due, now, id)
 if upload then
   redis.call('ZADD', due, now + keep, upload)

@@ -12,9 +12,8 @@ from storage import keys
 from storage.errors import Outdated
 from storage.posts import Post, of_row
 from storage.scripts import Redis, now_ms
-from storage.settings import DAY_MS, PAGE_BYTES
+from storage.settings import PAGE_BYTES, TOLD_MS
 
-KEPT_MS = 7 * DAY_MS  # deletions are told for as long
 HOUR_MS = 60 * 60 * 1000  # tokens are dated by the hour: a page that did not change keeps its ETag
 TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
@@ -54,7 +53,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     newer than the token is told from its beginning. Raises Outdated.
     """
     known = list(token.seen) if token else []
-    if token and (token.issued < now_ms(db) - KEPT_MS or len(known) > partitions):
+    if token and (token.issued < now_ms(db) - TOLD_MS or len(known) > partitions):
         raise Outdated("this token is older than 7 days; walk the feed again")
     known += [("", 0 if token else "")] * (partitions - len(known))
     answers = await asyncio.gather(

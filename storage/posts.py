@@ -10,7 +10,7 @@ import orjson
 from storage import keys
 from storage.objects import S3, Folder
 from storage.scripts import Redis
-from storage.settings import DAY_MS, PAGE_BYTES
+from storage.settings import DAY_MS, PAGE_BYTES, TOLD_MS
 
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
 
@@ -137,6 +137,7 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> Non
         post,
         author,
         DAY_MS,
+        TOLD_MS,
     )
     await erase_image(objects, post)
 

@@ -18,6 +18,7 @@ TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
 LATEST = 2  # comments a feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
 DAY_MS = 24 * 60 * 60 * 1000  # an idempotency key, an idle upload and a deleted post's original are kept a day
+TOLD_MS = 7 * DAY_MS  # a token of changes holds for a week, so deletions are told for as long
 OPEN_UPLOADS = 20  # a user may have
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to
 

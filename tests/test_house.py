@@ -217,7 +217,7 @@ def test_jobs_are_named_by_paths_that_import():
     named = set()
     for path in ROOMS:
         for node in walk(path):
-            if isinstance(node, ast.Constant) and re.fullmatch(r"(api|storage|workers)(\.\w+)+", str(node.value)):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"(api|storage|workers)\.\w+\.\w+", str(node.value)):
                 named.add(node.value)
     assert dispatcher.JOB in named
     for job in named:

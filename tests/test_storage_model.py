@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from making import make_post
 
-from storage import comments, errors, keys, posts
+from storage import changes, comments, errors, keys, posts
 from storage.objects import open_store
 from storage.settings import LATEST
 
@@ -43,6 +43,9 @@ class Feed(RuleBasedStateMachine):
         self.db.clock = 1_763_971_200_000
         self.model: dict[str, list[comments.Comment]] = {}  # post -> its comments, oldest first
         self.authors: dict[str, str] = {}
+        self.passing: list[str] = []  # posts that no bundle knows: only walks delete them
+        self.held: dict[str, posts.Post] = {}  # what a client holds that refreshes by changes
+        self.token = None
 
     def teardown(self):
         if hasattr(self, "loop"):
@@ -141,12 +144,64 @@ class Feed(RuleBasedStateMachine):
         found = [row.id for row in self.walked(limit, meanwhile)]
         assert [post for post in found if post != moving] == still
 
+    @rule(limit=st.integers(1, 3), data=st.data())
+    def a_client_walks_while_posts_change_and_then_refreshes(self, limit, data):
+        """Its token is that of its walk's first page. What it holds then is the feed, exactly."""
+        first = self.run(posts.feed(self.db, self.partitions, limit))
+        self.token = changes.issue(self.db, first.seen)
+
+        def meanwhile():
+            match data.draw(st.sampled_from(["comment", "delete", "publish", "nothing"])):
+                case "comment" if self.model:
+                    post = data.draw(st.sampled_from(sorted(self.model)))
+                    self.model[post].append(self.run(comments.add(self.db, "bob", post, "meanwhile"))[0])
+                case "delete" if self.passing:
+                    post = data.draw(st.sampled_from(self.passing))
+                    self.run(posts.delete(self.db, self.objects, "bob", post))
+                    self.passing.remove(post)
+                    del self.model[post]
+                case "publish":
+                    post = self.run(make_post(self.db, "bob", self.partitions))
+                    self.model[post], self.authors[post] = [], "bob"
+                    self.passing.append(post)
+
+        meanwhile()
+        self.held = {row.id: row for row in self.walked(limit, meanwhile)}
+        self.refresh(limit)
+
+    @rule(limit=st.integers(1, 4))
+    def the_client_refreshes(self, limit):
+        if self.token:
+            self.refresh(limit)
+
+    def refresh(self, limit):
+        told = set()
+        while True:
+            found = self.run(changes.since(self.db, self.partitions, limit, self.token))
+            assert len(found.posts) <= limit
+            # A token is text on its way to the client and back.
+            self.token = changes.parse(str(found.token))
+            for row in found.posts:
+                post = row if isinstance(row, str) else row.id
+                assert post not in told, "each post is told once, however often it changed"
+                told.add(post)
+                self.held.pop(post, None)
+                if not isinstance(row, str):
+                    self.held[post] = row
+            if not found.more:
+                break
+        held = sorted(self.held.values(), key=lambda row: (row.comment_count, row.id), reverse=True)
+        assert held == self.walked(5)
+        again = self.run(changes.since(self.db, self.partitions, limit, self.token))
+        assert (again.posts, again.more) == ([], False)
+
     @invariant()
     def the_feed_is_the_model(self):
         if not hasattr(self, "db"):
             return
         client = self.server.client
         for partition in range(self.partitions):
+            assert set(client.zrange(keys.changes(partition), 0, -1)) == set(client.zrange(keys.feed(partition), 0, -1))
             here = {post: len(said) for post, said in self.model.items() if keys.partition_of_post(post) == partition}
             assert dict(client.zrange(keys.feed(partition), 0, -1, withscores=True)) == here
         for post, said in self.model.items():

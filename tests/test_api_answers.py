@@ -1,0 +1,232 @@
+"""Few bytes: validators for each encoding, 304 without a body, compression by quality values, ranges of images."""
+
+import asyncio
+import gzip
+import json
+import random
+import secrets
+from base64 import b64encode
+
+import brotli
+import pytest
+from conftest import connect
+from making import jpeg, make_post, make_processing
+from wire import dial, exchange, head, hear
+
+from storage import comments, outbox, posts
+from storage.objects import open_store
+
+DECODE = {"br": brotli.decompress, "gzip": gzip.decompress, "": lambda body: body}
+SAID = """
+We got up at four to see this, and it was worth every minute of lost sleep. The road was closed, so we walked the
+last two kilometres along the river. My grandmother's kitchen, unchanged since 1974. Does anybody know which bird this
+is? Third attempt at sourdough and finally it has risen! First snow of the year, and of course I forgot my gloves. The
+light only stayed for a moment. Found in the attic, behind a box of letters. He refuses to come in, whatever the
+weather. Sunday market: figs, goat cheese, and far too many plums. What a day! Where is that? I was there last summer,
+it is beautiful. Congratulations to both of you. Looks delicious, may I have the recipe? So proud of you. This made my
+day. Is the path open again? Great shot, which lens did you use? Miss you all. Wow. It has been raining here for a week
+""".replace("\n", " ")
+
+
+def sentences(chance: random.Random, most: int) -> str:
+    return ". ".join(chance.sample([part.strip() for part in SAID.split(". ")], chance.randint(1, most)))
+
+
+@pytest.fixture(scope="module")
+def pages(serving):
+    """Addresses that can be asked for again, of a feed of 20 posts as people write them."""
+    chance = random.Random(20)
+
+    async def fill():
+        db = connect(serving.server)
+        made = []
+        for n in range(20):
+            post = await make_processing(db, f"user{n * 37 % 101}", caption=sentences(chance, 3))
+            await outbox.publish(db, post, b64encode(secrets.token_bytes(25)).decode())
+            for _ in range(chance.randint(0, 6)):
+                await comments.add(db, f"user{chance.randint(1, 999)}", post, sentences(chance, 2))
+            made.append(post)
+        await open_store((serving.folder / "store").as_uri()).put(f"images/{made[0]}.jpg", jpeg(600, 600))
+        commented = (await posts.feed(db, 1, 1)).posts[0].id
+        await db.close()
+        return made[0], commented
+
+    post, commented = asyncio.run(fill())
+    return {
+        "feed": "/v1/posts",
+        "post": f"/v1/posts/{post}",
+        "comments": f"/v1/posts/{commented}/comments",
+        "changes": "/v1/changes?since=" + f"{serving.server.client.time()[0] // 3600},0.0",
+        "image": f"/v1/images/{post}.jpg",
+    }
+
+
+def get(site, target: str, *headers: str, method: str = "GET"):
+    return exchange(site.port, head(method, target, *headers))
+
+
+JSON = ["feed", "post", "comments", "changes"]
+
+
+@pytest.mark.parametrize("page", JSON)
+def test_each_encoding_has_its_validator_and_says_the_same(serving, pages, page):
+    answers = {coding: get(serving, pages[page], f"Accept-Encoding: {coding}") for coding in DECODE}
+    assert {answer.status for answer in answers.values()} == {200}
+    assert {answer.headers.get("content-encoding", "") for answer in answers.values()} == set(DECODE)
+    assert len({DECODE[coding](answer.body) for coding, answer in answers.items()}) == 1
+    tags = {answer.headers["etag"] for answer in answers.values()}
+    assert len(tags) == 3 and all(tag.startswith('"') for tag in tags), "strong, one an encoding"
+    assert {answer.headers["vary"] for answer in answers.values()} == {"Accept-Encoding"}
+    again = {coding: get(serving, pages[page], f"Accept-Encoding: {coding}") for coding in DECODE}
+    assert [answer.headers["etag"] for answer in again.values()] == [
+        answer.headers["etag"] for answer in answers.values()
+    ]
+
+
+@pytest.mark.parametrize("coding", DECODE)
+@pytest.mark.parametrize("page", JSON)
+def test_what_the_client_has_is_not_sent_again(serving, pages, page, coding):
+    """And the connection goes on with the next answer, so no body followed the 304."""
+    first = get(serving, pages[page], f"Accept-Encoding: {coding}")
+    with dial(serving.port) as line:
+        for known in (first.headers["etag"], f'"other", {first.headers["etag"]}', "W/" + first.headers["etag"], "*"):
+            line.sendall(head("GET", pages[page], f"Accept-Encoding: {coding}", f"If-None-Match: {known}"))
+            answer = hear(line)
+            assert (answer.status, answer.body) == (304, b"")
+            kept = ("etag", "vary", "cache-control", "link")
+            assert {name: answer.headers.get(name) for name in kept} == {n: first.headers.get(n) for n in kept}
+            assert "content-length" not in answer.headers and "content-encoding" not in answer.headers
+        line.sendall(head("GET", "/healthz"))
+        assert hear(line).status == 200
+
+
+@pytest.mark.parametrize("page", JSON)
+def test_the_validator_of_one_encoding_does_not_hold_for_another(serving, pages, page):
+    brotlied = get(serving, pages[page], "Accept-Encoding: br").headers["etag"]
+    for coding in ("gzip", "identity"):
+        answer = get(serving, pages[page], f"Accept-Encoding: {coding}", f"If-None-Match: {brotlied}")
+        assert answer.status == 200 and answer.body
+    assert get(serving, pages[page], 'If-None-Match: "other"').status == 200
+
+
+ACCEPTED = {
+    "br": "br",
+    "gzip": "gzip",
+    "gzip, br": "br",
+    "gzip, deflate, br, zstd": "br",
+    "gzip;q=1.0, br;q=0.5": "gzip",
+    "br;q=0.5, gzip;q=0.4": "br",
+    "br;q=0, gzip": "gzip",
+    "br;q=0": "",
+    "br;q=0.000, gzip;q=0.001": "gzip",
+    "*": "br",
+    "*;q=0": "",
+    "br;q=0, *": "gzip",
+    "gzip;q=0, br;q=0, *;q=0.5": "",
+    "identity": "",
+    "identity, br;q=0.5": "",
+    "identity;q=0.5, gzip;q=0.8": "gzip",
+    "BR": "br",
+    "  br ; q=1 ,gzip ; q=0.2": "br",
+    "deflate": "",
+    "": "",
+    "nonsense;;;,": "",
+}
+
+
+@pytest.mark.parametrize("accepted", ACCEPTED)
+def test_the_encoding_is_the_one_the_client_likes_best(serving, pages, accepted):
+    answer = get(serving, pages["feed"], f"Accept-Encoding: {accepted}")
+    assert answer.headers.get("content-encoding", "") == ACCEPTED[accepted]
+    assert json.loads(DECODE[ACCEPTED[accepted]](answer.body))["items"]
+
+
+def test_a_feed_page_of_20_posts_is_a_quarter_of_its_size_on_the_wire(serving, pages, capsys):
+    plain = get(serving, pages["feed"])
+    assert len(plain.json()["items"]) == 20
+    sizes = {coding: len(get(serving, pages["feed"], f"Accept-Encoding: {coding}").body) for coding in ("br", "gzip")}
+    whole = len(plain.body)
+    with capsys.disabled():
+        shares = ", ".join(f"{coding} {size} ({size / whole:.1%})" for coding, size in sizes.items())
+        print(f"\na feed page of 20 posts: {whole} bytes; {shares}")
+    assert sizes["br"] <= 0.25 * whole
+
+
+def test_what_is_small_is_not_compressed(serving, pages):
+    answer = get(serving, "/v1/changes", "Accept-Encoding: br")
+    assert "content-encoding" not in answer.headers and answer.headers["vary"] == "Accept-Encoding"
+
+
+def test_a_page_of_more_than_64_kib_is_compressed_too(serving, pages):
+    async def fill():
+        db = connect(serving.server)
+        post = await make_post(db, "alice")
+        for _ in range(60):
+            await comments.add(db, "alice", post, secrets.token_hex(1000))
+        await db.close()
+        return post
+
+    target = f"/v1/posts/{asyncio.run(fill())}/comments?limit=60"
+    plain = get(serving, target)
+    assert len(plain.body) > 100_000
+    for coding in ("br", "gzip"):
+        assert DECODE[coding](get(serving, target, f"Accept-Encoding: {coding}").body) == plain.body
+
+
+RANGES = {
+    "bytes=0-99": (206, 0, 100),
+    "bytes=0-0": (206, 0, 1),
+    "bytes=100-": (206, 100, None),
+    "bytes=-10": (206, -10, None),
+    "bytes=-99999999": (206, 0, None),
+    "bytes=10-99999999": (206, 10, None),
+    "bytes=99999999-": (416, 0, 0),
+    "bytes=-0": (416, 0, 0),
+    "bytes=5-4": (200, 0, None),
+    "bytes=0-1,3-4": (200, 0, None),
+    "bytes=-": (200, 0, None),
+    "bytes=a-b": (200, 0, None),
+    "lines=0-1": (200, 0, None),
+}
+
+
+@pytest.mark.parametrize("asked", RANGES)
+def test_a_part_of_an_image(serving, pages, asked):
+    whole = get(serving, pages["image"])
+    assert (whole.status, whole.headers["accept-ranges"]) == (200, "bytes")
+    status, start, stop = RANGES[asked]
+    answer = get(serving, pages["image"], f"Range: {asked}")
+    assert answer.status == status
+    if status == 416:
+        assert answer.headers["content-range"] == f"bytes */{len(whole.body)}"
+        return
+    assert answer.body == whole.body[start:stop]
+    assert answer.headers["etag"] == whole.headers["etag"]
+    if status == 206:
+        first = start if start >= 0 else len(whole.body) + start
+        last = first + len(answer.body) - 1
+        assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole.body)}"
+
+
+def test_a_part_is_asked_for_only_while_the_image_is_the_same(serving, pages):
+    whole = get(serving, pages["image"])
+    part = ("Range: bytes=10-", f"If-Range: {whole.headers['etag']}")
+    assert get(serving, pages["image"], *part).status == 206
+    assert get(serving, pages["image"], "Range: bytes=10-", 'If-Range: "other"').status == 200
+    assert get(serving, pages["image"], "Range: bytes=10-", "If-Range: W/" + whole.headers["etag"]).status == 200
+
+
+def test_an_image_is_immutable_and_revalidated_for_nothing(serving, pages):
+    whole = get(serving, pages["image"], "Accept-Encoding: br, gzip")
+    assert whole.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert (whole.headers["content-type"], whole.headers["x-content-type-options"]) == ("image/jpeg", "nosniff")
+    assert "content-encoding" not in whole.headers
+    looked = get(serving, pages["image"], method="HEAD")
+    assert (looked.status, looked.body) == (200, b"")
+    for name in ("content-length", "etag", "cache-control", "content-type", "accept-ranges"):
+        assert looked.headers[name] == whole.headers[name]
+    for method in ("GET", "HEAD"):
+        known = get(serving, pages["image"], f"If-None-Match: {whole.headers['etag']}", method=method)
+        assert (known.status, known.body, known.headers["etag"]) == (304, b"", whole.headers["etag"])
+    both = get(serving, pages["image"], f"If-None-Match: {whole.headers['etag']}", "Range: bytes=0-1")
+    assert both.status == 304
