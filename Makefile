@@ -37,7 +37,7 @@ bench-images: ## what a picture costs, beside libvips
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
-	timeout 600 $(python) tests/drills/drill.py
+	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
 
 drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
 	@.ci/setup test
