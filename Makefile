@@ -26,14 +26,13 @@ load: ## locust against a started system, at the forecast's mix
 	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
 	  --host http://$${IMAGEGRAM_HOST:-127.0.0.1}:$${IMAGEGRAM_PORT:-8000} --html tests/load/report.html
 
-bench: ## figures beside bare Sanic
-	@.ci/setup test
-	PYTHONPATH=tests $(python) -m tests.bench
+bench: ## all figures, beside bare Sanic and a peer; half an hour
+	@.ci/setup bench
+	$(python) -m tests.bench
 
 bench-images: ## what a picture costs, beside libvips
-	@.ci/setup test
-	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
-	PYTHONPATH=tests $(python) -m tests.bench.images
+	@.ci/setup bench
+	$(python) -m tests.bench.images
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
@@ -46,7 +45,7 @@ drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock
-	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test]'
+	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test,bench]'
 	(echo '# Every version that is installed, for `pip install -c`. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
 	rm -rf .venv-lock

@@ -114,7 +114,7 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        return at_hand(self._path(name)) or await _hop(Path.read_bytes, self._path(name), missing=NotFound)
+        return at_hand(f"{self._root}/{_checked(name)}") or await _hop(Path.read_bytes, self._path(name), missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""

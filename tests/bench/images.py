@@ -21,7 +21,7 @@ from PIL import Image, features  # noqa: E402
 from storage import settings  # noqa: E402
 from workers import pipeline, sandbox  # noqa: E402
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 15
 CHOSEN = settings.load({})
 FILES = {
     "12 MP JPEG": (4000, 3000, "jpg"),
