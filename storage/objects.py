@@ -114,7 +114,8 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        return at_hand(f"{self._root}/{_checked(name)}") or await _hop(Path.read_bytes, self._path(name), missing=NotFound)
+        path = f"{self._root}/{_checked(name)}"
+        return at_hand(path) or await _hop(Path.read_bytes, Path(path), missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
