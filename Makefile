@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench bench-images drill drill-lines lock clean
+.PHONY: run test lint unit load bench bench-images drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -38,6 +38,10 @@ bench-images: ## what a picture costs, beside libvips
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
 	timeout 600 $(python) tests/drills/drill.py
+
+drill-images: ## the long forms of the workers' tests: a backlog, kills, Redis away, damaged images; twelve minutes at most
+	@.ci/setup test
+	PYTHONPATH=tests timeout 720 $(python) -m tests.drills.images
 
 drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
 	@.ci/setup test

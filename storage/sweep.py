@@ -67,7 +67,7 @@ async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: boo
 
 
 async def _batches(objects: Folder | S3, before: float) -> AsyncIterator[list[Entry]]:
-    """Objects last written before then, so many as one pipeline asks for. Names that storage does not make are let be."""
+    """Objects last written before then, as many as one pipeline asks for. Names storage does not make are let be."""
     batch = []
     for folder in keys.OBJECTS:
         async for entry in objects.list(folder):
