@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench bench-images drill drill-images drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-images drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -20,6 +20,13 @@ lint:
 
 unit:
 	$(python) -m pytest -n 2 --dist loadfile
+
+test-pillow: ## the workers' tests with Pillow itself, as it is where pillow-simd cannot be compiled
+	@.ci/setup test
+	python3 -m venv .venv-pillow
+	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock pillow -e '.[test]'
+	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
+	.venv-pillow/bin/python -m pytest tests/test_workers_*.py
 
 load: ## locust against a started system, at the forecast's mix
 	@.ci/setup test
@@ -56,4 +63,4 @@ lock: ## requirements.lock anew, from the newest versions
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock data
+	rm -rf .venv .venv-lock .venv-pillow data

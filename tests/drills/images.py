@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -135,12 +135,12 @@ KINDS = ("workers", "RQ workers", "forks", "decoders")
 
 
 def kills(count: int = 200, strikes: int = 60, seed: int = 1) -> str:
-    chance, struck, deleted = random.Random(seed), Counter(), 0
+    chance, struck, deleted, passed = random.Random(seed), Counter(), 0, 0
     with working(converters=2) as site:
-        made = site.publish(real_images(count))
+        images = real_images(count)
+        made = site.publish(images[: count // 2])
         workers = [site.worker(), site.worker()]
         began = time.monotonic()
-        passed = 0
 
         def strike() -> None:
             """One of a kind chosen at random, which is waited for a moment: decoders live for some milliseconds."""
@@ -152,28 +152,24 @@ def kills(count: int = 200, strikes: int = 60, seed: int = 1) -> str:
                     break
                 time.sleep(0.005)
 
-        while "processing" in site.statuses(made):
+        while len(made) < count or "processing" in site.statuses(made):
             assert time.monotonic() - began < 300, site.statuses(made)
             for number, worker in enumerate(workers):
                 if worker.poll() is not None:  # as a container's restart policy does
                     assert worker.returncode == -signal.SIGKILL
                     workers[number] = site.worker()
             if struck.total() < strikes:
-                time.sleep(chance.uniform(0.02, 0.4))
-                try:
+                time.sleep(chance.uniform(0, 0.2))
+                with suppress(psutil.NoSuchProcess):
                     strike()
-                except psutil.NoSuchProcess:
-                    continue
-                if not deleted and struck.total() >= strikes // 2:
-                    found = site.server.client.keys("rq:*")
-                    deleted = site.server.client.delete(*found) if found else 0
-            else:
-                time.sleep(0.2)
+            if len(made) < count and (struck.total() >= strikes // 2 or "processing" not in site.statuses(made)):
+                deleted = site.server.client.delete(*until(lambda: site.server.client.keys("rq:*"), what="RQ's keys"))
+                made += site.publish(images[count // 2 :])
             if all(time.sleep(0.05) or site.idle() for _ in range(4)):
                 site.let_leases_pass()
                 passed += 1
         took, ended = time.monotonic() - began, site.statuses(made)
-        assert ended == {"ready": count} and site.shown() == count and deleted
+        assert ended == {"ready": count} and site.shown() == count and deleted and struck
         until(lambda: not site.server.client.exists(DUE), what="the rest of the work")
         assert not list((site.folder / "store").glob("chunks/*/*"))
     return (
