@@ -38,8 +38,7 @@ bench: ## figures beside bare Sanic
 	PYTHONPATH=tests $(python) -m tests.bench
 
 bench-images: ## what a picture costs, beside libvips
-	@.ci/setup test
-	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@.ci/setup bench
 	PYTHONPATH=tests $(python) -m tests.bench.images
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
