@@ -21,7 +21,7 @@ CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s
 
 
 class Shared(BaseHTTPResponse):
-    """A response with headers that were encoded for all who share it. What is set on it besides follows them.
+    """A response with headers that were encoded together. What is set on it besides follows them.
 
     Sanic encodes each header of each response, which costs as much as half of its other work.
     """

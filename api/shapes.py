@@ -21,7 +21,8 @@ LIMIT = 20
 MOST = 100
 SIDE = 600  # pixels of the served image
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-RENDERED = 2048  # posts whose JSON is remembered: 3 MB, and 60 MB where all texts are as long as they may be
+RENDERED = 8192  # posts whose JSON is remembered, which takes 12 MB, and up to 80 MB
+USUAL = 1000  # characters of caption and comments up to which it is
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
 
@@ -148,7 +149,7 @@ def post(row: Post) -> dict:
         "status": row.status,
         "image": None,
         "comment_count": row.comment_count,
-        "latest_comments": [comment(Comment(*orjson.loads(entry))) for entry in row.latest],
+        "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
     }
     if row.status == "ready":
         shown["image"] = {
@@ -167,9 +168,15 @@ def new_post(post_id: str, author: str, caption: str) -> dict:
     return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
 
 
-@lru_cache(RENDERED)
 def encoded_post(row: Post) -> bytes:
-    """A post in JSON. The same row is the same JSON: this saves rendering, and never a look into Redis."""
+    """A post in JSON. The same row is the same JSON: remembering it saves rendering, and never a look into Redis."""
+    if len(row.caption) + sum(len(text) for _, _, text in row.latest) > USUAL:
+        return orjson.dumps(post(row))
+    return _rendered(row)
+
+
+@lru_cache(RENDERED)
+def _rendered(row: Post) -> bytes:
     return orjson.dumps(post(row))
 
 

@@ -12,6 +12,7 @@ class Flights:
     """Flights by key: at most one under way and one boarding for each."""
 
     def __init__(self):
+        self._loop = asyncio.get_running_loop()  # asked for once: Python 3.11 makes a system call each time
         self._boarding: dict[Hashable, tuple[Callable[[], Awaitable], list[asyncio.Future]]] = {}
         self._flying: dict[Hashable, asyncio.Task] = {}
 
@@ -25,8 +26,8 @@ class Flights:
         if boarding is None:
             boarding = self._boarding[key] = fly, []
             if key not in self._flying:
-                self._flying[key] = asyncio.create_task(self._fly(key))
-        seat = asyncio.get_running_loop().create_future()
+                self._flying[key] = self._loop.create_task(self._fly(key))
+        seat = self._loop.create_future()
         boarding[1].append(seat)
         return await seat
 

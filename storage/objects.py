@@ -20,12 +20,13 @@ import obstore
 from aiofiles.base import wrap
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
+from storage.pagecache import at_hand
+
 PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds the memory of a stream
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
-# Narrower than what folders and S3 take: such names mean the same to both, to a shell and in a URL, they
-# cannot leave the folder, and S3's own quoting never comes into play.
+# Narrower than either store takes: these mean the same to both, to a shell and in a URL, and stay in the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -113,7 +114,7 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        return await _hop(Path.read_bytes, self._path(name), missing=NotFound)
+        return at_hand(self._path(name)) or await _hop(Path.read_bytes, self._path(name), missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""

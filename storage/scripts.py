@@ -57,6 +57,7 @@ class Channel:
         )
         self._connection = pool.make_connection()
         self._lost = lost
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
 
@@ -65,10 +66,12 @@ class Channel:
         # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
         # By hiredis: redis-py's own packer takes ten times as long.
         packed = hiredis.pack_command(command)
-        answer = asyncio.get_running_loop().create_future()
+        if self._loop is None:  # asked for once: Python 3.11 makes a system call each time
+            self._loop = asyncio.get_running_loop()
+        answer = self._loop.create_future()
         self._waiting.append((packed, answer))
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = self._loop.create_task(self._run())
         return await answer
 
     async def close(self) -> None:

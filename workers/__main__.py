@@ -27,9 +27,14 @@ HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis th
 # A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in huge
 # pages. glibc asks for them from 2.35 on; for that, large blocks must not have mappings of their own.
 MALLOC = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864"
-PR_SET_PDEATHSIG = 1  # prctl(2): a child does not outlive its parent, however that ended
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger("worker")
+
+
+def die_with_parent(signum: int) -> None:
+    """Be sent a signal when the parent has ended, however it did."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 class Converter(Worker):
@@ -38,14 +43,14 @@ class Converter(Worker):
     max_connection_wait_time = AGAIN  # it would double to 60
 
     def main_work_horse(self, job, queue):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         super().main_work_horse(job, queue)
 
 
 def convert(chosen: settings.Settings, parent: int) -> None:
     """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # killed while this process started, so no signal comes
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:  # it ended while this process started
         return
     os.nice(10)  # answers come first: a picture may wait, a reader not
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it

@@ -1,1 +1,6 @@
 """Measures the system beside bare Sanic and beside a peer: `python -m tests.bench`, which is `make bench`."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))  # the modules of tests import each other as pytest lets them

@@ -62,8 +62,8 @@ def rows(made: list[int]) -> Iterator[Row]:
         written = []
         for _ in range(comments):
             said += chance.randrange(1, 2 * GAP_MS)
-            id = f"{min(said, now)}-{len(written) if said > now else 0}"
-            written.append((id, AUTHOR % chance.randrange(100_000)))
+            comment = f"{min(said, now)}-{len(written) if said > now else 0}"
+            written.append((comment, AUTHOR % chance.randrange(100_000)))
         yield Row(
             "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + "-0",
             AUTHOR % (number % 100_000),

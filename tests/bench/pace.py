@@ -21,7 +21,7 @@ CONNECTIONS = 32
 async def write(port: int, rate: float, paths: list[str], authorization: str) -> tuple[int, float, int]:
     body = orjson.dumps({"text": TEXT})
     head = f"Host: 127.0.0.1:{port}\r\nAuthorization: {authorization}\r\nContent-Length: {len(body)}\r\n\r\n"
-    head = head.encode() + body
+    rest = head.encode() + body
     waiting: asyncio.Queue = asyncio.Queue()
     count = errors = 0
 
@@ -29,7 +29,7 @@ async def write(port: int, rate: float, paths: list[str], authorization: str) ->
         nonlocal count, errors
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while path := await waiting.get():
-            writer.write(b"POST %b HTTP/1.1\r\n%b" % (path.encode(), head))
+            writer.write(b"POST %b HTTP/1.1\r\n%b" % (path.encode(), rest))
             answer = await reader.readuntil(b"\r\n\r\n")
             length = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
             await reader.readexactly(length)

@@ -97,8 +97,8 @@ def measure(rounds: int, seconds: float, only: str = "") -> list[Row]:
         }
 
         def turns(name: str) -> dict:
-            plain = Load(bare.url, [f"/{name}"], loads[name].method, None, loads[name].body)
-            subjects = {"ours": loads[name], "bare": plain}
+            ours = loads[name]
+            subjects = {"ours": ours, "bare": Load(bare.url, [f"/{name}"], ours.method, None, ours.body)}
             if name in peers:
                 subjects["peer"] = peers[name]
             for load in subjects.values():

@@ -1,0 +1,143 @@
+"""What grows with the data and what must not: Redis' own time for a page and a comment, and its memory."""
+
+import contextlib
+import random
+from base64 import urlsafe_b64decode
+from statistics import median
+
+from storage import keys, scripts
+from storage.settings import DAY_MS, LATEST, PAGE_BYTES
+from tests.bench import fill
+from tests.bench.parts import Redis
+from tests.bench.table import Row
+
+SIZES = (10_000, 100_000, 1_000_000)
+CALLS = 300  # in one pipeline, whose time Redis counts
+PAGE = 10
+
+
+def page(place: str = "") -> tuple:
+    """A feed page behind a cursor, as storage.posts asks for it."""
+    count, _, post = urlsafe_b64decode(place + "==").decode().partition(":")
+    named = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
+    arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0)]
+    return "EVALSHA", scripts.SCRIPTS["feed_page"].sha, len(named), *named, *arguments
+
+
+def comment(post: str) -> tuple:
+    named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
+    arguments = ["", post, "user-00001", fill.TEXT, LATEST, "-", DAY_MS]
+    return "EVALSHA", scripts.SCRIPTS["add_comment"].sha, len(named), *named, *arguments
+
+
+def spent(server: Redis, calls: list[tuple]) -> float:
+    """Redis' own microseconds a call (INFO commandstats)."""
+    client = server.client
+    for known in scripts.SCRIPTS.values():
+        client.script_load(known.text)
+    client.config_resetstat()
+    with client.pipeline(transaction=False) as pipeline:
+        for call in calls:
+            pipeline.execute_command(*call)
+        pipeline.execute()
+    return client.info("commandstats")["cmdstat_evalsha"]["usec_per_call"]
+
+
+def place(server: Redis, rank: int, moved: bool) -> str:
+    """The cursor of a post in the feed; `moved`: of one that does not stand there any more."""
+    ((post, count),) = server.client.zrange(keys.feed(0), rank, rank, desc=True, withscores=True)
+    if moved:
+        post = post[:20] + ("0" if post[20] != "0" else "1") + post[21:]
+    return fill.urlsafe_b64encode(f"{count:.0f}:{post}".encode()).decode().rstrip("=")
+
+
+def times(rounds: int, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[dict]]:
+    """Rows of the table, and for each size what the plots show."""
+    with contextlib.ExitStack() as stack:
+        servers, calls, grown = {}, {}, []
+        for size in sizes:
+            server = servers[size] = Redis()
+            stack.callback(server.close)
+            ids = fill.fill(server, fill.tied(size))
+            more = size * 5 // 1000  # posts above the run of ties
+            tie, middle = more + 1, more + size * 300 // 1000
+            calls[size] = {
+                "first page": lambda: page(),
+                "first page of the ties": lambda server=server, tie=tie: page(place(server, tie, False)),
+                "middle, its post stands there": lambda server=server, middle=middle: page(
+                    place(server, middle + random.randrange(1000), False)
+                ),
+                "middle, its post has moved": lambda server=server, middle=middle: page(
+                    place(server, middle + random.randrange(1000), True)
+                ),
+                "comment": lambda ids=ids: comment(random.choice(ids)),
+            }
+            memory = server.client.info("memory")["used_memory"]
+            grown.append({"posts": size, "memory": memory, "comments": sum(fill.tied(size))})
+        found = {size: {name: [] for name in calls[size]} for size in sizes}
+        for _ in range(rounds + 1):
+            for name in calls[sizes[0]]:
+                for size in sizes:
+                    asked = [calls[size][name]() for _ in range(CALLS)]
+                    found[size][name].append(spent(servers[size], asked))
+    for said in grown:
+        said |= {name: median(values[1:]) for name, values in found[said["posts"]].items()}  # the first one warms
+    small, large = found[sizes[0]], found[sizes[-1]]
+
+    def row(what: str, one: list[float], other: list[float], target: float | None) -> Row:
+        ratio = median(a / b for a, b in zip(one[1:], other[1:], strict=True))
+        return Row(what, ratio, target, note=f"{median(one[1:]):.1f} and {median(other[1:]):.1f} µs of Redis a page")
+
+    ties = large["first page of the ties"]
+    name = f"{sizes[-1]:,}"
+    return [
+        row(f"first page, 10,000 posts ÷ {name}", small["first page"], large["first page"], 0.95),
+        row("first page of 600,000 ties ÷ middle", ties, large["middle, its post stands there"], 0.60),
+        row("the same, its post has moved", ties, large["middle, its post has moved"], 0.60),
+        Row("a comment, 10,000 posts ÷ " + name, median(small["comment"]) / median(large["comment"])),
+    ], grown
+
+
+def used(server: Redis) -> int:
+    return server.client.info("memory")["used_memory"]
+
+
+def memory(kind: str, quick: bool) -> tuple[list[Row], list[dict]]:
+    """Redis' memory, all keys counted; and what a comment takes in posts of different lengths."""
+    posts, many, kept = (1000, 100, 10_000) if quick else (10_000, 100, 100_000)
+    server = Redis(kind)
+    try:
+        empty = used(server)
+        fill.fill(server, [0] * kept)
+        post = (used(server) - empty) / kept
+        server.client.flushall(asynchronous=False)
+        fill.fill(server, [0] * posts)
+        without = used(server)
+        server.client.flushall(asynchronous=False)
+        fill.fill(server, [many] * posts)
+        comment = (used(server) - without) / (many * posts)
+        server.client.flushall(asynchronous=False)
+        empty = used(server)
+        value = f"{keys.digest(b'body')} 1790000000000-0"
+        server.filling(True)
+        once = (keys.once(0, fill.AUTHOR % (number % 100_000), f"POST /v1/posts {number}") for number in range(kept))
+        fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in once))
+        key = (used(server) - empty) / kept
+        lengths = []
+        for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000):
+            number = max(20, 20_000 // length)
+            server.client.flushall(asynchronous=False)
+            fill.fill(server, [0] * number)
+            without = used(server)
+            server.client.flushall(asynchronous=False)
+            fill.fill(server, [length] * number)
+            lengths.append({"comments": length, "bytes": (used(server) - without) / (length * number)})
+    finally:
+        server.close()
+    version = server.kind
+    rows = [
+        Row(f"memory a comment, {many} a post ({version})", comment, 125, most=True, unit="B"),
+        Row(f"memory a post without comments ({version})", post, 700, most=True, unit="B"),
+        Row(f"memory an Idempotency-Key ({version})", key, 220, most=True, unit="B"),
+    ]
+    return rows, lengths
