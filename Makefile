@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench bench-images drill drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-images drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -21,6 +21,13 @@ lint:
 unit:
 	$(python) -m pytest -n 2 --dist loadfile
 
+test-pillow: ## the workers' tests with Pillow itself, as it is where pillow-simd cannot be compiled
+	@.ci/setup test
+	python3 -m venv .venv-pillow
+	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock pillow -e '.[test]'
+	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
+	.venv-pillow/bin/python -m pytest tests/test_workers_*.py
+
 load: ## locust against a started system, at the forecast's mix
 	@.ci/setup test
 	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
@@ -38,6 +45,10 @@ drill: ## the long forms of the durability tests, with figures; ten minutes at m
 	@.ci/setup test
 	timeout 600 $(python) tests/drills/drill.py
 
+drill-images: ## the long forms of the workers' tests: a backlog, kills, Redis away, damaged images; twelve minutes at most
+	@.ci/setup test
+	PYTHONPATH=tests timeout 720 $(python) -m tests.drills.images
+
 drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
 	@.ci/setup test
 	$(python) -m pytest -s tests/drills/connections.py
@@ -51,4 +62,4 @@ lock: ## requirements.lock anew, from the newest versions
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock data
+	rm -rf .venv .venv-lock .venv-pillow data
