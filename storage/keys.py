@@ -166,13 +166,10 @@ def image(post_id: str) -> str:
     return f"images/{post_id}.jpg"
 
 
-OBJECTS = ("chunks/", "images/", "originals/")  # the folders of all of them
+ORIGINALS = "originals/"
+OBJECTS = ("chunks/", "images/", ORIGINALS)  # the folders of all of them
 
 
 def owner(name: str) -> str:
     """The id of the upload or post that an object's name names."""
     return name.split("/")[1].removesuffix(".jpg")
-
-
-def is_original(name: str) -> bool:
-    return name.startswith(OBJECTS[2])

@@ -56,7 +56,7 @@ async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: boo
         ids = {keys.owner(entry.name) for entry in batch}
         owned = set().union(*await asyncio.gather(*(_owned(db, id) for id in ids)))
         lost = [entry for entry in batch if entry.name not in owned]
-        gone = [entry for entry in lost if entry.modified < needed or not keys.is_original(entry.name)]
+        gone = [entry for entry in lost if entry.modified < needed or not entry.name.startswith(keys.ORIGINALS)]
         found.waiting += len(lost) - len(gone)
         found.lost += len(gone)
         found.size += sum(entry.size for entry in gone)
