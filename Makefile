@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit load bench bench-images drill drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-images drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -21,23 +21,33 @@ lint:
 unit:
 	$(python) -m pytest -n 2 --dist loadfile
 
+test-pillow: ## the workers' tests with Pillow itself, as it is where pillow-simd cannot be compiled
+	@.ci/setup test
+	python3 -m venv .venv-pillow
+	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock pillow -e '.[test]'
+	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
+	.venv-pillow/bin/python -m pytest tests/test_workers_*.py
+
 load: ## locust against a started system, at the forecast's mix
 	@.ci/setup test
 	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
 	  --host http://$${IMAGEGRAM_HOST:-127.0.0.1}:$${IMAGEGRAM_PORT:-8000} --html tests/load/report.html
 
-bench: ## figures beside bare Sanic
-	@.ci/setup test
-	PYTHONPATH=tests $(python) -m tests.bench
+bench: ## all figures, beside bare Sanic and a peer; half an hour
+	@.ci/setup bench
+	$(python) -m tests.bench
 
 bench-images: ## what a picture costs, beside libvips
-	@.ci/setup test
-	@$(python) -m pip install -q --disable-pip-version-check -e '.[bench]'
-	PYTHONPATH=tests $(python) -m tests.bench.images
+	@.ci/setup bench
+	$(python) -m tests.bench.images
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
+
+drill-images: ## the long forms of the workers' tests: a backlog, kills, Redis away, damaged images; twelve minutes at most
+	@.ci/setup test
+	PYTHONPATH=tests timeout 720 $(python) -m tests.drills.images
 
 drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
 	@.ci/setup test
@@ -46,10 +56,10 @@ drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock
-	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test]'
+	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test,bench]'
 	(echo '# Every version that is installed, for `pip install -c`. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock data
+	rm -rf .venv .venv-lock .venv-pillow data

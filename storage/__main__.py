@@ -5,6 +5,7 @@
     snapshots                          what is in the backup store
     restore [--at TIME] --to FOLDER    a Redis data folder as of any kept second
     verify                             restores the newest on trial
+    sweep [--dry-run]                  removes objects that nobody owns
 """
 
 import argparse
@@ -14,9 +15,11 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from storage import restore, server, ship, snapshots
+from storage import restore, server, ship, snapshots, sweep
 from storage.aof import Damaged
+from storage.errors import Unreachable
 from storage.objects import NotFound, Unavailable, open_store
+from storage.scripts import Redis
 from storage.settings import Settings, load
 
 
@@ -29,6 +32,8 @@ def main() -> None:
     restoring = commands.add_parser("restore")
     restoring.add_argument("--at", type=_second, help="2026-11-23T07:00:00Z; without it, the newest")
     restoring.add_argument("--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new")
+    sweeping = commands.add_parser("sweep")
+    sweeping.add_argument("--dry-run", action="store_true", help="only say what there is")
     arguments = parser.parse_args()
     settings = load()
     if arguments.command == "redis":
@@ -38,9 +43,16 @@ def main() -> None:
         ship.main(settings)
         return
     try:
-        asyncio.run(_backup(arguments, settings))
-    except (restore.Refused, Damaged, NotFound, Unavailable) as error:
+        asyncio.run(_sweep(arguments, settings) if arguments.command == "sweep" else _backup(arguments, settings))
+    except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
+
+
+async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
+    db = Redis(settings.redis_url)
+    found = await sweep.sweep(db, open_store(settings.store_url), settings, remove=not arguments.dry_run)
+    await db.close()
+    _say(f"{'found' if arguments.dry_run else 'removed'}: {found}")
 
 
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -164,3 +164,12 @@ def original(post_id: str) -> str:
 
 def image(post_id: str) -> str:
     return f"images/{post_id}.jpg"
+
+
+ORIGINALS = "originals/"
+OBJECTS = ("chunks/", "images/", ORIGINALS)  # the folders of all of them
+
+
+def owner(name: str) -> str:
+    """The id of the upload or post that an object's name names."""
+    return name.split("/")[1].removesuffix(".jpg")

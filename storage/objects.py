@@ -27,7 +27,7 @@ PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds 
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
-# Narrower than either store takes: these mean the same to both, to a shell and in a URL, and stay in the folder.
+# Narrower than either store takes: the same to both, to a shell and in a URL, and never outside the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -99,8 +99,7 @@ class Folder:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
         path = self._path(name)
         if isinstance(data, bytes):
-            await _hop(_finish, self._root, path, None, data, os.rename)
-            return
+            return await _hop(_finish, self._root, path, None, data, os.rename)
         file = await _hop(_open_tmp, path)
         held = bytearray()
         try:
@@ -120,7 +119,8 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        return at_hand(self._path(name)) or await _hop(Path.read_bytes, self._path(name), missing=NotFound)
+        path = self._path(name)
+        return at_hand(path) or await _hop(Path.read_bytes, path, missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""

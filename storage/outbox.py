@@ -16,7 +16,7 @@ from storage.settings import DAY_MS
 
 LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the first attempt's time
 ATTEMPTS = 5  # with leases that double: half an hour for a store that is away
-MOST = 500  # due entries looked at in one script, about 1 ms of Redis' time
+MOST = 500  # due entries looked at from either end in one script, about 1 ms of Redis' time
 
 
 class Due(NamedTuple):

@@ -7,6 +7,7 @@ of two chunks at one offset the script takes one, the other is erased. There are
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BY
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
+PUTS = 2  # chunks put at the same time: a disk's fsync waits longer than it works
 SLOW = 1.0  # seconds since the chunk's first byte
 MOVED_MS = 1000  # an upload that took a chunk within this time may be about to take another
 STILL = 0.05  # seconds without one after which it stands still; the last chunk takes 20 ms
@@ -112,7 +114,7 @@ async def settled(db: Redis, owner: str, upload: str) -> Upload:
 
 
 class Appender:
-    """Appends received bytes to an upload, from its offset on. While one chunk is made durable the next is received.
+    """Appends received bytes to an upload, from its offset on. While some chunks are made durable the next is received.
 
     Raises Format at the first bytes that are no image of ours, TooLarge past the upload's length, Offset where
     another request has moved the offset meanwhile, Expired, NoUpload. What was committed before stays.
@@ -126,10 +128,12 @@ class Appender:
         self._db = db
         self._objects = objects
         self._most = IMAGE_BYTES if length is None else length
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []  # received, not yet put
+        self._held = 0  # their bytes
         # The first chunk is small: if another request moved the offset, little was sent in vain.
         self._full = SMALL_CHUNK
-        self._commit: asyncio.Task | None = None
+        self._put_to = offset  # where the next chunk begins
+        self._commits: deque[asyncio.Task] = deque()  # each waits for the one before it
         self._timer: asyncio.TimerHandle | None = None
         self._head = b""  # the first bytes, as long as they do not tell the format
 
@@ -143,26 +147,28 @@ class Appender:
 
     async def write(self, data: bytes) -> None:
         """Take bytes. Waits only where the line is faster than the store."""
-        if self._commit and self._commit.done():
-            self._commit.result()  # what follows a chunk that was refused is received in vain
+        if self._commits and self._commits[-1].done():
+            self._commits[-1].result()  # what follows a chunk that was refused is received in vain
         if self._received < LONGEST:
             self._head += data
             self._check(whole=False)
         self._received += len(data)
         if self._received > self._most:
             raise TooLarge(f"this image may have up to {self._most} bytes")
-        if not self._buffer and self._full > SMALL_CHUNK:
+        if not self._pieces and self._full > SMALL_CHUNK:
             self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
-        self._buffer += data
-        if len(self._buffer) >= self._full:
-            if self._commit:
-                await asyncio.shield(self._commit)
+        self._pieces.append(data)
+        self._held += len(data)
+        if self._held >= self._full:
+            if len(self._commits) == PUTS:
+                await asyncio.shield(self._commits[0])
+                self._commits.popleft()
             self._put()
 
     def _hurry(self) -> None:
         """A second has passed, maybe in silence."""
         self._full = SMALL_CHUNK
-        if len(self._buffer) >= SMALL_CHUNK:
+        if self._held >= SMALL_CHUNK:
             self._put()
 
     def _check(self, whole: bool) -> None:
@@ -172,10 +178,10 @@ class Appender:
 
     async def commit(self) -> None:
         """Make all that was taken durable, and move the offset over it."""
-        if self._buffer:
+        if self._held:
             self._put()
-        if self._commit:
-            await asyncio.shield(self._commit)
+        if self._commits:
+            await asyncio.shield(self._commits[-1])
 
     async def finish(self) -> None:
         """The whole image is here. Raises Empty, or Format where it was too short to tell."""
@@ -186,36 +192,42 @@ class Appender:
         await self.commit()
 
     async def abandon(self) -> None:
-        """Put nothing more. A chunk that is being put is waited for: cut off, it would be nobody's."""
-        self._buffer.clear()
+        """Put nothing more. Chunks that are being put are waited for: cut off, they would be nobody's."""
+        self._pieces, self._held = [], 0
         if self._timer:
             self._timer.cancel()
-        if self._commit:
-            await asyncio.wait([self._commit])
+        if self._commits:
+            await asyncio.wait(self._commits)
 
     def _put(self) -> None:
         """Begin to commit what is buffered, behind the chunk before it."""
         if self._timer:
             self._timer.cancel()
-        data, self._buffer, self._full = bytes(self._buffer), bytearray(), CHUNK
-        self._commit = asyncio.create_task(self._append(self._commit, data))
+        before = self._commits[-1] if self._commits else None
+        data = b"".join(self._pieces)
+        self._pieces, self._held, self._full = [], 0, CHUNK
+        self._commits.append(asyncio.create_task(self._append(before, self._put_to, data)))
+        self._put_to += len(data)
         # Its error is raised where it is waited for; whoever gives up an upload does not want it.
-        self._commit.add_done_callback(lambda commit: commit.cancelled() or commit.exception())
+        self._commits[-1].add_done_callback(lambda commit: commit.cancelled() or commit.exception())
 
-    async def _append(self, before: asyncio.Task | None, data: bytes) -> None:
-        """First the bytes, then the offset."""
-        if before:
-            await before
-        name = keys.chunk_name(self.offset)
+    async def _append(self, before: asyncio.Task | None, offset: int, data: bytes) -> None:
+        """First the bytes, then the offset: the bytes beside those of other chunks, the offset behind theirs."""
+        name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
         self._objects.room()
         await self._objects.put(chunk, data)
-        named = [keys.upload(self.upload), keys.chunks(self.upload), keys.due(keys.partition_of_upload(self.upload))]
-        args = (self.upload, self.offset, len(data), name, DAY_MS, IMAGE_BYTES)
+        offered = False
         try:
+            if before:
+                await before
+            offered = True
+            named = [keys.upload(self.upload), keys.chunks(self.upload)]
+            named.append(keys.due(keys.partition_of_upload(self.upload)))
+            args = (self.upload, offset, len(data), name, DAY_MS, IMAGE_BYTES)
             self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
-        except Refusal as refusal:
-            if refusal.word != "UNKNOWN":
+        except Exception as error:
+            if not (offered and isinstance(error, Unknown)):  # then it may be the upload's now
                 await self._objects.delete([chunk])
             raise
 

@@ -25,7 +25,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
     "EXISTS|TTL|TIME|GET|HGET|HMGET|HVALS|LINDEX|LRANGE|XINFO|XLEN|XRANGE|XREVRANGE|"
-    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANK|ZSCORE"
+    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
 

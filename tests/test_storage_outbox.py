@@ -93,6 +93,21 @@ async def test_work_that_needs_no_room_is_leased_without_any(server, db, store):
     assert {due.kind for due in await outbox.lease(db, 0, 0)} == {"erase", "upload"}
 
 
+async def test_erasing_does_not_wait_behind_posts_for_which_there_is_no_room(server, db, store, monkeypatch):
+    monkeypatch.setattr(outbox, "MOST", 10)
+    deleted = await make_post(db, "alice")
+    oldest = [await make_processing(db, "alice") for _ in range(30)]
+    db.clock += 1
+    await posts.delete(db, store, "alice", deleted)
+    assert {due.id for due in await outbox.lease(db, 0, 0) if due.kind == "erase"} == {deleted}
+    newest = {await make_processing(db, "alice")}
+    for _ in range(3):
+        found = [due.id for due in await outbox.lease(db, 0, 10) if due.kind == "image"]
+        assert len(found) == len(set(found)) == 10 and not newest & set(found)
+        oldest = [post for post in oldest if post not in found]
+    assert oldest == [] and {due.id for due in await outbox.lease(db, 0, 10)} >= newest
+
+
 async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_failed(server, db):
     post = await make_processing(db, "alice")
     spans = []
@@ -211,6 +226,23 @@ async def test_chunks_stay_as_long_as_no_original_is_seen(server, db, store):
         == original
     )
     assert len(chunks) == 2
+
+
+class Unplugged:
+    async def delete(self, names):
+        raise ConnectionError
+
+
+async def test_the_image_of_a_post_whose_deletion_was_cut_short_is_erased_by_the_outbox(server, db, store):
+    """As when the process dies between the script and the store."""
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await work_off(db, store)
+    with pytest.raises(ConnectionError):
+        await posts.delete(db, Unplugged(), "alice", post)
+    assert keys.image(post) in await names(store)
+    await work_off(db, store)
+    assert await names(store) == [keys.original(post)]
 
 
 async def test_a_deleted_posts_image_goes_at_once_and_its_original_after_a_day(server, db, store):

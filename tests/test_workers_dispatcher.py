@@ -3,6 +3,8 @@
 from conftest import photograph, publish, turned, until
 from making import png
 
+from workers import dispatcher
+
 
 def test_an_image_that_is_being_made_is_not_there_yet(site):
     with site.client("alice") as client:
@@ -39,3 +41,20 @@ def test_a_queue_that_is_lost_again_and_again_changes_nothing(site, real_server)
         assert {item["id"] for item in alice.get("/v1/posts").json()["items"]} == {
             post["id"] for post in posts
         }
+
+
+def test_workers_that_died_leave_no_room_in_the_queue(real_server):
+    """Their names stay in RQ's register until one that lives cleans it up."""
+    client = real_server.client
+    client.flushall()
+    hints = dispatcher.queue(real_server.url)
+    assert dispatcher.room(hints, 1) == dispatcher.ROOM
+    names = [f"rq:worker:{number}" for number in range(5)]
+    client.sadd("rq:workers:images", *names)
+    assert dispatcher.room(hints, 1) == dispatcher.ROOM
+    for name in names[:3]:
+        client.hset(name, "state", "idle")
+    assert dispatcher.room(hints, 1) == 3 * dispatcher.ROOM
+    dispatcher.hint(hints, "a post", 1)
+    assert dispatcher.room(hints, 1) == 3 * dispatcher.ROOM - 1
+    hints.connection.close()

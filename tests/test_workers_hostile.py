@@ -5,6 +5,8 @@ import random
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ROOT
 from golden import goldens
 from hostile import hostiles, many_scans, mutated
 
 from storage import settings
 from storage.settings import MIB
 from workers import pipeline, sandbox
+from workers.__main__ import MALLOC
 
 CHOSEN = settings.load({})
 GOLDENS = goldens()
@@ -167,8 +171,19 @@ def test_a_timeout_in_the_parent_leaves_no_child_behind(monkeypatch, tmp_path):
 
 
 def test_the_most_memory_an_image_of_the_size_taken_needs_is_there(tmp_path):
-    """A CMYK JPEG whose coefficients wait for its last scan, and that decodes to a half of its sides."""
-    assert ends(tmp_path, many_scans(30_000, 3_333, 11, components=4)) == "picture"
+    """A CMYK JPEG whose coefficients wait for its last scan, and that decodes to a half of its sides; with memory taken
+    as workers take it."""
+    path = tmp_path / "original"
+    path.write_bytes(many_scans(30_000, 3_333, 11, components=4))
+    program = """
+import sys
+from pathlib import Path
+from storage import settings
+from workers import sandbox
+print(len(sandbox.convert(Path(sys.argv[1]), settings.load({})).thumbhash))
+"""
+    command = ["env", MALLOC, sys.executable, "-c", program, path]
+    assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True).stdout == b"24\n"
 
 
 def test_a_fault_of_the_disk_is_not_the_images(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import colours
 import pytest
 from colours import ciede2000, to_lab
 from golden import CARD, Golden, bmp, card, chunk, exif, goldens, png, rows, runs, saved
@@ -119,6 +120,23 @@ def test_rows_that_run_lengths_leave_out_are_of_the_first_colour():
         assert ciede2000(to_lab(around(shown(picture), (300, 300))), to_lab(CARD[0])) < 2
     with pytest.raises(pipeline.Unusable, match="truncated"):
         convert(data + b"\xff\1")
+
+
+@pytest.mark.parametrize(("mode", "own"), [("L", b"GRAY"), ("RGB", b"RGB "), ("RGBa", b"RGB "), ("CMYK", b"CMYK")])
+def test_a_profile_is_never_applied_to_pixels_of_another_colour_space(monkeypatch, mode, own):
+    """Pillow to 12.1 would read past its buffers there, which no look at the picture shows."""
+    applied = []
+
+    def apply(image, profile, *given, **options):
+        applied.append((profile.profile.xcolor_space.encode(), profile.profile.device_class.encode()))
+        return image.convert("RGB")
+
+    monkeypatch.setattr(pipeline.ImageCms, "profileToProfile", apply)
+    whole, display = colours.P3_PROFILE, b"mntr"
+    for space in (b"GRAY", b"RGB ", b"CMYK", b"Lab ", b"XYZ ", b"YCbr", b"HSV ", b"CMY ", b"3CLR", b"4CLR", b"1CLR"):
+        for kind in (display, b"link", b"abst", b"nmcl"):
+            pipeline._to_srgb(Image.new(mode, (8, 8)), whole[:12] + kind + space + whole[20:])
+    assert applied == [(own, display)]
 
 
 def test_two_runs_make_the_same_bytes():

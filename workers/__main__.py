@@ -1,6 +1,6 @@
-"""`python -m workers` works: a dispatcher and the RQ workers that make images, until one of them ends.
+"""`python -m workers` works: a dispatcher and the RQ workers that make images.
 
-`python -m workers convert` is one such RQ worker.
+`python -m workers convert PARENT` is one such RQ worker, which ends with the process of that id.
 """
 
 import argparse
@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 
+from redis import RedisError
 from rq import Worker
 from rq.serializers import JSONSerializer
 
@@ -20,30 +22,70 @@ from storage.scripts import Redis
 from workers import dispatcher, pipeline
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
+AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
+HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis that says nothing; its default is 420
+# A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in huge
+# pages. glibc asks for them from 2.35 on; for that, large blocks must not have mappings of their own.
+MALLOC = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864"
 PR_SET_PDEATHSIG = 1  # prctl(2)
-LIBC = ctypes.CDLL(None)
+
+log = logging.getLogger("worker")
 
 
 def die_with_parent(signum: int) -> None:
     """Be sent a signal when the parent has ended, however it did."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signum)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 class Converter(Worker):
     """RQ's worker, whose forks die with it."""
+
+    max_connection_wait_time = AGAIN  # it would double to 60
 
     def main_work_horse(self, job, queue):
         die_with_parent(signal.SIGKILL)
         super().main_work_horse(job, queue)
 
 
-def convert(chosen: settings.Settings) -> None:
+def convert(chosen: settings.Settings, parent: int) -> None:
     """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:  # it ended while this process started
+        return
     os.nice(10)  # answers come first: a picture may wait, a reader not
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
     queue = dispatcher.queue(chosen.queue_url)
-    Converter([queue], connection=queue.connection, serializer=JSONSerializer).work(logging_level="WARNING")
+    try:
+        worker = Converter([queue], connection=queue.connection, serializer=JSONSerializer, worker_ttl=HEARD)
+        worker.work(logging_level="WARNING")
+    except RedisError as error:
+        raise SystemExit(f"converter: {error}") from None
+
+
+async def converting() -> None:
+    """Keep one RQ worker at work, until cancelled.
+
+    It is replaced where it ends by itself: RQ's does when Redis goes away at certain moments, as after a job.
+    """
+    while True:
+        command = ("env", MALLOC, sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
+        converter = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+        try:
+            await converter.wait()
+        finally:
+            await _end(converter)
+        log.warning("a converter ended with %s, another takes its place", converter.returncode)
+        await asyncio.sleep(AGAIN)
+
+
+async def _end(converter: asyncio.subprocess.Process) -> None:
+    for wait in (WARM, 1.0):  # RQ ends after the job at the first signal, at once at the second
+        with suppress(ProcessLookupError, TimeoutError):
+            converter.terminate()
+            await asyncio.wait_for(converter.wait(), wait)
+    with suppress(ProcessLookupError):
+        converter.kill()
 
 
 async def work(chosen: settings.Settings) -> int:
@@ -51,54 +93,32 @@ async def work(chosen: settings.Settings) -> int:
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
-    converters = [
-        await asyncio.create_subprocess_exec(
-            # Before exec: while the interpreter starts, this process may die, too.
-            *(sys.executable, "-m", "workers", "convert"),
-            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
-            start_new_session=True,
-        )
-        for _ in range(chosen.converters)
-    ]
+    db, store = Redis(chosen.redis_url), open_store(chosen.store_url)
     hints = dispatcher.queue(chosen.queue_url)
-    parts = [asyncio.create_task(converter.wait()) for converter in converters]
+    parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
     parts.append(
-        asyncio.create_task(
-            dispatcher.dispatch(
-                Redis(chosen.redis_url),
-                open_store(chosen.store_url),
-                hints,
-                chosen.partitions,
-                chosen.converters,
-            )
-        )
+        asyncio.create_task(dispatcher.dispatch(db, store, hints, chosen.partitions, chosen.converters))
     )
-    stop = asyncio.create_task(stopped.wait())
-    print(f"worker: {len(converters)} images at once", flush=True)
-    await asyncio.wait([stop, *parts], return_when=asyncio.FIRST_COMPLETED)
-    parts[-1].cancel()
-    for wait in (WARM, 1.0):  # RQ ends after the job at the first signal, at once at the second
-        for converter in converters:
-            if converter.returncode is None:
-                converter.send_signal(signal.SIGTERM)
-        await asyncio.wait(parts[:-1], timeout=wait)
-    for converter in converters:
-        if converter.returncode is None:
-            converter.kill()
-    if not stopped.is_set():
-        print("worker: a part has ended by itself", flush=True)
+    print(f"worker: {chosen.converters} images at once", flush=True)
+    await asyncio.wait([asyncio.create_task(stopped.wait()), *parts], return_when=asyncio.FIRST_COMPLETED)
+    for part in parts:
+        part.cancel()
+    for fault in await asyncio.gather(*parts, return_exceptions=True):
+        if not isinstance(fault, asyncio.CancelledError):
+            log.error("ends: %r", fault, exc_info=fault)
     return 0 if stopped.is_set() else 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["convert"])
-    command = parser.parse_args().command
+    parser.add_argument("parent", nargs="?", type=int)
+    asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     pipeline.require_colour_management()
     chosen = settings.load()
-    if command:
-        convert(chosen)
+    if asked.command:
+        convert(chosen, asked.parent)
     else:
         raise SystemExit(asyncio.run(work(chosen)))
 

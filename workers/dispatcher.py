@@ -32,8 +32,14 @@ def queue(url: str) -> Queue:
 
 
 def room(hints: Queue, converters: int) -> int:
-    """How many more jobs the queue may take. RQ's workers register once: should that be lost, ours are still there."""
-    return max(0, ROOM * max(converters, Worker.count(queue=hints)) - len(hints))
+    """How many more jobs the queue may take.
+
+    RQ's workers register once, and ours are there even if that is lost; a dead one's name stays in the register for up
+    to ten minutes longer than its key.
+    """
+    names = Worker.all_keys(queue=hints)
+    living = hints.connection.exists(*names) if names else 0
+    return max(0, ROOM * max(converters, living) - len(hints))
 
 
 def hint(hints: Queue, post: str, lease: int) -> None:

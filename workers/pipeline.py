@@ -292,7 +292,8 @@ def _jpeg(image: Image.Image) -> bytes:
     """Without metadata. It needs no profile: an image that states nothing is sRGB (CSS Color 4)."""
     out = io.BytesIO()
     image.info.clear()  # save() would write a comment that came with the original
-    # Made for slow connections. On photographs of this size 80 is where more bytes stop being seen; halved
-    # colour saves a fifth; progressive shows something early, and like optimised tables makes it smaller.
+    # Made for slow connections. Of the portrait in `make bench-images`, quality 90 is 44 % larger, and nearer
+    # by a mean of 0.3 (CIEDE2000; eyes tell 1 apart); whole colour is 18 % larger, and nearer by 0.2; progressive and
+    # optimised together 5 % smaller, and something shows early.
     image.save(out, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
     return out.getvalue()

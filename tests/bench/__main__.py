@@ -4,21 +4,50 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import requests, table
+from tests.bench import forecast, growth, plots, requests, table, transfers
+from tests.conftest import ROOT
 
-OUT = Path(__file__).with_name("out")
+PARTS = ("requests", "growth", "memory", "transfers", "forecast")
+FORECAST = 300  # seconds of each load
 
 parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-parser.add_argument("--quick", action="store_true", help="one short round of each")
+parser.add_argument("--quick", action="store_true", help="one short round of each, which keeps nothing")
 parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--seconds", type=float, default=4)
-parser.add_argument("--only", default="", help="only requests whose name contains this")
+parser.add_argument("--part", choices=PARTS, action="append", help="only these; more than one may be given")
+parser.add_argument("--only", default="", help="of the requests only those whose name contains this")
+parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance")
 asked = parser.parse_args()
 if asked.quick:
     asked.rounds, asked.seconds = 1, 2
+out = Path(__file__).with_name("out") if asked.quick else asked.out
+rounds, seconds = asked.rounds, asked.seconds
 
-began = time.monotonic()
-rows = requests.measure(asked.rounds, asked.seconds, asked.only)
-print(table.markdown(rows))
-table.keep(rows, OUT / "figures.json")
-print(f"{time.monotonic() - began:.0f} s")
+
+def measured(part: str) -> list[table.Row]:
+    """Measure one part and draw what it saw."""
+    match part:
+        case "requests":
+            rows = requests.measure(rounds, seconds, asked.only)
+            plots.latency(rows, out / "latency.png")
+        case "growth":
+            rows, grown = growth.times(rounds, seconds, (1000, 10_000) if asked.quick else growth.SIZES)
+            plots.growth(grown, out / "growth.png")
+        case "memory":
+            found = {kind: growth.memory(kind, asked.quick) for kind in ("valkey", "redis")}
+            rows = [row for kind in found for row in found[kind][0]]
+            plots.memory({kind: lengths for kind, (_, lengths) in found.items()}, out / "memory.png")
+        case "transfers":
+            rows = transfers.measure(rounds)
+        case "forecast":
+            rows, seen = forecast.measure(10 if asked.quick else FORECAST)
+            plots.forecast(seen, out / "forecast.png")
+    return rows
+
+
+out.mkdir(parents=True, exist_ok=True)
+for part in asked.part or PARTS:
+    began = time.monotonic()
+    text = table.markdown(measured(part))
+    print(f"{part}, {time.monotonic() - began:.0f} s\n\n{text}", flush=True)
+    (out / f"{part}.md").write_text(text)

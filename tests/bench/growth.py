@@ -2,18 +2,22 @@
 
 import contextlib
 import random
+import tempfile
 from base64 import urlsafe_b64decode
+from pathlib import Path
 from statistics import median
 
 from storage import keys, scripts
 from storage.settings import DAY_MS, LATEST, PAGE_BYTES
 from tests.bench import fill
-from tests.bench.parts import Redis
-from tests.bench.table import Row
+from tests.bench.drive import Load, in_turns, middle, ratio
+from tests.bench.parts import Api, Redis
+from tests.bench.table import Row, of_runs
 
 SIZES = (10_000, 100_000, 1_000_000)
 CALLS = 300  # in one pipeline, whose time Redis counts
 PAGE = 10
+FEED = f"/v1/posts?limit={PAGE}"
 
 
 def page(place: str = "") -> tuple:
@@ -51,24 +55,24 @@ def place(server: Redis, rank: int, moved: bool) -> str:
     return fill.urlsafe_b64encode(f"{count:.0f}:{post}".encode()).decode().rstrip("=")
 
 
-def times(rounds: int, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[dict]]:
+def times(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[dict]]:
     """Rows of the table, and for each size what the plots show."""
     with contextlib.ExitStack() as stack:
-        servers, calls, grown = {}, {}, []
+        servers, calls, loads, grown = {}, {}, {}, []
         for size in sizes:
             server = servers[size] = Redis()
             stack.callback(server.close)
             ids = fill.fill(server, fill.tied(size))
             more = size * 5 // 1000  # posts above the run of ties
-            tie, middle = more + 1, more + size * 300 // 1000
+            tie, half = more + 1, more + size * 300 // 1000
             calls[size] = {
                 "first page": lambda: page(),
                 "first page of the ties": lambda server=server, tie=tie: page(place(server, tie, False)),
-                "middle, its post stands there": lambda server=server, middle=middle: page(
-                    place(server, middle + random.randrange(1000), False)
+                "middle, its post stands there": lambda server=server, half=half: page(
+                    place(server, half + random.randrange(1000), False)
                 ),
-                "middle, its post has moved": lambda server=server, middle=middle: page(
-                    place(server, middle + random.randrange(1000), True)
+                "middle, its post has moved": lambda server=server, half=half: page(
+                    place(server, half + random.randrange(1000), True)
                 ),
                 "comment": lambda ids=ids: comment(random.choice(ids)),
             }
@@ -80,7 +84,16 @@ def times(rounds: int, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[
                 for size in sizes:
                     asked = [calls[size][name]() for _ in range(CALLS)]
                     found[size][name].append(spent(servers[size], asked))
+        for size, server in servers.items():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
+            api = Api(server, folder)
+            stack.callback(api.close)
+            cursors = fill.cursors(server, 100)
+            for name, paths in (("first", [FEED]), ("cursors", [f"{FEED}&cursor={cursor}" for cursor in cursors])):
+                loads[name, size] = Load(api.url, paths)
+        runs = in_turns({who: lambda load=load: load.run(seconds) for who, load in loads.items()}, rounds)
     for said in grown:
+        said |= {name: middle(runs[name, said["posts"]], lambda run: run.rate) for name in ("first", "cursors")}
         said |= {name: median(values[1:]) for name, values in found[said["posts"]].items()}  # the first one warms
     small, large = found[sizes[0]], found[sizes[-1]]
 
@@ -91,7 +104,13 @@ def times(rounds: int, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[
     ties = large["first page of the ties"]
     name = f"{sizes[-1]:,}"
     return [
-        row(f"first page, 10,000 posts ÷ {name}", small["first page"], large["first page"], 0.95),
+        row(f"first page, Redis' time, 10,000 posts ÷ {name}", small["first page"], large["first page"], 0.95),
+        of_runs(
+            f"first page with {name} posts ÷ with 10,000",
+            runs["first", sizes[-1]],
+            ratio(runs["first", sizes[-1]], runs["first", sizes[0]]),
+            0.95,
+        ),
         row("first page of 600,000 ties ÷ middle", ties, large["middle, its post stands there"], 0.60),
         row("the same, its post has moved", ties, large["middle, its post has moved"], 0.60),
         Row("a comment, 10,000 posts ÷ " + name, median(small["comment"]) / median(large["comment"])),

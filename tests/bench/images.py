@@ -1,13 +1,17 @@
-"""What making a picture costs, beside libvips doing the same work, in one run.
+"""What making a picture costs, beside libvips doing the same work, in one run; then what a worker adds to it.
 
 `make bench-images`. Rounds are interleaved, so that what else the machine does meets all alike; figures are medians.
 Both are held to one core and write the same JPEG: 600x600 of the centre, quality 80, 4:2:0, progressive, optimised.
+libvips and the pipeline run in this process, again and again in memory they know; the pipeline in its child, as in a
+worker, is a new process each time, of a process started as workers are.
 """
 
+import io
 import os
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +20,17 @@ from pathlib import Path
 os.environ["VIPS_CONCURRENCY"] = "1"
 
 import pyvips  # noqa: E402
+from colours import ciede2000, to_lab  # noqa: E402
+from conftest import photograph as portrait  # noqa: E402
+from conftest import until  # noqa: E402
+from drills.images import working  # noqa: E402
 from PIL import Image, features  # noqa: E402
 
 from storage import settings  # noqa: E402
-from workers import pipeline, sandbox  # noqa: E402
+from workers import pipeline  # noqa: E402
+from workers.__main__ import MALLOC  # noqa: E402
 
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 15
 CHOSEN = settings.load({})
 FILES = {
     "12 MP JPEG": (4000, 3000, "jpg"),
@@ -46,8 +55,31 @@ def with_pipeline(path: Path) -> bytes:
         return pipeline.convert(file, CHOSEN.image_megapixels, CHOSEN.image_side).jpeg
 
 
-def with_sandbox(path: Path) -> bytes:
-    return sandbox.convert(path, CHOSEN).jpeg
+CONVERTER = """
+import resource, sys, time
+from pathlib import Path
+from storage import settings
+from workers import sandbox
+
+def cpu():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+for line in sys.stdin:
+    wall, used = time.perf_counter(), cpu()
+    made = sandbox.convert(Path(line.strip()), settings.load({}))
+    print(time.perf_counter() - wall, cpu() - used, len(made.jpeg), flush=True)
+"""
+
+
+def start_converter() -> subprocess.Popen:
+    command = ["env", MALLOC, sys.executable, "-c", CONVERTER]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def with_sandbox(path: Path, converter: subprocess.Popen) -> tuple[float, float, int]:
+    print(path, file=converter.stdin, flush=True)
+    wall, used, size = converter.stdout.readline().split()
+    return float(wall), float(used), int(size)
 
 
 def with_libvips(path: Path) -> bytes:
@@ -61,31 +93,103 @@ def cpu() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def main() -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def here(way, path: Path) -> tuple[float, float, int]:
+    wall, used = time.perf_counter(), cpu()
+    made = way(path)
+    return time.perf_counter() - wall, cpu() - used, len(made)
+
+
+def beside_libvips(folder: Path) -> None:
     pyvips.cache_set_max(0)
     print(f"Pillow {pipeline.Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}, ", end="")
     print(f"libvips {pyvips.version(0)}.{pyvips.version(1)}.{pyvips.version(2)}; {ROUNDS} rounds, ms of wall (CPU)\n")
-    print("| image | bytes | pipeline | in its child | libvips | pipeline : libvips | picture's bytes |")
-    print("|-|-|-|-|-|-|-|")
+    print("| image | bytes | libvips | pipeline | : libvips | in its child | : libvips | picture's bytes |")
+    print("|-|-|-|-|-|-|-|-|")
+    converter = start_converter()
+    for name, (width, height, kind) in FILES.items():
+        path = folder / f"image.{kind}"
+        photograph(width, height).save(path, **({"quality": 90} if kind == "jpg" else {}))
+        ways = {
+            "libvips": lambda path: here(with_libvips, path),
+            "pipeline": lambda path: here(with_pipeline, path),
+            "child": lambda path: with_sandbox(path, converter),
+        }
+        if kind == "bmp":
+            del ways["libvips"]  # it reads none
+        taken = {way: [] for way in ways}
+        for _ in range(ROUNDS):
+            for way, make in ways.items():
+                taken[way].append(make(path))
+        middle = {way: list(map(statistics.median, zip(*rows, strict=True))) for way, rows in taken.items()}
+        cells = {way: f"{wall * 1000:.0f} ({used * 1000:.0f})" for way, (wall, used, _) in middle.items()}
+        peer = middle.get("libvips")
+        ratio = {way: f"{middle[way][1] / peer[1]:.2f}" if peer else "-" for way in ("pipeline", "child")}
+        sizes = " : ".join(str(int(middle[way][2])) for way in ("libvips", "pipeline") if way in middle)
+        print(f"| {name} | {path.stat().st_size} | {cells.get('libvips', '-')} | {cells['pipeline']} | ", end="")
+        print(f"{ratio['pipeline']} | {cells['child']} | {ratio['child']} | {sizes} |", flush=True)
+        path.unlink()
+    converter.stdin.close()
+    converter.wait()
+
+
+def by_a_worker(count: int, size: tuple[int, int], quality: int = 90) -> str:
+    """Real workers on a folder store: what a job adds, and how many images are made in a second on all cores."""
+    with working(converters=len(os.sched_getaffinity(0))) as site:
+        path = site.folder / "image.jpg"
+        photograph(*size).save(path, quality=quality)
+        made = site.publish([path.read_bytes()] * count)
+        timed = site.folder / "timed"
+        timed.touch()
+        site.environment.update(TIMED=str(timed), PYTHONPATH="tests")
+        site.start("tests.bench.timed")
+        until(lambda: timed.read_text().count("\n") > 4, what="the first images")
+        first, began = timed.read_text().count("\n"), time.perf_counter()
+        until(lambda: "processing" not in site.statuses(made), 300, "all images")
+        rate = (count - first) / (time.perf_counter() - began)
+        rows = [tuple(map(float, line.split())) for line in timed.read_text().splitlines()]
+    added = [total - conversion for total, conversion in rows]
+    conversion = statistics.median(row[1] for row in rows) * 1000
+    return (
+        f"{size[0] * size[1] / 1e6:.0f} MP JPEG, {count} jobs on {len(os.sched_getaffinity(0))} cores at once:"
+        f" {rate:.1f} images/s, conversion {conversion:.0f} ms,"
+        f" a job beyond it {statistics.median(added) * 1000:.1f} ms (p95 {sorted(added)[-count // 20] * 1000:.1f})"
+    )
+
+
+def chosen_quality() -> None:
+    """What other choices than the picture's would cost and bring, of a real photograph."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(portrait())
+        file.flush()
+        picture = pipeline._cover(pipeline._open(file)).convert("RGB")
+    places = [(x, y) for x in range(0, 600, 12) for y in range(0, 600, 12)]
+    before = [to_lab(picture.getpixel(place)) for place in places]
+    print("| picture of a portrait | bytes | mean CIEDE2000 | p95 |\n|-|-|-|-|")
+    for quality, subsampling, progressive in (
+        *((quality, "4:2:0", True) for quality in (70, 75, 80, 85, 90)),
+        *((80, "4:4:4", True), (80, "4:2:0", False)),
+    ):
+        out = io.BytesIO()
+        how = {"quality": quality, "subsampling": subsampling, "progressive": progressive, "optimize": progressive}
+        picture.save(out, "JPEG", **how)
+        after = Image.open(out).convert("RGB")
+        apart = [ciede2000(lab, to_lab(after.getpixel(place))) for lab, place in zip(before, places, strict=True)]
+        kind = "progressive, optimised" if progressive else "baseline"
+        print(f"| quality {quality}, {subsampling}, {kind} | {out.tell()} | ", end="")
+        print(f"{statistics.mean(apart):.2f} | {sorted(apart)[-len(apart) // 20]:.2f} |")
+
+
+def main() -> None:
+    chosen_quality()
+    print()
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
     with tempfile.TemporaryDirectory() as folder:
-        for name, (width, height, kind) in FILES.items():
-            path = Path(folder, f"image.{kind}")
-            photograph(width, height).save(path, **({"quality": 90} if kind == "jpg" else {}))
-            ways = [with_pipeline, with_sandbox] + ([with_libvips] if kind != "bmp" else [])  # it reads no BMP
-            taken = {way: [] for way in ways}
-            for _ in range(ROUNDS):
-                for way in ways:
-                    wall, used = time.perf_counter(), cpu()
-                    made = way(path)
-                    taken[way].append((time.perf_counter() - wall, cpu() - used, len(made)))
-            middle = {way: list(map(statistics.median, zip(*rows, strict=True))) for way, rows in taken.items()}
-            cells = [f"{wall * 1000:.0f} ({used * 1000:.0f})" for wall, used, _ in middle.values()] + ["-"]
-            ratio = middle[with_pipeline][0] / middle[with_libvips][0] if with_libvips in middle else None
-            sizes = " : ".join(str(int(middle[way][2])) for way in ways if way != with_sandbox)
-            print(f"| {name} | {path.stat().st_size} | {' | '.join(cells[:3])} | ", end="")
-            print(f"{f'{ratio:.2f}' if ratio else '-'} | {sizes} |", flush=True)
-            path.unlink()
+        beside_libvips(Path(folder))
+    os.sched_setaffinity(0, cores)
+    print()
+    for size in ((4000, 3000), (1600, 1200)):
+        print(by_a_worker(12 * ROUNDS, size), flush=True)
 
 
 if __name__ == "__main__":

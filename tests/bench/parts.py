@@ -22,12 +22,8 @@ def pin(pid: int, *cores: int) -> None:
     os.sched_setaffinity(pid, cores)
 
 
-class Redis(RedisServer):
-    """A server whose file is off while a data set is filled in."""
-
-    def __init__(self, kind: str = "valkey", *options: str):
-        super().__init__(kind, *options)
-        pin(self.process.pid, DRIVER)
+class Filling:
+    """A server whose append-only file is off while a data set is filled in."""
 
     def filling(self, off: bool) -> None:
         self.client.config_set("appendonly", "no" if off else "yes")
@@ -37,6 +33,12 @@ class Redis(RedisServer):
     def rested(self) -> bool:
         said = self.client.info("persistence")
         return not said["aof_rewrite_in_progress"] and not said["aof_rewrite_scheduled"]
+
+
+class Redis(Filling, RedisServer):
+    def __init__(self, kind: str = "valkey", *options: str):
+        super().__init__(kind, *options)
+        pin(self.process.pid, DRIVER)
 
 
 class Api(Site):

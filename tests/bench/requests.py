@@ -31,21 +31,23 @@ def p99(run):
 def beside(api: Api, ids: list[str], rate: int):
     """Comments written at a steady rate meanwhile. Yields a list that then has how many a second were answered."""
     answered: list[float] = []
-    with tempfile.NamedTemporaryFile("w") as paths:
-        paths.write("\n".join(f"/v1/posts/{post}/comments" for post in ids))
-        paths.flush()
-        token = api.bearer("writer")["Authorization"]
-        command = [sys.executable, "-m", "tests.bench.pace", str(api.port), str(rate), paths.name, token]
+    paths = [f"/v1/posts/{post}/comments" for post in ids]
+    stream = {"name": "comment", "rate": rate, "method": "POST", "paths": paths, "headers": api.bearer("writer")}
+    plan = {"port": api.port, "streams": [{**stream, "body": BODY.decode(), "status": 201}]}
+    with tempfile.NamedTemporaryFile("wb") as kept:
+        kept.write(orjson.dumps(plan))
+        kept.flush()
+        command = [sys.executable, "-m", "tests.bench.pace", kept.name]
         writer = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         pin(writer.pid, DRIVER)
-        assert writer.stdout.readline() == "writes\n"
+        assert writer.stdout.readline() == "begins\n"
         try:
             yield answered
         finally:
             said, _ = writer.communicate("end\n")
-        written, seconds, errors = map(float, said.split())
-        assert errors == 0, f"{errors:.0f} comments failed"
-        answered.append(written / seconds)
+        seen = orjson.loads(said)["streams"]["comment"]
+        assert not seen["errors"], seen["errors"]
+        answered.append(seen["rate"])
 
 
 def measure(rounds: int, seconds: float, only: str = "") -> list[Row]:

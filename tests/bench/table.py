@@ -1,8 +1,6 @@
 """What was measured, as rows of one table."""
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from tests.bench.drive import Run, middle
 
@@ -68,8 +66,3 @@ def markdown(rows: list[Row]) -> str:
         shown = [row.what, *map(number, (row.rate, row.p50, row.p99, row.max)), value, target, row.met, note.strip()]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
-
-
-def keep(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1))

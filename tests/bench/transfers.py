@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -82,7 +83,6 @@ def measure(rounds: int, size: int = SIZE) -> list[Row]:
             where = next(line.split(": ")[1] for line in made.split("\r\n") if line.lower().startswith("location"))
             fields |= {"Upload_Offset": 0, "Content_Type": "application/offset+octet-stream"}
             ask(api.port, header("PATCH", where, Content_Length=size, **fields), data)
-            ask(api.port, header("DELETE", where, Tus_Resumable="1.0.0", **token))
 
         for number in range(rounds + 1):
             for name, send in (("bare", plain), ("form", form), ("tus", tus)):
@@ -94,6 +94,8 @@ def measure(rounds: int, size: int = SIZE) -> list[Row]:
                     taken[name].append(size / seconds / (1 << 20))
                     if name in grew:
                         grew[name] = max(grew[name], peak(pid) - before)
+                # As bare Sanic writes its one file again: on some machines memory that was never used costs more.
+                shutil.rmtree(folder / "store" / "chunks", ignore_errors=True)
     mib = size >> 20
     rows = [Row(f"{mib} MiB to a file, bare Sanic, one fsync", median(taken["bare"]), unit="MiB/s")]
     for name in ("form", "tus"):

@@ -34,19 +34,8 @@ OPTIONS = {
 }
 
 
-def install() -> None:
-    """Debian's package, without starting the cluster it comes with."""
-    if PROGRAMS.exists():
-        return
-    if os.geteuid():
-        raise SystemExit("the peer needs PostgreSQL: sudo apt-get install postgresql-15")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    subprocess.run(["apt-get", "install", "-y", "-q", "postgresql-15"], check=True, env=environment)
-
-
 class Peer:
     def __init__(self, counts: list[int], secret: str):
-        install()
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
         # PostgreSQL refuses to run as root.
         self._as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []

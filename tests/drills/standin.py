@@ -1,0 +1,24 @@
+"""`python -m tests.drills.standin` is `python -m workers` with a stand-in for decoding: it waits, and is counted.
+
+Each conversion that begins adds a line to the file STANDIN_COUNTED, and takes STANDIN_SECONDS.
+"""
+
+import os
+import time
+
+from making import jpeg
+
+from workers import __main__ as workers
+from workers import jobs
+from workers.pipeline import Picture
+
+
+def wait(path, chosen) -> Picture:
+    with open(os.environ["STANDIN_COUNTED"], "a") as counted:
+        counted.write(f"{os.getpid()}\n")
+    time.sleep(float(os.environ["STANDIN_SECONDS"]))
+    return Picture(jpeg(), bytes(24), 640, 480, "JPEG")
+
+
+jobs.convert = wait
+workers.main()

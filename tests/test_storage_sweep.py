@@ -1,0 +1,143 @@
+"""Objects that nobody owns are found and removed; no other is."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import NOBODY, ROOT, connect
+from making import make_post, make_processing, make_upload
+from parts import s3_url
+from state import unchanged
+
+from storage import keys, objects, posts, settings, uploads
+from storage.sweep import DAY, FEW, Mistaken, sweep
+
+CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
+OLD, OLDEST = 1.1 * DAY, 6.1 * DAY  # seconds; an original may be named by a backup for twice three days
+
+
+@pytest.fixture
+async def db(server):
+    db = connect(server)
+    yield db
+    await db.close()
+
+
+async def put(store, tmp_path, name: str, age: float = OLD) -> str:
+    await store.put(name, b"1234")
+    then = time.time() - age
+    os.utime(tmp_path / "store" / name, (then, then))
+    return name
+
+
+async def names(store) -> set[str]:
+    return {entry.name async for entry in store.list()}
+
+
+async def owned_objects(server, db, store, tmp_path) -> set[str]:
+    """Objects of everything that may own one."""
+    ready, processing, deleted, told = [await make_post(db, "alice") for _ in range(4)]
+    await posts.delete(db, store, "alice", deleted)
+    await posts.delete(db, store, "alice", told)
+    server.client.zrem(keys.gone(0), deleted)  # told of no longer, but not erased yet
+    server.client.zrem(keys.due(0), told)  # erased, but still told of
+    opened = await make_upload(db, "bob")
+    waiting = await make_processing(db, "bob")
+    dropped = await make_upload(db, "bob")
+    chunks = [keys.chunk(opened, name) for name in (await uploads.look(db, opened)).chunks]
+    chunks += [keys.chunk(dropped, name) for name in (await uploads.look(db, dropped)).chunks]
+    named = [keys.uploads(0, "bob"), keys.due(0)]
+    await db.call("drop_upload", [keys.upload(dropped), keys.chunks(dropped), *named], db.clock, dropped, 60_000, "")
+    for post in (ready, processing, waiting, deleted, told):
+        chunks += [keys.original(post), keys.image(post)]
+    for name in chunks:
+        await put(store, tmp_path, name, OLDEST)
+    return set(chunks)
+
+
+async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tmp_path):
+    owned = await owned_objects(server, db, store, tmp_path)
+    opened = await make_upload(db, "carol")
+    lost = [
+        keys.chunk(opened, keys.chunk_name(0)),  # a process was killed before it named this one
+        keys.chunk("u" + NOBODY, "0-a"),
+        keys.image(NOBODY),
+        keys.original(NOBODY),
+    ]
+    for name in lost:
+        await put(store, tmp_path, name, OLDEST)
+    let_be = [
+        await put(store, tmp_path, keys.image(keys.new_post_id(0)), 0.9 * DAY),
+        await put(store, tmp_path, keys.original(keys.new_post_id(0)), 5.9 * DAY),
+        await put(store, tmp_path, "originals/notes.txt", OLDEST),
+        await put(store, tmp_path, "elsewhere/" + NOBODY, OLDEST),
+    ]
+    before = await names(store)
+    with unchanged(server.client, tmp_path):
+        found = await sweep(db, store, CHOSEN, remove=False)
+    assert (found.lost, found.size, found.waiting) == (4, 16, 1)
+    assert found.seen == len(owned) + len(lost) + 1
+    assert set(found.names) == set(lost)
+    with unchanged(server.client):
+        assert await sweep(db, store, CHOSEN, remove=True) == found
+    assert await names(store) == before - set(lost) == owned | set(let_be)
+    assert (await sweep(db, store, CHOSEN, remove=True)).lost == 0
+
+
+@pytest.fixture
+async def real(embedded):
+    """Of the embedded server: fakeredis does not take a batch."""
+    embedded.client.flushall()
+    db = connect(embedded)
+    yield db
+    await db.close()
+
+
+async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
+    for number in range(FEW + 1):
+        await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
+    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{FEW + 1} objects of {FEW + 1} "):
+        await sweep(real, store, CHOSEN, remove=True)
+
+
+async def test_a_sweep_looks_at_more_than_one_batch(real, store, tmp_path):
+    posts = [await make_post(real, "alice") for _ in range(300)]
+    for post in posts:
+        await put(store, tmp_path, keys.image(post))
+    await put(store, tmp_path, keys.image(NOBODY))
+    assert (await sweep(real, store, CHOSEN, remove=True)).lost == 1
+    assert await names(store) == {keys.image(post) for post in posts}
+
+
+async def test_a_store_in_a_bucket_is_swept_too(real, monkeypatch):
+    """Objects of S3 cannot be made old, but the sweep can come later."""
+    store = objects.open_store(s3_url(monkeypatch))
+    post = await make_post(real, "alice")
+    for name in (keys.image(post), keys.image(NOBODY), keys.chunk("u" + NOBODY, "0-a")):
+        await store.put(name, b"1234")
+    assert (await sweep(real, store, CHOSEN, remove=True)).seen == 0
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + OLD)
+    assert (await sweep(real, store, CHOSEN, remove=True)).lost == 2
+    assert await names(store) == {keys.image(post)}
+
+
+async def test_the_operator_sweeps_by_hand(embedded, tmp_path):
+    embedded.client.flushall()
+    store = objects.open_store((tmp_path / "store").as_uri())
+    name = await put(store, tmp_path, keys.image(NOBODY))
+    environment = {"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_REDIS_URL": embedded.url}
+
+    def run(*options: str, **changed: str):
+        command = [sys.executable, "-m", "storage", "sweep", *options]
+        return subprocess.run(command, cwd=ROOT, env={**environment, **changed}, capture_output=True, text=True)
+
+    told = f"1 objects of 1 are nobody's, 4 bytes; 0 originals wait: {name}\n"
+    assert run("--dry-run").stdout == "found: " + told
+    assert await names(store) == {name}
+    assert run().stdout == "removed: " + told
+    assert await names(store) == set()
+    await put(store, tmp_path, name)
+    away = run(IMAGEGRAM_REDIS_URL="unix:///nowhere.sock")
+    assert away.returncode == 1 and away.stderr.startswith("unreachable: ")
