@@ -5,6 +5,7 @@ or its share of them. DRILL_SERVER=valkey or redis runs on that one alone.
 """
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -33,4 +34,5 @@ async def main(names: list[str]) -> None:
             print(f"{server}: {await drill(server)}  ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
+logging.getLogger("imagegram.ship").setLevel(logging.CRITICAL)  # its troubles are wanted here
 asyncio.run(main(sys.argv[1:]))

@@ -70,7 +70,7 @@ async def store(server: str, kills: int = 20) -> str:
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = replace(settings_in(folder, server), ship_interval=0.2)
         real = open_store(settings.backup_store_url)
-        faulty = Faulty(real, 0.3)
+        faulty, ship.PUT_AGAIN = Faulty(real, 0.3), 0.05
         digests: dict[str, bytes] = {}
 
         async def unchanged() -> None:
@@ -86,8 +86,8 @@ async def store(server: str, kills: int = 20) -> str:
                     for _ in range(10):
                         await shipped(shipper)
                         await redis.rewrite()
+                    faulty.rate = 0
                     await shipped(shipper)
-                failed = faulty.failed
                 await unchanged()
                 for _ in range(kills):
                     await _killed(settings, real)
@@ -111,9 +111,10 @@ async def store(server: str, kills: int = 20) -> str:
         _, lists = await restored(settings, real, writers, Path(folder))
         lost = sum(len(set(writer.answered) - set(found)) for writer, found in zip(writers, lists, strict=True))
         flipped = await _flipped(settings, real, Path(folder, "flipped"))
+    answered = sum(len(writer.answered) for writer in writers)
     return (
-        f"store: {failed} puts failed, shipper killed {kills} times, {stopped} of 5 second shippers stopped;"
-        f" {len(digests)} objects, 0 replaced, {lost} of {sum(len(w.answered) for w in writers)} answered writes lost;"
+        f"store: {faulty.failed} puts and reads failed, {kills} shippers killed, {stopped} of 5 second ones stopped;"
+        f" {len(digests)} objects, 0 replaced; {lost} of {answered} answered writes lost;"
         f" {flipped} flipped bits, all found"
     )
 
