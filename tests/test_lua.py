@@ -333,7 +333,7 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     due = await leased(db, upload)
     assert due.kind == "upload"
     assert [entry.name async for entry in store.list("")]
-    await outbox.end_upload(db, store, due)
+    await outbox.end_upload(db, store, store, due, DAY_MS)
     assert [entry.name async for entry in store.list("")] == []
     await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
     await refused(server, db, errors.NoUpload, append(db, upload, 60, 1, "60-a"))
@@ -364,7 +364,7 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
         await uploads.discard(db, Unplugged(), "alice", upload)
     assert await outbox.lease(db, 0, 10) == []
     db.clock += uploads.GRACE_MS
-    await outbox.end_upload(db, store, await leased(db, upload))
+    await outbox.end_upload(db, store, store, await leased(db, upload), DAY_MS)
     assert contents(server.client) == {}
     assert [entry.name async for entry in store.list("")] == []
 

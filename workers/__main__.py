@@ -17,7 +17,6 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings
-from storage.objects import open_store
 from storage.scripts import Redis
 from workers import dispatcher, pipeline
 
@@ -93,12 +92,9 @@ async def work(chosen: settings.Settings) -> int:
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
-    db, store = Redis(chosen.redis_url), open_store(chosen.store_url)
-    hints = dispatcher.queue(chosen.queue_url)
+    db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
     parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
-    parts.append(
-        asyncio.create_task(dispatcher.dispatch(db, store, hints, chosen.partitions, chosen.converters))
-    )
+    parts.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
     print(f"worker: {chosen.converters} images at once", flush=True)
     await asyncio.wait([asyncio.create_task(stopped.wait()), *parts], return_when=asyncio.FIRST_COMPLETED)
     for part in parts:
