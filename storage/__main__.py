@@ -5,6 +5,7 @@
     snapshots                          what is in the backup store
     restore [--at TIME] --to FOLDER    a Redis data folder as of any kept second
     verify                             restores the newest on trial
+    check [--repair] [--deep]          holds the data, live or restored, against what must be true of it
     sweep [--dry-run]                  removes objects that nobody owns
 """
 
@@ -12,10 +13,11 @@ import argparse
 import asyncio
 import os
 import sys
+from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
-from storage import restore, server, ship, snapshots, sweep
+from storage import check, restore, server, ship, snapshots, sweep
 from storage.aof import Damaged
 from storage.errors import Unreachable
 from storage.objects import NotFound, Unavailable, open_store
@@ -32,6 +34,10 @@ def main() -> None:
     restoring = commands.add_parser("restore")
     restoring.add_argument("--at", type=_second, help="2026-11-23T07:00:00Z; without it, the newest")
     restoring.add_argument("--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new")
+    checking = commands.add_parser("check")
+    checking.add_argument("--repair", action="store_true", help="make what is derived true again")
+    checking.add_argument("--deep", action="store_true", help="read every object")
+    checking.add_argument("--folder", type=Path, help="a restored data folder, on a server of its own")
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--dry-run", action="store_true", help="only say what there is")
     arguments = parser.parse_args()
@@ -43,7 +49,8 @@ def main() -> None:
         ship.main(settings)
         return
     try:
-        asyncio.run(_sweep(arguments, settings) if arguments.command == "sweep" else _backup(arguments, settings))
+        work = {"sweep": _sweep, "check": _check}.get(arguments.command, _backup)
+        asyncio.run(work(arguments, settings))
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
 
@@ -53,6 +60,22 @@ async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
     found = await sweep.sweep(db, open_store(settings.store_url), settings, remove=not arguments.dry_run)
     await db.close()
     _say(f"{'found' if arguments.dry_run else 'removed'}: {found}")
+
+
+async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
+    objects = open_store(settings.store_url)
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url
+        if arguments.folder:
+            url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
+        db = Redis(url)
+        found = await check.check(db, objects, arguments.repair, arguments.deep)
+        await db.close()
+    for line in found.told:
+        _say(line)
+    _say(str(found))
+    if found.flaws:
+        sys.exit(1)
 
 
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -20,6 +20,7 @@ from storage.errors import NoComment, NoPost, NoUpload
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 DIGITS = str.maketrans(ALPHABET, "0123456789ABCDEFGHIJKLMNOPQRSTUV")  # as `int` reads base 32
 ID = re.compile(r"(u?)([0-7][0-9A-HJKMNP-TV-Z]{25})-(0|[1-9][0-9]{0,4})")
+KEY = re.compile(r"([a-z]+):\{([0-9]{1,5})\}(?::(.*))?", re.DOTALL)
 COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
 
 
@@ -127,6 +128,12 @@ def chunks(upload_id: str) -> str:
 
 def uploads(partition: int, user: str) -> str:
     return f"uploads:{{{partition}}}:{user}"
+
+
+def parts(key: str) -> tuple[str, int | None, str]:
+    """Kind, partition and id of a key; of one that is none of these an empty kind."""
+    found = KEY.fullmatch(key)
+    return (found[1], int(found[2]), found[3] or "") if found else ("", None, "")
 
 
 class Once(NamedTuple):

@@ -26,7 +26,7 @@ PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds 
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
-# Narrower than either store takes: these mean the same to both, to a shell and in a URL, and stay in the folder.
+# Narrower than either store takes: the same to both, to a shell and in a URL, and never outside the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -114,8 +114,8 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        path = f"{self._root}/{_checked(name)}"
-        return at_hand(path) or await _hop(Path.read_bytes, Path(path), missing=NotFound)
+        path = self._path(name)
+        return at_hand(path) or await _hop(Path.read_bytes, path, missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""

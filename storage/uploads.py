@@ -234,10 +234,17 @@ async def discard(db: Redis, objects: Folder | S3, owner: str, upload: str, tell
 
     Raises NoUpload.
     """
+    await erase_chunks(db, objects, upload, await drop(db, owner, upload, tell))
+
+
+async def drop(db: Redis, owner: str, upload: str, tell: int | str = "") -> list[str]:
+    """End an upload that became no post. Returns the names of its chunks, which the outbox erases in a minute.
+
+    Raises NoUpload.
+    """
     partition = keys.partition_of_upload(upload)
     named = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
-    chunks = await db.call("drop_upload", named, db.clock, upload, GRACE_MS, tell)
-    await erase_chunks(db, objects, upload, chunks)
+    return await db.call("drop_upload", named, db.clock, upload, GRACE_MS, tell)
 
 
 async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: list[str]) -> None:

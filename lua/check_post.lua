@@ -1,0 +1,81 @@
+#!lua flags=allow-oom
+-- Holds one post against what must be true of every post, and if wanted makes what is derived true again.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] comments  comments:{p}:<id>  stream
+-- KEYS[3] latest    latest:{p}:<id>    list
+-- KEYS[4] feed      feed:{p}           zset
+-- KEYS[5] changes   changes:{p}        zset
+-- KEYS[6] gone      gone:{p}           zset
+-- KEYS[7] due       due:{p}            zset
+-- ARGV[1] now       ms; empty: Redis' clock
+-- ARGV[2] id        post id
+-- ARGV[3] shown     how many comments the feed shows
+-- ARGV[4] repair    0|1
+-- Returns {status or false, number of comments, is due 0|1, what is wrong, …}
+-- Refuses nothing
+-- Changes nothing that is right, and nothing that is not derived: a comment without post is told of and stays.
+-- A flaw begins with the number of the invariant, or with 0 where it breaks none.
+local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local now, id, shown, repair = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1'
+if #KEYS ~= 7 or #ARGV ~= 4 or not shown then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local status, count = redis.call('HGET', post, 'status'), redis.call('XLEN', comments)
+local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', changes, id)
+local waits = redis.call('ZSCORE', due, id) and 1 or 0
+local found = {status, count, waits}
+local function wrong(flaw, ...)
+  found[#found + 1] = flaw
+  if repair and ... then
+    redis.call(...)
+  end
+end
+
+if status == 'ready' then
+  if tonumber(score) ~= count then
+    wrong('1 its score is ' .. (score or 'missing') .. ', it has ' .. count .. ' comments', 'ZADD', feed, count, id)
+  end
+  local rows = {}
+  for _, entry in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', shown)) do
+    local fields = {}
+    for i = 1, #entry[2], 2 do
+      fields[entry[2][i]] = entry[2][i + 1]
+    end
+    rows[#rows + 1] = cjson.encode({entry[1], fields.author, fields.text})
+  end
+  if table.concat(rows, '\n') ~= table.concat(redis.call('LRANGE', latest, 0, -1), '\n') then
+    wrong('2 its latest comments are not the newest of its stream')
+    if repair then
+      redis.call('DEL', latest)
+      if #rows > 0 then
+        redis.call('RPUSH', latest, unpack(rows))
+      end
+    end
+  end
+  if not revision then
+    local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
+    local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
+    wrong('0 it is missing among the changes', 'ZADD', changes, math.max(now, changed + 1, deleted + 1), id)
+  end
+else
+  if score then
+    wrong('1 it is in the feed and not ready', 'ZREM', feed, id)
+  end
+  if revision then
+    wrong('0 it is among the changes and not ready', 'ZREM', changes, id)
+  end
+  if count > 0 or redis.call('EXISTS', latest) == 1 then
+    wrong('0 it has comments and is not ready')
+  end
+  if status == 'processing' and waits == 0 then
+    wrong('3 it is processing and not due', 'ZADD', due, now, id)
+  elseif status and status ~= 'processing' and status ~= 'failed' then
+    wrong('3 its status is ' .. status)
+  end
+end
+return found

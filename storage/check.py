@@ -1,0 +1,177 @@
+"""Proves the invariants on a live Redis or a restored folder, and makes what is derived true again.
+
+    1  a ready post's score in the feed is the number of its comments, and nothing else is in the feed
+    2  its latest comments are the newest of its stream
+    3  every post is ready, failed, or due; a ready one has its original, and its JPEG unless that is due
+    5  an upload's offset is within its chunks
+
+Streams: some keys at a time, each post judged by one script at one moment, so that writes may go on meanwhile.
+Neither reads what an original shows, nor compares it with what was uploaded: there is nothing to compare it with.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from storage import keys, uploads
+from storage.formats import LONGEST, sniff
+from storage.objects import S3, Folder, NotFound
+from storage.scripts import BATCH, Redis
+from storage.settings import DAY_MS, LATEST
+
+SHOWN = 20  # flaws told of by name
+
+
+@dataclass
+class Found:
+    """What is there. Posts that come or go meanwhile may be counted or not."""
+
+    posts: int = 0
+    comments: int = 0
+    uploads: int = 0
+    flaws: int = 0  # that remain
+    repaired: int = 0
+    told: list[str] = field(default_factory=list)  # the first flaws, repaired or not
+    ghosts: set[str] = field(default_factory=set)  # ids that are named and have no post
+    partitions: set[int] = field(default_factory=set)
+
+    def tell(self, id: str, flaw: str, repaired: bool) -> None:
+        self.repaired += repaired
+        self.flaws += not repaired
+        if len(self.told) < SHOWN:
+            self.told.append(f"{id}: {flaw}{' (repaired)' if repaired else ''}")
+
+    def __str__(self) -> str:
+        there = f"{self.posts} posts, {self.comments} comments, {self.uploads} open uploads"
+        return f"{there}: {self.flaws} flaws remain, {self.repaired} were repaired"
+
+
+async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: bool = False) -> Found:
+    """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable."""
+    found = Found()
+    async for names in _walk(db):
+        work = []
+        for name in names:
+            kind, partition, id = keys.parts(name)
+            if partition is not None:
+                found.partitions.add(partition)
+            if kind in ("post", "comments", "latest"):
+                work.append(_post(db, objects, id, found, repair, deep, count=kind == "post"))
+            elif kind == "upload":
+                work.append(_upload(db, objects, id, found, repair))
+            elif kind in ("feed", "changes"):
+                async for members in _walk(db, name):
+                    await asyncio.gather(
+                        *(_post(db, objects, id, found, repair, deep=False, count=False) for id in members[::2])
+                    )
+        await asyncio.gather(*work)
+    return found
+
+
+async def _walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
+    cursor = "0"
+    while True:
+        cursor, names = await db.call("scan", [*zset], cursor, BATCH)
+        yield names
+        if cursor == "0":
+            return
+
+
+async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
+    partition = keys.partition_of_post(post)
+    named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(partition), keys.changes(partition)]
+    named += [keys.gone(partition), keys.due(partition)]
+    status, comments, due, *flaws = await db.call("check_post", named, db.clock, post, LATEST, int(repair))
+    return status, comments, bool(due), flaws
+
+
+async def _post(db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool) -> None:
+    """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
+    if not keys.ID.fullmatch(post):
+        found.tell(post, "0 no post has such an id", False)
+        return
+    status, comments, due, flaws = await _ask(db, post, repair=False)
+    if count:
+        found.posts += 1
+        found.comments += comments
+    elif status or post in found.ghosts:
+        return
+    else:
+        found.ghosts.add(post)
+    if flaws and repair:
+        flaws = (await _ask(db, post, repair=True))[3]
+        left = (await _ask(db, post, repair=False))[3]
+    else:
+        left = flaws
+    for flaw in flaws:
+        found.tell(post, flaw, flaw not in left)
+    if status != "ready":
+        return
+    for name, what in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
+        if what == "JPEG" and due:
+            continue
+        fault = await _object(objects, name, what, deep)
+        if not fault or (await _ask(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
+            continue
+        again = what == "JPEG" and repair and await make_again(db, post)
+        found.tell(post, f"3 its {what} {fault}", bool(again))
+
+
+async def _object(objects: Folder | S3, name: str, what: str, deep: bool) -> str:
+    """What is wrong with an object; empty if nothing is."""
+    try:
+        if not deep:
+            return "" if await objects.size(name) else "is empty"
+        head, end = b"", b""
+        async for piece in objects.read(name):
+            head, end = head or piece[:LONGEST], (end + piece)[-2:]
+    except NotFound:
+        return "is missing"
+    whole = bool(sniff(head)) if what == "original" else head[:2] == b"\xff\xd8" and end == b"\xff\xd9"
+    return "" if whole else "is damaged"
+
+
+async def make_again(db: Redis, post: str) -> int:
+    """Put a ready post whose JPEG is missing back into the outbox: 1, or 0 if it is not ready or due already."""
+    return await db.call("make_again", [keys.post(post), keys.due(keys.partition_of_post(post))], db.clock, post)
+
+
+async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, repair: bool) -> None:
+    before = await uploads.look(db, upload)
+    if before.owner is None or before.post or before.expired:
+        return
+    found.uploads += 1
+    sizes = await asyncio.gather(
+        *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
+    )
+    for size in sizes:
+        if isinstance(size, Exception) and not isinstance(size, NotFound):
+            raise size
+    there = sum(size for size in sizes if isinstance(size, int))
+    if there == before.offset or (await uploads.look(db, upload))[:6] != before[:6]:  # it went on meanwhile
+        return
+    if repair:
+        await uploads.drop(db, before.owner, upload, tell=DAY_MS)
+    found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", repair)
+
+
+async def restored(db: Redis, objects: Folder | S3) -> Found:
+    """Make restored data fit the store as it is now, then check it.
+
+    Posts without JPEG are due, uploads without their chunks are dropped, and each partition has a new epoch. What a
+    repair of derived data would hide counts: a backup that needs one is not what was written.
+    """
+    async for names in _walk(db):
+        await asyncio.gather(*(_fit(db, objects, *keys.parts(name)) for name in names))
+    found = await check(db, objects)
+    for partition in found.partitions:
+        await db.call("begin_epoch", [keys.epoch(partition)], secrets.token_hex(4))
+    return found
+
+
+async def _fit(db: Redis, objects: Folder | S3, kind: str, partition: int | None, id: str) -> None:
+    if kind == "upload":
+        await _upload(db, objects, id, Found(), repair=True)
+    elif kind == "post" and await _object(objects, keys.image(id), "JPEG", deep=False):
+        await make_again(db, id)

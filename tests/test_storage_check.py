@@ -1,0 +1,196 @@
+"""`check` finds what breaks an invariant, repairs what is derived, and lets be what is right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, connect
+from making import jpeg, make_post, make_processing
+from state import contents, unchanged
+from uploading import picture
+
+from storage import check, comments, keys, posts, uploads
+from storage.errors import Expired
+
+NOW = 1_763_971_200_000
+
+
+@pytest.fixture
+async def db(server):
+    db = connect(server)
+    db.clock = NOW
+    yield db
+    await db.close()
+
+
+async def show(db, store, author: str, said: int = 0, partitions: int = 1) -> str:
+    """A ready post with all of its objects."""
+    post = await make_post(db, author, partitions)
+    await store.put(keys.original(post), picture(100))
+    await posts.put_image(store, post, jpeg())
+    for number in range(said):
+        await comments.add(db, "bob", post, f"{number} / \\ \" é")
+    return post
+
+
+@pytest.fixture
+async def data(db, store):
+    """Posts of all kinds and an open upload; the ids of the ready ones, by how many comments they have."""
+    made = {said: await show(db, store, f"author{said}", said, partitions=3) for said in (0, 1, 2, 5)}
+    await make_processing(db, "waiting")
+    doomed = await show(db, store, "alice", 3)
+    await posts.delete(db, store, "alice", doomed)
+    upload, _ = await uploads.create(db, "carol", 1, 2000)
+    image = uploads.Appender(db, store, upload, 0, 2000)
+    await image.write(picture(1500))
+    await image.commit()
+    return {**made, "upload": upload}
+
+
+async def test_what_is_right_is_found_right_and_stays_as_it_is(db, store, data, server, tmp_path):
+    with unchanged(server.client, tmp_path):
+        found = await check.check(db, store, repair=True, deep=True)
+    assert (found.told, found.flaws, found.repaired) == ([], 0, 0)
+    assert (found.posts, found.comments, found.uploads) == (5, 8, 1)
+
+
+def feed(post: str) -> str:
+    return keys.feed(keys.partition_of_post(post))
+
+
+def changes(post: str) -> str:
+    return keys.changes(keys.partition_of_post(post))
+
+
+SPOILED = {
+    "1 its score is 4, it has 5 comments": lambda client, post: client.zadd(feed(post), {post: 4}),
+    "1 its score is missing, it has 5 comments": lambda client, post: client.zrem(feed(post), post),
+    "2 its latest comments are not": lambda client, post: client.lpop(keys.latest(post)),
+    "2 its latest": lambda client, post: client.lset(keys.latest(post), 1, json.dumps(["1-0", "eve", "hi"])),
+    "0 it is missing among the changes": lambda client, post: client.zrem(changes(post), post),
+}
+
+
+@pytest.mark.parametrize("flaw", SPOILED)
+async def test_what_is_derived_is_repaired_to_what_it_was(db, store, data, server, flaw):
+    post = data[5]
+    before = contents(server.client)
+    SPOILED[flaw](server.client, post)
+    spoiled = contents(server.client)
+    found = await check.check(db, store)
+    assert found.flaws == 1 and found.told[0].startswith(f"{post}: {flaw}")
+    assert contents(server.client) == spoiled
+    found = await check.check(db, store, repair=True)
+    assert (found.flaws, found.repaired) == (0, 1) and found.told[0].endswith("(repaired)")
+    after = contents(server.client)
+    if "changes" in flaw:  # it has changed, as far as a client can tell
+        before.pop(changes(post)), after.pop(changes(post))
+    assert after == before
+    assert (await check.check(db, store)).told == []
+
+
+async def test_a_processing_post_that_fell_out_of_the_outbox_gets_back_in(db, store, data, server):
+    post = await make_processing(db, "forgotten")
+    server.client.zrem(keys.due(0), post)
+    server.client.zadd(keys.feed(0), {post: 0})
+    found = await check.check(db, store, repair=True)
+    assert [line.split(": ")[1][0] for line in found.told] == ["1", "3"] and found.flaws == 0
+    assert server.client.zscore(keys.due(0), post) == NOW
+    assert (await check.check(db, store)).told == []
+
+
+async def test_what_is_nobodys_in_the_feed_goes_and_comments_without_a_post_stay(db, store, data, server):
+    ghost = keys.new_post_id(0)
+    server.client.zadd(keys.feed(0), {ghost: 3})
+    server.client.zadd(keys.changes(0), {ghost: 3})
+    server.client.xadd(keys.comments(ghost), {"author": "eve", "text": "boo"})
+    found = await check.check(db, store, repair=True)
+    assert found.flaws > 0 and found.repaired >= 2
+    assert server.client.zscore(keys.feed(0), ghost) is None and server.client.xlen(keys.comments(ghost)) == 1
+    left = await check.check(db, store)
+    assert left.told == [f"{ghost}: 0 it has comments and is not ready"]
+
+
+async def test_a_missing_jpeg_is_made_again_and_a_missing_original_is_told(db, store, data, server):
+    without, poor = data[1], data[2]
+    await posts.erase_image(store, without)
+    await store.delete([keys.original(poor)])
+    found = await check.check(db, store, repair=True)
+    assert sorted(found.told) == sorted(
+        [f"{without}: 3 its JPEG is missing (repaired)", f"{poor}: 3 its original is missing"]
+    )
+    assert server.client.zscore(keys.due(keys.partition_of_post(without)), without) == NOW
+    assert (await check.check(db, store)).flaws == 1  # what is due is on its way
+
+
+@pytest.mark.parametrize("bytes", [b"\xff\xd8 cut short", b"<html>"])
+async def test_only_a_deep_look_sees_what_an_object_holds(db, store, data, bytes):
+    await posts.put_image(store, data[0], bytes)
+    await store.put(keys.original(data[0]), b"<html>")
+    assert (await check.check(db, store)).flaws == 0
+    told = (await check.check(db, store, deep=True)).told
+    assert told == [f"{data[0]}: 3 its original is damaged", f"{data[0]}: 3 its JPEG is damaged"]
+
+
+async def test_an_upload_without_its_chunks_is_told_and_dropped(db, store, data, server):
+    upload = data["upload"]
+    chunks = (await uploads.look(db, upload)).chunks
+    await store.delete([keys.chunk(upload, name) for name in chunks])
+    found = await check.check(db, store)
+    assert found.told == [f"{upload}: 5 its offset is 1500, its chunks have 0 bytes"] and found.flaws == 1
+    await check.check(db, store, repair=True)
+    with pytest.raises(Expired):
+        await uploads.read(db, "carol", upload)
+    assert server.client.hlen(keys.uploads(0, "carol")) == 0
+    assert (await check.check(db, store)).told == []
+
+
+async def test_a_restore_makes_old_data_fit_the_store_of_today(db, store, data, server):
+    upload = data["upload"]
+    chunks = (await uploads.look(db, upload)).chunks
+    await store.delete([keys.chunk(upload, name) for name in chunks] + [keys.image(data[1])])
+    kept = sorted([entry.name async for entry in store.list()])
+    found = await check.restored(db, store)
+    assert (found.told, found.flaws, found.uploads) == ([], 0, 0)
+    assert sorted([entry.name async for entry in store.list()]) == kept
+    assert server.client.zscore(keys.due(keys.partition_of_post(data[1])), data[1]) == NOW
+    with pytest.raises(Expired):
+        await uploads.read(db, "carol", upload)
+    epochs = [server.client.get(keys.epoch(partition)) for partition in found.partitions]
+    assert len(epochs) >= 2 and len(set(epochs)) == len(epochs) and all(epochs)
+
+
+async def test_while_others_write_nothing_right_is_told_wrong(db, store, data):
+    import asyncio
+
+    stop = False
+
+    async def busy(number: int):
+        while not stop:
+            post = await show(db, store, f"busy{number}", 3)
+            await posts.delete(db, store, f"busy{number}", post)
+
+    writers = [asyncio.create_task(busy(number)) for number in range(4)]
+    for _ in range(5):
+        found = await check.check(db, store, repair=True)
+        assert found.told == []
+    stop = True
+    await asyncio.gather(*writers)
+
+
+def test_the_command_says_what_is_wrong_and_how_it_ended(site):
+    def run(*options):
+        command = [sys.executable, "-m", "storage", "check", *options]
+        return subprocess.run(command, cwd=ROOT, env=site.environment, capture_output=True, text=True)
+
+    ghost = keys.new_post_id(0)
+    import redis
+
+    client = redis.Redis.from_url(site.environment["IMAGEGRAM_REDIS_URL"])
+    client.zadd(keys.feed(0), {ghost: 3})
+    asked = run()
+    assert asked.returncode == 1 and f"{ghost}: 1 it is in the feed and not ready" in asked.stdout
+    repaired = run("--repair")
+    assert repaired.returncode == 0 and "1 were repaired" in repaired.stdout
+    assert run().stdout.strip().endswith("0 flaws remain, 0 were repaired")
