@@ -10,9 +10,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 
-from redis import RedisError
+import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
@@ -55,11 +56,23 @@ def convert(chosen: settings.Settings, parent: int) -> None:
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
     queue = dispatcher.queue(chosen.queue_url)
+    await_redis(queue.connection)
     try:
         worker = Converter([queue], connection=queue.connection, serializer=JSONSerializer, worker_ttl=HEARD)
         worker.work(logging_level="WARNING")
-    except RedisError as error:
+    except redis.RedisError as error:
         raise SystemExit(f"converter: {error}") from None
+
+
+def await_redis(connection: redis.Redis) -> None:
+    """RQ's worker would end at once, and starting it again and again would take a core."""
+    while True:
+        try:
+            connection.ping()
+            return
+        except redis.RedisError as error:
+            log.warning("waits: %s", error)
+            time.sleep(AGAIN)
 
 
 async def converting() -> None:
