@@ -43,7 +43,7 @@ bench-images: ## what a picture costs, beside libvips
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most
 	@.ci/setup test
-	timeout 600 $(python) tests/drills/drill.py
+	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
 
 drill-images: ## the long forms of the workers' tests: a backlog, kills, Redis away, damaged images; twelve minutes at most
 	@.ci/setup test

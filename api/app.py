@@ -9,7 +9,7 @@ from api.shapes import JSON_BYTES
 from storage.flights import Flights
 from storage.objects import open_store
 from storage.scripts import Redis
-from storage.settings import Settings, signing_secret
+from storage.settings import MIB, Settings, signing_secret
 
 IDLE = 30  # seconds without a byte after which a connection goes
 
@@ -35,7 +35,7 @@ def create(settings: Settings) -> Sanic:
     @app.before_server_start
     async def open(app):
         app.ctx.db = Redis(settings.redis_url)
-        app.ctx.objects = open_store(settings.store_url)
+        app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
         app.ctx.receiving, app.ctx.keeping, app.ctx.stopping = set(), set(), False
 

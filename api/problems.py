@@ -48,7 +48,8 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
-AGAIN = {429: "60", 503: "1"}  # Retry-After, seconds: uploads end in minutes, Redis is back in a second or not soon
+# Retry-After, seconds: uploads end and disks are cleared in minutes, Redis is back in a second or not soon
+AGAIN = {429: "60", 503: "1", 507: "60"}
 
 # What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
 SANIC = {
@@ -81,6 +82,8 @@ def answer_to(exception: Exception) -> HTTPResponse:
             return problem(exception.status, exception.code, exception.detail, exception.headers)
         case errors.Refusal():
             return problem(STATUS[type(exception)], exception.word.lower(), str(exception))
+        case objects.Full():
+            return problem(507, "full", str(exception))
         case objects.Unavailable():
             return problem(503, errors.Unreachable.word.lower(), str(exception))
         case exceptions.RequestCancelled():

@@ -93,6 +93,7 @@ async def create(request):
     if shapes.declared(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
+    ctx.objects.room()
     once = shapes.once(request, f"{length} {metadata}".encode())
     upload, replayed = await uploads.uncut(
         uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)

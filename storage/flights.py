@@ -7,6 +7,8 @@ Nothing is cached and nothing must be invalidated.
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 
+from storage.errors import Unreachable
+
 
 class Flights:
     """Flights by key: at most one under way and one boarding for each."""
@@ -38,6 +40,10 @@ class Flights:
                 fly, seats = self._boarding.pop(key)
                 try:
                     answer, error = await fly(), None
+                except Unreachable as raised:
+                    # Those who board would wait as long again for the same server: they are told now.
+                    answer, error = None, raised
+                    seats += self._boarding.pop(key, (None, []))[1]
                 except Exception as raised:
                     answer, error = None, raised
                 for seat in seats:

@@ -4,6 +4,7 @@ What a verb has put is durable when it returns, and is seen whole or not at all.
 whoever must be the only one uses `create`. Does not know which objects there are: names are made elsewhere.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -43,7 +44,11 @@ class Exists(Exception):
 
 
 class Unavailable(Exception):
-    """The store is out of reach or cannot do it: network, time, rights, full disk. The message says which."""
+    """The store is out of reach or cannot do it: network, time, rights. The message says which."""
+
+
+class Full(Unavailable):
+    """The store's disk has no room, or less than is to be spared."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,15 @@ class Entry:
     modified: float  # unix seconds
 
 
-def open_store(url: str) -> "Folder | S3":
+def open_store(url: str, spare: int = 0) -> "Folder | S3":
     """The store at `file:///absolute/path` or `s3://bucket/prefix` (the rest: the usual AWS_* variables).
 
+    There is `room` in a folder while more than `spare` bytes of its disk are free.
     Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made.
     """
     parts = urlsplit(url)
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
-        return Folder(Path(unquote(parts.path)))
+        return Folder(Path(unquote(parts.path)), spare)
     if parts.scheme == "s3" and parts.netloc:
         return S3(parts.netloc, parts.path.strip("/"))
     raise ValueError(f"{url}: wanted file:///absolute/path or s3://bucket/prefix")
@@ -85,16 +91,15 @@ class Folder:
     one for each piece. A verb whose caller is cancelled may still complete, whole.
     """
 
-    def __init__(self, root: Path):
-        self._root = root
+    def __init__(self, root: Path, spare: int = 0):
+        self._root, self._spare = root, spare
         _make_folder(root)
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
         path = self._path(name)
         if isinstance(data, bytes):
-            await _hop(_finish, self._root, path, None, data, os.rename)
-            return
+            return await _hop(_finish, self._root, path, None, data, os.rename)
         file = await _hop(_open_tmp, path)
         held = bytearray()
         try:
@@ -149,9 +154,12 @@ class Folder:
             else:
                 waiting += reversed(await _hop(_scan, self._root, below))
 
-    async def free(self) -> int | None:
-        """Bytes free on the folder's disk. Raises Unavailable."""
-        return await _hop(_free, self._root)
+    def room(self) -> None:
+        """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
+        with suppress(OSError):  # of a folder that is gone, the put says more
+            disk = os.statvfs(self._root)
+            if disk.f_bavail * disk.f_frsize < self._spare:
+                raise Full("the store's disk is almost full")
 
     async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
         """Remove what puts that died half way left `older` seconds ago: how many. Raises Unavailable."""
@@ -169,7 +177,8 @@ async def _hop(function, *arguments, missing=Unavailable):
     except FileExistsError as error:
         raise Exists(str(error)) from error
     except OSError as error:
-        raise Unavailable(str(error)) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, RLIMIT_FSIZE
+        raise (Full(f"the store has no room: {error.strerror}") if full else Unavailable(str(error))) from error
 
 
 def _open_tmp(path: Path):
@@ -260,12 +269,10 @@ def _delete(root: Path, paths: list[Path]) -> None:
     for folder in folders:
         with suppress(FileNotFoundError):  # pruned by another delete, which our unlinks came before
             _sync_folder(folder)
-        while folder != root:
-            try:
+        with suppress(OSError):
+            while folder != root:
                 folder.rmdir()
-            except OSError:
-                break
-            folder = folder.parent
+                folder = folder.parent
 
 
 def _scan(root: Path, prefix: str) -> list[Entry | str]:
@@ -284,11 +291,6 @@ def _scan(root: Path, prefix: str) -> list[Entry | str]:
                     found.append(Entry(name, status.st_size, status.st_mtime))
     # "a/" sorts after "a-b", as its objects do in S3
     return sorted(found, key=lambda item: item if isinstance(item, str) else item.name)
-
-
-def _free(root: Path) -> int:
-    disk = os.statvfs(root)
-    return disk.f_bavail * disk.f_frsize
 
 
 def _sweep(root: Path, before: float) -> int:
@@ -329,9 +331,7 @@ class S3:
         whole = isinstance(data, bytes)
         with _s3_errors():
             # One part at a time: the memory of one, not of twelve.
-            await obstore.put_async(
-                self._store, _checked(name), data, use_multipart=not whole, max_concurrency=1
-            )
+            await obstore.put_async(self._store, _checked(name), data, use_multipart=not whole, max_concurrency=1)
 
     async def create(self, name: str, data: bytes) -> None:
         """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
@@ -379,9 +379,8 @@ class S3:
             for meta in page:
                 yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
-    async def free(self) -> int | None:
-        """None: a bucket does not fill up."""
-        return None
+    def room(self) -> None:
+        """A bucket does not fill up."""
 
     async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
         """0: nothing but the bucket's lifecycle rule sees what puts left that died half way."""

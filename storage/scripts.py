@@ -20,14 +20,16 @@ import hiredis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptError, RedisError, ResponseError
 
 from storage.errors import Unknown, Unreachable, from_reply
 
-DEADLINE = 1.0  # seconds after which whoever waits is told; the contract promises a 503 within a second
+DEADLINE = 0.9  # seconds after which whoever waits is told: the contract promises a 503 within one
 APART = 0.003  # seconds from one pipeline of writes to the next: readers wait for each one's fsync
 BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
 
+# What Redis answers. redis-py takes two of its refusals for a lost connection: the command has not run.
+REPLIED = (ResponseError, BusyLoadingError, AuthenticationError)
 # Redis says no before it ran anything: memory is full, it cannot write its AOF, it loads, it is no primary, …
 NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
 
@@ -105,8 +107,8 @@ class Channel:
                 await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
                 for _, answer in batch:
                     try:
-                        _settle(answer, await connection.read_response())
-                    except ResponseError as error:
+                        _settle(answer, await connection.read_response(disconnect_on_error=False))
+                    except REPLIED as error:
                         _settle(answer, error)
         except (RedisError, OSError, TimeoutError) as error:
             # A late reply must not be taken for the next command's. Those who were not sent yet would wait for the
@@ -153,7 +155,7 @@ class Redis:
                 return await channel.ask("EVALSHA", called.sha, len(keys), *keys, *args)
             except NoScriptError:
                 return await channel.ask("EVAL", called.text, len(keys), *keys, *args)
-        except ResponseError as error:
+        except REPLIED as error:
             message = str(error)
             refusal = from_reply(message)
             if refusal is None and (type(error) is not ResponseError or message.startswith(NOT_NOW)):
@@ -166,7 +168,7 @@ class Redis:
         """Raises Unreachable where Redis does not answer."""
         try:
             await self._reads.ask("PING")
-        except ResponseError as error:
+        except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
 
     async def close(self) -> None:

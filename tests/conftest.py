@@ -58,7 +58,9 @@ class RedisServer:
     def start(self) -> None:
         conf = str(ROOT / "storage" / "redis.conf")
         where = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
-        self.process = subprocess.Popen([SERVERS[self.kind], conf, *where, *self.options])
+        # Signals as Python has them: a file at its limit is a write's error, not the server's death (SIGXFSZ).
+        command = [SERVERS[self.kind], conf, *where, *self.options]
+        self.process = subprocess.Popen(command, restore_signals=False)
         self.client = redis_client.Redis(unix_socket_path=self.socket, decode_responses=True)
         until(self.client.ping, what="Redis")
 

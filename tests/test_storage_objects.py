@@ -13,7 +13,7 @@ import time
 import pytest
 from parts import s3_url
 
-from storage.objects import TMP, Exists, Folder, NotFound, Unavailable, open_store
+from storage.objects import TMP, Exists, Folder, Full, NotFound, Unavailable, open_store
 
 pytestmark = pytest.mark.asyncio
 MIB = 1024 * 1024
@@ -171,9 +171,11 @@ async def test_a_url_of_no_store_is_refused(url):
         open_store(url)
 
 
-async def test_free_space_is_told_of_a_folder_only(store):
-    free = await store.free()
-    assert free > MIB if isinstance(store, Folder) else free is None
+async def test_only_a_folder_can_have_less_room_than_is_to_be_spared(store, tmp_path):
+    store.room()
+    if isinstance(store, Folder):
+        with pytest.raises(Full):
+            Folder(tmp_path, spare=2**60).room()
 
 
 # What only the folder has to prove
@@ -237,11 +239,11 @@ async def test_a_tmp_file_is_never_listed_and_swept_when_it_is_old(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [new.name, "1"]
 
 
-async def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path):
+async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     """A file size limit stands in for the full disk: both fail the write half way with an OSError."""
     program = (
         "import asyncio, pathlib, resource, signal, sys\n"
-        "from storage.objects import Folder, Unavailable\n"
+        "from storage.objects import Folder, Full\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))\n"
         "async def stream():\n"
@@ -250,7 +252,7 @@ async def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path):
         "    store = Folder(pathlib.Path(sys.argv[1]))\n"
         "    for data in (bytes(2_000_000), stream()):\n"
         "        try: await store.put('a/b', data)\n"
-        "        except Unavailable as error: print(error)\n"
+        "        except Full as error: print(error)\n"
         "asyncio.run(main())\n"
     )
     done = subprocess.run(

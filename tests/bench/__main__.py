@@ -4,10 +4,10 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import forecast, growth, plots, requests, table, transfers
+from tests.bench import forecast, growth, plots, requests, shipping, table, transfers
 from tests.conftest import ROOT
 
-PARTS = ("requests", "growth", "memory", "transfers", "forecast")
+PARTS = ("requests", "growth", "memory", "transfers", "shipping", "forecast")
 FORECAST = 300  # seconds of each load
 
 parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
@@ -39,6 +39,8 @@ def measured(part: str) -> list[table.Row]:
             plots.memory({kind: lengths for kind, (_, lengths) in found.items()}, out / "memory.png")
         case "transfers":
             rows = transfers.measure(rounds)
+        case "shipping":
+            rows = shipping.measure(rounds, seconds)
         case "forecast":
             rows, seen = forecast.measure(10 if asked.quick else FORECAST)
             plots.forecast(seen, out / "forecast.png")

@@ -1,0 +1,281 @@
+"""Redis that loads, hangs, is full or cannot write, and a store without room: told at once, and all heals by itself."""
+
+import asyncio
+import os
+import resource
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import RedisServer, Site, connect, until
+from making import make_post
+from state import unchanged
+from uploading import begin, joined, offset, picture, stored
+from wire import FORM, Line, dial, exchange, form, head, hear
+
+from storage import keys, uploads
+from storage.objects import Full
+
+KIB = 1024
+PROMISED = 1.2  # seconds: the second promised, and what a loaded machine adds
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def on(tmp_path):
+    """Starts a site on a server of its own, with options for it."""
+    parts = []
+
+    def start(kind: str, *options: str) -> Site:
+        server = RedisServer(kind, *options)
+        site = Site(server.url, tmp_path)
+        site.server = server
+        parts[:] = site, server
+        site.api()
+        site.post = asyncio.run(made(server))
+        return site
+
+    yield start
+    for part in parts:
+        part.close()
+
+
+async def made(server) -> str:
+    db = connect(server)
+    post = await make_post(db, "alice")
+    await db.close()
+    return post
+
+
+def refused(answer, code: str) -> bool:
+    """Whether an answer is the 503 of this code, in the form that is promised."""
+    if answer.status_code != 503:
+        return False
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["content-type"] == "application/problem+json"
+    return answer.json()["code"] == code
+
+
+def comment(client, site, text: str = "a"):
+    return client.post(f"/v1/posts/{site.post}/comments", json={"text": text})
+
+
+@contextmanager
+def file_limit(pid: int, size: int):
+    """No file may grow beyond `size` bytes: a disk that is full, for one process and without being root."""
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        if psutil.pid_exists(pid):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
+# Redis
+
+
+def test_while_redis_loads_nothing_is_in_doubt_and_then_all_is_well(kind, on):
+    # Redis looks at its connections once in 1,024 records
+    site = on(kind, "--key-load-delay", "100")
+    pipeline = site.server.client.pipeline()
+    for number in range(15 * 1024):
+        pipeline.set(f"ballast:{number}", number)
+    pipeline.execute()
+    with site.client("bob") as client, ThreadPoolExecutor() as pool:
+        assert comment(client, site).status_code == 201
+        site.server.kill()
+        starting = pool.submit(site.server.start)
+        loading = 0
+        while not starting.done():
+            for ask in (lambda: client.get("/v1/posts"), lambda: comment(client, site, "while it loads")):
+                began, answer = time.monotonic(), ask()
+                assert time.monotonic() - began < PROMISED
+                assert answer.status_code in (200, 201) or refused(answer, "unreachable")
+                loading += "loading" in answer.text
+        assert loading > 5
+        assert comment(client, site).status_code == 201
+
+
+@pytest.mark.parametrize("policy", ["everysec", "always"])
+def test_redis_whose_disk_is_full_is_told_and_loses_nothing_answered(kind, policy, on):
+    site = on(kind, "--appendfsync", policy)
+    server = site.server
+    with site.client("bob") as client:
+        answered = []
+
+        def write():
+            answer = comment(client, site, "x" * 2000)
+            if answer.status_code == 201:
+                answered.append(answer.json()["id"])
+            return answer
+
+        write()
+        (file,) = Path(server.folder.name).glob("appendonlydir/*.incr.aof")
+        with file_limit(server.process.pid, file.stat().st_size + 10_000):
+            until(lambda: write().status_code == 503, what="the refusal")
+            if policy == "always":
+                server.process.wait(10)  # it cannot take back what it has done, and ends
+                assert refused(client.get("/v1/posts"), "unreachable")
+            else:
+                assert client.get(f"/v1/posts/{site.post}").json()["comment_count"] == len(answered)
+            assert refused(write(), "unreachable")
+        if policy == "always":
+            server.start()
+        until(lambda: write().status_code == 201, what="health")
+        stream = [id for id, _ in server.client.xrange(keys.comments(site.post))]
+        assert set(answered) <= set(stream) and len(stream) - len(answered) <= 1
+
+
+def test_when_memory_is_full_reading_and_deleting_go_on(kind, on):
+    site = on(kind)
+    with site.client("alice") as alice:
+        written = comment(alice, site).headers["location"]
+        upload = begin(site, 100)
+        site.server.client.config_set("maxmemory", 1)
+        site.server.client.script_flush()  # the scripts that read and delete can be loaded all the same
+        with unchanged(site.server.client, site.folder):
+            assert refused(comment(alice, site), "unreachable")
+            assert refused(alice.post("/v1/posts", files={"image": picture(100)}), "unreachable")
+            headers = {"Tus-Resumable": "1.0.0", "Upload-Length": "10"}
+            assert refused(alice.post("/v1/uploads", headers=headers), "unreachable")
+            for target in ("", f"/{site.post}", f"/{site.post}/comments"):
+                assert alice.get(f"/v1/posts{target}").status_code == 200
+            assert alice.get(written).status_code == alice.get("/v1/changes").status_code == 200
+            assert offset(site, upload) == 0
+        for target in (written, f"/v1/uploads/{upload}", f"/v1/posts/{site.post}"):
+            headers = {"Tus-Resumable": "1.0.0"}
+            assert alice.delete(target, headers=headers).status_code == 204
+            assert alice.get(target).status_code in (404, 405)
+        site.server.client.config_set("maxmemory", 0)
+        assert alice.post("/v1/posts", files={"image": picture(100)}).status_code == 201
+
+
+async def test_whoever_comes_while_redis_hangs_waits_no_longer_than_the_first(kind, on):
+    site = await asyncio.to_thread(on, kind)
+    took = []
+
+    async def ask(after: float, method: str, target: str, body=None):
+        await asyncio.sleep(after)
+        async with Line(site.port, site.token("bob")) as line:
+            began = time.monotonic()
+            answer = await line.ask(method, target, body)
+            took.append(time.monotonic() - began)
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+    async def go_on(body: bytes):
+        """With a form whose upload has begun."""
+        began = time.monotonic()
+        line.sendall(body)
+        answer = await asyncio.to_thread(hear, line)
+        took.append(time.monotonic() - began)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+    body = form(("image", "a.png", picture(100 * KIB)))
+    bearer = f"Authorization: Bearer {site.token('alice')}"
+    line = dial(site.port)
+    line.sendall(head("POST", "/v1/posts", bearer, FORM, f"Content-Length: {len(body)}") + body[:KIB])
+    until(lambda: site.server.client.exists("uploads:{0}:alice"), what="its upload")
+    os.kill(site.server.process.pid, signal.SIGSTOP)
+    try:
+        asked = [go_on(body[KIB:])]
+        asked += [ask(n / 10, "GET", "/v1/posts") for n in range(8)]
+        asked += [ask(n / 10, "POST", f"/v1/posts/{site.post}/comments", {"text": "a"}) for n in range(8)]
+        await asyncio.gather(*asked)
+        assert max(took) < PROMISED
+    finally:
+        os.kill(site.server.process.pid, signal.SIGCONT)
+        line.close()
+
+
+# The store
+
+
+@pytest.fixture
+def crowded(real_server, tmp_path):
+    """A site that is to spare more than any disk has, and an open upload of alice's."""
+    real_server.client.flushall()
+    site = Site(real_server.url, tmp_path, free_space=2**30)
+    site.server = real_server
+
+    async def opened() -> str:
+        db = connect(real_server)
+        upload, _ = await uploads.create(db, "alice", 1, 1000)
+        await db.close()
+        return upload
+
+    site.upload = asyncio.run(opened())
+    site.api()
+    yield site
+    site.close()
+
+
+SENT = "Content-Type: application/offset+octet-stream"
+HEADS = {
+    "a form": ["POST", "/v1/posts", FORM],
+    "an upload": ["POST", "/v1/uploads", "Upload-Length: 1000", SENT],
+    "a part of one": ["PATCH", "/v1/uploads/{upload}", "Upload-Offset: 0", SENT],
+}
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_below_the_mark_is_refused_before_its_body(crowded, what):
+    method, target, *more = HEADS[what]
+    bearer = f"Authorization: Bearer {crowded.token('alice')}"
+    asked = ["Tus-Resumable: 1.0.0", "Content-Length: 900", "Expect: 100-continue", bearer, *more]
+    with unchanged(crowded.server.client, crowded.folder):
+        answer = exchange(crowded.port, head(method, target.format(upload=crowded.upload), *asked))
+        assert (answer.status, answer.json()["code"]) == (507, "full")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["retry-after"] == "60"
+    with crowded.client("alice") as alice:
+        assert alice.get("/v1/posts").status_code == 200
+
+
+def test_what_fills_the_store_is_refused_and_what_it_took_before_stays(serving):
+    image = picture(600 * KIB)
+    upload = begin(serving, len(image))
+    (api,) = psutil.Process(serving.processes[0].pid).children()
+    tus = {"Tus-Resumable": "1.0.0", "Content-Type": SENT.split()[1]}
+    with serving.client("alice") as alice:
+
+        def send(at: int):
+            sent = {**tus, "Upload-Offset": f"{at}"}
+            return alice.patch(f"/v1/uploads/{upload}", content=image[at:], headers=sent)
+
+        with file_limit(api.pid, 200 * KIB):  # a first chunk is at most 128 KiB, the next has the rest
+            answer = send(0)
+            assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (507, "full", "60")
+            kept = offset(serving, upload)
+            assert 64 * KIB <= kept <= 128 * KIB and stored(serving, upload) == 1
+        with file_limit(api.pid, 60 * KIB), unchanged(serving.server.client, serving.folder):
+            assert send(kept).status_code == 507
+        with file_limit(api.pid, 60 * KIB):
+            assert alice.post("/v1/posts", files={"image": image}).status_code == 507
+            created = alice.post("/v1/uploads", content=image, headers={**tus, "Upload-Length": f"{len(image)}"})
+            assert (created.status_code, created.headers["upload-offset"]) == (201, "0")
+            assert sum(1 for _ in (serving.folder / "store").glob("chunks/*/*")) == 1
+        assert send(kept).status_code == 204
+    assert asyncio.run(joined(serving, serving.server, upload)) == image
+
+
+async def test_an_upload_under_way_ends_at_the_mark(real_server, store):
+    db = connect(real_server)
+    upload, _ = await uploads.create(db, "alice", 1, 200)
+    image = uploads.Appender(db, store, upload, 0, 200)
+    await image.write(picture(100))
+    await image.commit()
+    store._spare = 2**60  # another filled the disk meanwhile
+    await image.write(picture(100))
+    with pytest.raises(Full):
+        await image.commit()
+    assert (await uploads.look(db, upload)).offset == image.offset == 100
+    assert len([chunk async for chunk in store.list()]) == 1
+    await db.close()
