@@ -73,5 +73,6 @@ async def read(request, post: str) -> Answer:
 @routes.delete("/v1/posts/<post>")
 async def delete(request, post: str):
     user = tokens.user(request)
-    await posts.delete(request.app.ctx.db, request.app.ctx.objects, user, post)
+    ctx = request.app.ctx
+    await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.named_ms)
     return empty()

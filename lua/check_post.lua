@@ -17,7 +17,7 @@
 -- A flaw begins with the number of the invariant, or with 0 where it breaks none.
 local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local now, id, shown, repair = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1'
-if #KEYS ~= 7 or #ARGV ~= 4 or not shown then
+if #KEYS ~= 7 or #ARGV ~= 4 or (shown or 0) < 1 then
   return redis.error_reply('ERR wrong arguments')
 end
 

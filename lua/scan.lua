@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 -- Walks over all keys of a server, or over the members of a zset, some at a time.
--- KEYS[1] zset   the one to walk over; none: all keys
+-- KEYS[1] zset; none: all keys
 -- ARGV[1] cursor where the last call ended; 0 at first
 -- ARGV[2] count  about how many to look at, which bounds the script's time
 -- Returns {cursor, 0 at the end, {key, …} or {member, score, …}}

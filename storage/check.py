@@ -86,7 +86,9 @@ async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, boo
     return status, comments, bool(due), flaws
 
 
-async def _post(db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool) -> None:
+async def _post(
+    db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool
+) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
     if not keys.ID.fullmatch(post):
         found.tell(post, "0 no post has such an id", False)

@@ -8,8 +8,10 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from storage import keys, uploads
+from storage.aof import Damaged
+from storage.chain import descriptions
 from storage.errors import NoPost, NoUpload
-from storage.objects import S3, Folder, NotFound
+from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.posts import read as read_post
 from storage.scripts import Redis
 from storage.settings import DAY_MS
@@ -78,22 +80,39 @@ async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> No
     await db.call("fail_post", named, db.clock, post, attempt, code, detail)
 
 
-async def erase(db: Redis, objects: Folder | S3, due: Due) -> None:
+async def erase(db: Redis, objects: Folder | S3, backup: Folder | S3, due: Due, named_ms: int) -> None:
     """Erase what a deleted post left: its image now, its original when no backup can name it any more."""
     await objects.delete([keys.image(due.id)])
-    last = due.revision + DAY_MS
-    if due.lease - LEASE_MS >= last:  # the moment it was leased at
+    now = due.lease - LEASE_MS
+    deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
+    if now < deleted + named_ms:
+        await _settle(db, due, deleted + named_ms)
+    elif await _named(backup, deleted):
+        await _settle(db, due, now + DAY_MS)
+    else:
         await objects.delete([keys.original(due.id)])
         await _settle(db, due, "")
-    else:
-        await _settle(db, due, last)
 
 
-async def end_upload(db: Redis, objects: Folder | S3, due: Due) -> None:
-    """Erase the chunks of an upload that expired, was dropped, or whose post has its original."""
-    upload = await uploads.look(db, due.id)
-    if upload.post and await _needs_chunks(db, objects, upload.post):
-        await _settle(db, due, "")  # a failed post's bytes: they go with the post
+async def _named(backup: Folder | S3, moment: int) -> bool:
+    """Whether a kept backup holds the state of a moment, ms since 1970.
+
+    They are kept for longer than set where `verify` fails. A backup store that cannot say may have it.
+    """
+    try:
+        return any(one["second"] * 1000 <= moment for one in (await descriptions(backup)).values())
+    except (Unavailable, Damaged):
+        return True
+
+
+async def end_upload(db: Redis, objects: Folder | S3, backup: Folder | S3, due: Due, named_ms: int) -> None:
+    """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted."""
+    upload, now = await uploads.look(db, due.id), due.lease - LEASE_MS
+    only = upload.post and not await _joined(objects, upload.post)  # there is no original: these are its bytes
+    if only and await _there(db, upload.post):
+        await _settle(db, due, "")  # they go with the post
+    elif only and await _named(backup, now - named_ms):
+        await _settle(db, due, now + DAY_MS)
     elif upload.post or not upload.expires:
         await uploads.erase_chunks(db, objects, due.id, upload.chunks)
     elif upload.expired:
@@ -103,16 +122,16 @@ async def end_upload(db: Redis, objects: Folder | S3, due: Due) -> None:
         await _settle(db, due, upload.expires)
 
 
-async def _needs_chunks(db: Redis, objects: Folder | S3, post: str) -> bool:
-    """Chunks go only when the original is seen, or nobody owns them."""
+async def _joined(objects: Folder | S3, post: str) -> bool:
     try:
-        await objects.size(keys.original(post))
-        return False
+        return bool(await objects.size(keys.original(post)))
     except NotFound:
-        pass
+        return False
+
+
+async def _there(db: Redis, post: str) -> bool:
     try:
-        await read_post(db, post)
-        return True
+        return bool(await read_post(db, post))
     except NoPost:
         return False
 

@@ -122,11 +122,11 @@ async def _feed_page(db: Redis, partition: int, limit: int, after: Place | None)
     return epoch, revision, more, [of_line(row) for row in rows]
 
 
-async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> None:
+async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS) -> None:
     """Delete a post with its comments, and the image that was served.
 
-    Its original goes when no backup can name it any more; should this process die in between, the outbox
-    erases the image. Raises NoPost, Forbidden.
+    Its original goes when no backup can name it any more, in `named_ms` at the earliest. Should this process die in
+    between, the outbox erases the image. Raises NoPost, Forbidden.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -136,8 +136,8 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str) -> Non
         db.clock,
         post,
         author,
-        DAY_MS,
-        TOLD_MS,
+        named_ms,
+        max(TOLD_MS, named_ms + DAY_MS),
     )
     await erase_image(objects, post)
 

@@ -48,6 +48,16 @@ class Settings:
     jwt_secret: str  # empty: made on first start and kept in the data folder
     partitions: int  # how many partitions new posts spread over; old ones stay where they are
 
+    @property
+    def named_ms(self) -> int:
+        """How long a kept backup may name what was deleted, in ms.
+
+        A day at least, for an operator who restores by other means. Old backups go when a snapshot is made, and the
+        first second of one lies up to a snapshot earlier than its end: hence twice its time.
+        """
+        kept = max(86400, self.keep_seconds, self.keep_days * 86400)
+        return (kept + 2 * self.snapshot_every) * 1000
+
 
 def load(environ=os.environ) -> Settings:
     """Settings from the environment.

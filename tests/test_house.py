@@ -24,8 +24,8 @@ API = (ROOT / "docs" / "api.md").read_text()
 
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
-    "EXISTS|TTL|TIME|GET|HGET|HMGET|HVALS|LINDEX|LRANGE|XINFO|XLEN|XRANGE|XREVRANGE|"
-    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCORE"
+    "EXISTS|TTL|TIME|GET|HGET|HMGET|HVALS|LINDEX|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
 

@@ -8,9 +8,9 @@ from making import make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import comments, errors, keys, outbox, posts, scripts, uploads
+from storage import check, comments, errors, keys, outbox, posts, scripts, uploads
 from storage.keys import Once
-from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import DAY_MS, IMAGE_BYTES, LATEST, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 NOW = 1_763_971_200_000
 ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
@@ -101,6 +101,13 @@ async def chunk(db, at: Scene):
     await append(db, at.upload, 10, 5, "10-name")
 
 
+async def check_post(db, at: Scene):
+    """In another outbox than its own, where it is missing."""
+    named = [keys.post(at.processing), keys.comments(at.processing), keys.latest(at.processing)]
+    named += [keys.feed(0), keys.changes(0), keys.gone(0), keys.due(1)]
+    await db.call("check_post", named, db.clock, at.processing, LATEST, 1)
+
+
 WRITES = {
     "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
     "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
@@ -114,6 +121,9 @@ WRITES = {
     "settle_due": settle,
     "start_image": lambda db, at: outbox.start_image(db, at.processing, at.leased.lease),
     "publish_post": lambda db, at: outbox.publish(db, at.processing, "thumbhash"),
+    "make_again": lambda db, at: check.make_again(db, at.ready),
+    "check_post": check_post,
+    "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0)], "name"),
     "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),
 }
 
@@ -333,7 +343,7 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     due = await leased(db, upload)
     assert due.kind == "upload"
     assert [entry.name async for entry in store.list("")]
-    await outbox.end_upload(db, store, due)
+    await outbox.end_upload(db, store, store, due, DAY_MS)
     assert [entry.name async for entry in store.list("")] == []
     await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
     await refused(server, db, errors.NoUpload, append(db, upload, 60, 1, "60-a"))
@@ -364,7 +374,7 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
         await uploads.discard(db, Unplugged(), "alice", upload)
     assert await outbox.lease(db, 0, 10) == []
     db.clock += uploads.GRACE_MS
-    await outbox.end_upload(db, store, await leased(db, upload))
+    await outbox.end_upload(db, store, store, await leased(db, upload), DAY_MS)
     assert contents(server.client) == {}
     assert [entry.name async for entry in store.list("")] == []
 

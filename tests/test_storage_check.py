@@ -1,16 +1,18 @@
 """`check` finds what breaks an invariant, repairs what is derived, and lets be what is right."""
 
+import asyncio
 import json
 import subprocess
 import sys
 
 import pytest
+import redis
 from conftest import ROOT, connect
-from making import jpeg, make_post, make_processing
+from making import jpeg, make_processing
 from state import contents, unchanged
 from uploading import picture
 
-from storage import check, comments, keys, posts, uploads
+from storage import check, comments, keys, outbox, posts, uploads
 from storage.errors import Expired
 
 NOW = 1_763_971_200_000
@@ -26,9 +28,10 @@ async def db(server):
 
 async def show(db, store, author: str, said: int = 0, partitions: int = 1) -> str:
     """A ready post with all of its objects."""
-    post = await make_post(db, author, partitions)
+    post = await make_processing(db, author, partitions)
     await store.put(keys.original(post), picture(100))
     await posts.put_image(store, post, jpeg())
+    await outbox.publish(db, post, "thumbhash")
     for number in range(said):
         await comments.add(db, "bob", post, f"{number} / \\ \" é")
     return post
@@ -162,8 +165,6 @@ async def test_a_restore_makes_old_data_fit_the_store_of_today(db, store, data, 
 
 
 async def test_while_others_write_nothing_right_is_told_wrong(db, store, data):
-    import asyncio
-
     stop = False
 
     async def busy(number: int):
@@ -185,8 +186,6 @@ def test_the_command_says_what_is_wrong_and_how_it_ended(site):
         return subprocess.run(command, cwd=ROOT, env=site.environment, capture_output=True, text=True)
 
     ghost = keys.new_post_id(0)
-    import redis
-
     client = redis.Redis.from_url(site.environment["IMAGEGRAM_REDIS_URL"])
     client.zadd(keys.feed(0), {ghost: 3})
     asked = run()

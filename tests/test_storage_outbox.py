@@ -7,7 +7,8 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import comments, errors, keys, outbox, posts, uploads
+from storage import chain, comments, errors, keys, outbox, posts, uploads
+from storage.objects import Folder
 from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
 
@@ -194,13 +195,16 @@ async def test_a_post_deleted_while_its_image_is_made_stays_deleted_and_leaves_n
     assert not server.client.exists(keys.due(0))
 
 
+def backups(store) -> Folder:
+    """The backup store beside a store."""
+    return Folder(store._root.parent / "backup")
+
+
 async def work_off(db, store) -> None:
     """What the dispatcher does at this moment."""
     for due in await outbox.lease(db, 0, 0):
-        if due.kind == "upload":
-            await outbox.end_upload(db, store, due)
-        else:
-            await outbox.erase(db, store, due)
+        end = outbox.end_upload if due.kind == "upload" else outbox.erase
+        await end(db, store, backups(store), due, DAY_MS)
 
 
 async def test_a_ready_post_has_its_original_and_image_and_no_chunk(server, db, store):
@@ -285,6 +289,52 @@ async def test_a_failed_posts_bytes_stay_until_it_is_deleted_and_for_a_day(serve
     assert not server.client.exists(keys.due(0))
 
 
+async def describe(store, generation: int, ms: int) -> None:
+    """A kept backup whose base is of that moment, as the shipper describes it."""
+    body = chain.seal({"generation": generation, "second": ms // 1000}, b"")
+    await backups(store).put(chain.description_name(generation), body)
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["ready", "failed"])
+async def test_the_bytes_of_a_deleted_post_outlive_every_backup_that_may_name_it(server, db, store, failed):
+    post, _ = await stored_post(db, store)
+    due = await leased(db, post)
+    if failed:
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    else:
+        await make_image(db, store, due)
+    await work_off(db, store)
+    await describe(store, 1, db.clock - 5000)
+    db.clock += 10_000
+    await posts.delete(db, store, "alice", post)
+    left = await names(store)
+    assert left
+    for days in (1, 1, 30):  # verify fails for a month: the old backup stays, and this with it
+        db.clock += days * DAY_MS + LEASE_MS
+        await work_off(db, store)
+        await work_off(db, store)
+        assert await names(store) == left
+        await posts.delete(db, store, "bob", await make_post(db, "bob"))  # which forgets what is told of no more
+    db.clock += DAY_MS + LEASE_MS
+    await describe(store, 2, db.clock)
+    await backups(store).delete([chain.description_name(1)])
+    await work_off(db, store)
+    assert await names(store) == []
+
+
+async def test_a_backup_store_that_is_away_keeps_originals_and_hinders_nothing_else(server, db, store):
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await posts.delete(db, store, "alice", post)
+    await describe(store, 1, db.clock + 5000)
+    await backups(store).put(chain.description_name(2), b"rubbish")
+    for _ in range(3):
+        await work_off(db, store)
+        db.clock += DAY_MS + LEASE_MS
+    assert await names(store) == [keys.original(post)]
+
+
 async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     post, _ = await stored_post(db, store)
     await make_image(db, store, await leased(db, post))
@@ -294,8 +344,8 @@ async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     db.clock += LEASE_MS
     current = await leased(db, post)
     with unchanged(server.client):
-        await outbox.erase(db, store, stale)
-    await outbox.erase(db, store, current)
+        await outbox.erase(db, store, backups(store), stale, DAY_MS)
+    await outbox.erase(db, store, backups(store), current, DAY_MS)
     assert int(server.client.zscore(keys.due(0), post)) > db.clock
 
 

@@ -1,6 +1,7 @@
 """Restoring on real servers: any second, every digest, nothing half."""
 
 import asyncio
+import io
 import os
 import random
 import secrets
@@ -8,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from making import jpeg
 from parts import (
     PROGRAMS,
     make_settings,
@@ -19,11 +21,14 @@ from parts import (
     until,
     writing,
 )
+from state import files
+from uploading import picture
 
-from storage import aof, chain, snapshots
+from storage import aof, chain, changes, comments, keys, originals, outbox, posts, scripts, snapshots, uploads
 from storage.aof import Damaged
+from storage.errors import Expired, Outdated
 from storage.objects import open_store
-from storage.restore import Refused, restore, running, verify
+from storage.restore import Refused, restore, running, url, verify
 
 pytestmark = pytest.mark.asyncio
 
@@ -272,6 +277,72 @@ async def test_a_restored_folder_is_a_data_folder_that_goes_on_being_shipped(set
         assert await client.get("after") == b"the restore"
     family = "redis " if settings.redis_server else "valkey "
     assert (data / "redis" / "server").read_text().startswith(family)
+
+
+async def shown(db, objects, author: str) -> str:
+    """A post as upload, worker and readers leave it."""
+    async with uploads.receiving(db, objects, author, 1) as image:
+        await image.write(picture(1000))
+        await image.finish()
+    post, _ = await posts.create(db, author, image.upload, "caption")
+    (due,) = [due for due in await outbox.lease(db, 0, 10) if due.id == post]
+    _, upload = await outbox.start_image(db, post, due.lease)
+    await originals.keep(db, objects, post, upload, io.BytesIO())
+    await posts.put_image(objects, post, jpeg())
+    await outbox.publish(db, post, "thumbhash")
+    await comments.add(db, "bob", post, "first")
+    return post
+
+
+async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch(settings, store, tmp_path):
+    objects, said = open_store(settings.store_url), []
+    async with redis_on(settings), shipping(settings, store) as shipper:
+        db = scripts.Redis(settings.redis_url)
+        kept, doomed = [await shown(db, objects, author) for author in ("alice", "eve")]
+        token = (await changes.since(db, 1, 10, None)).token
+        upload, _ = await uploads.create(db, "carol", 1, 2000)
+        image = uploads.Appender(db, objects, upload, 0, 2000)
+        await image.write(picture(1500))
+        await image.commit()
+        second = int(time.time())
+        await until(lambda: int(time.time()) > second, "the next second")
+        await posts.delete(db, objects, "eve", doomed, settings.named_ms)
+        await uploads.discard(db, objects, "carol", upload)
+        late = await shown(db, objects, "late")
+        for due in await outbox.lease(db, 0, 10):
+            end = outbox.end_upload if due.kind == "upload" else outbox.erase
+            await end(db, objects, store, due, settings.named_ms)
+        await db.close()
+        await shipped(shipper)
+    done = await restore(settings, store, tmp_path / "to", second, said.append)
+    assert done.counts == {"posts": 2, "comments": 2, "open uploads": 0, "flaws": 0}
+    assert not any("FLAW" in line for line in said)
+    async with running(settings, tmp_path / "to") as client:
+        db = scripts.Redis(url(client))
+        assert [post.id for post in (await posts.feed(db, 1, 10)).posts] == [doomed, kept]
+        waiting = {due.id: due.kind for due in await outbox.lease(db, 0, 10)}
+        assert waiting.pop(doomed) == "image" and kept not in waiting and late not in waiting
+        assert (await objects.get(keys.original(doomed)))[:8] == picture(8)
+        with pytest.raises(Outdated):
+            await changes.since(db, 1, 10, token)
+        with pytest.raises(Expired):
+            await uploads.read(db, "carol", upload)
+        await db.close()
+
+
+async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings, store, tmp_path):
+    objects, said = open_store(settings.store_url), []
+    async with redis_on(settings), shipping(settings, store) as shipper:
+        db = scripts.Redis(settings.redis_url)
+        post = await shown(db, objects, "alice")
+        await db.close()
+        await shipped(shipper)
+    await objects.delete([keys.original(post)])
+    before = files(settings.data / "store")
+    done = await restore(settings, store, tmp_path / "to", say=said.append)
+    assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in said
+    assert await verify(settings, store)
+    assert files(settings.data / "store") == before
 
 
 async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_next(

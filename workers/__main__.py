@@ -10,14 +10,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 
-from redis import RedisError
+import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings
-from storage.objects import open_store
 from storage.scripts import Redis
 from workers import dispatcher, pipeline
 
@@ -56,11 +56,23 @@ def convert(chosen: settings.Settings, parent: int) -> None:
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
     queue = dispatcher.queue(chosen.queue_url)
+    await_redis(queue.connection)
     try:
         worker = Converter([queue], connection=queue.connection, serializer=JSONSerializer, worker_ttl=HEARD)
         worker.work(logging_level="WARNING")
-    except RedisError as error:
+    except redis.RedisError as error:
         raise SystemExit(f"converter: {error}") from None
+
+
+def await_redis(connection: redis.Redis) -> None:
+    """RQ's worker would end at once, and starting it again and again would take a core."""
+    while True:
+        try:
+            connection.ping()
+            return
+        except redis.RedisError as error:
+            log.warning("waits: %s", error)
+            time.sleep(AGAIN)
 
 
 async def converting() -> None:
@@ -93,12 +105,9 @@ async def work(chosen: settings.Settings) -> int:
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
-    db, store = Redis(chosen.redis_url), open_store(chosen.store_url)
-    hints = dispatcher.queue(chosen.queue_url)
+    db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
     parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
-    parts.append(
-        asyncio.create_task(dispatcher.dispatch(db, store, hints, chosen.partitions, chosen.converters))
-    )
+    parts.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
     print(f"worker: {chosen.converters} images at once", flush=True)
     await asyncio.wait([asyncio.create_task(stopped.wait()), *parts], return_when=asyncio.FIRST_COMPLETED)
     for part in parts:

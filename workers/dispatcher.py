@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 from storage import objects, outbox
 from storage.errors import Unknown, Unreachable
 from storage.scripts import Redis
+from storage.settings import Settings
 
 QUEUE = "images"
 JOB = "workers.jobs.make_image"
@@ -47,29 +48,24 @@ def hint(hints: Queue, post: str, lease: int) -> None:
     hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
 
 
-async def dispatch(
-    db: Redis, store: objects.Folder | objects.S3, hints: Queue, partitions: int, converters: int
-) -> None:
-    """Hand out what is due, until cancelled. `converters` are the RQ workers that live with this dispatcher."""
+async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
+    """Hand out what is due, until cancelled."""
+    store, backup = objects.open_store(chosen.store_url), objects.open_store(chosen.backup_store_url)
     away = None
     while True:
         try:
-            for partition in range(partitions):
-                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints, converters)):
-                    await hand_out(db, store, hints, due)
+            for partition in range(chosen.partitions):
+                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints, chosen.converters)):
+                    match due.kind:
+                        case "image":
+                            await asyncio.to_thread(hint, hints, due.id, due.lease)
+                        case "upload":
+                            await outbox.end_upload(db, store, backup, due, chosen.named_ms)
+                        case "erase":
+                            await outbox.erase(db, store, backup, due, chosen.named_ms)
             away = None
         except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:
             if away is None:  # said once, not ten times a second
                 log.warning("waits: %s", error)
             away = error
         await asyncio.sleep(PAUSE_AWAY if away else PAUSE)
-
-
-async def hand_out(db: Redis, store: objects.Folder | objects.S3, hints: Queue, due: outbox.Due) -> None:
-    match due.kind:
-        case "image":
-            await asyncio.to_thread(hint, hints, due.id, due.lease)
-        case "upload":
-            await outbox.end_upload(db, store, due)
-        case "erase":
-            await outbox.erase(db, store, due)

@@ -41,6 +41,8 @@ def measured(part: str) -> list[table.Row]:
             rows = transfers.measure(rounds)
         case "shipping":
             rows = shipping.measure(rounds, seconds)
+        case "shipping":
+            rows = shipping.measure(rounds, seconds)
         case "forecast":
             rows, seen = forecast.measure(10 if asked.quick else FORECAST)
             plots.forecast(seen, out / "forecast.png")
