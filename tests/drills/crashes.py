@@ -26,7 +26,7 @@ from parts import PROGRAMS, RedisProcess, make_settings, redis_on, restored, shi
 from storage.objects import open_store  # noqa: E402
 from storage.restore import restore, running  # noqa: E402
 
-SECONDS = 60  # after which a drill begins no further round
+SECONDS = 75  # after which a drill begins no further round
 
 
 def settings_in(folder: str, server: str, **changes):

@@ -317,10 +317,10 @@ async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
 
 
 async def _restored(settings, real, to: Path, made: int) -> str:
-    begun = time.monotonic()
-    done = await restore(settings, real, to, say=lambda text: None)
+    begun, said = time.monotonic(), []
+    done = await restore(settings, real, to, say=said.append)
     took = time.monotonic() - begun
-    size = sum(path.stat().st_size for path in to.glob("appendonlydir/*")) / MIB
+    size = float(re.search(r"([\d.]+) MiB read", " ".join(said))[1])
     stored = sum([one.size async for one in real.list(f"{done.generation:08}/")]) / MIB
     async with running(settings, to) as client:
         assert sum(int(count) for _, count in await client.zrange(keys.feed(0), 0, -1, withscores=True)) == made
