@@ -2,8 +2,8 @@
 
 cut     the append-only file of comments made by the scripts, cut at each record's boundary in its last 16 KiB and at
         random bytes; a server starts on it and has every comment that is whole, and no half of one.
-store   the store fails before or after it did as told, falls silent, and the shipper is killed in mid-put; two
-        shippers at once; one flipped bit in each object.
+store   the store fails before or after it did as told; the shipper is killed in mid-put; two shippers at once; one
+        flipped bit in each object. Then S3 on a line that falls silent or is cut.
 full    a disk of 4 MiB under the append-only file, then a bounded memory, with the API's answers timed. Mounting the
         disk needs root.
 scale   2 million comments: shipped and restored as commands, then as a base.
@@ -21,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, RedisServer, Site, connect
 from conftest import until as wait
 from making import make_post
-from parts import redis_on, restored, shipped, shipping, until, writing
+from parts import redis_on, restored, s3_server, s3_url, shipped, shipping, until, writing
+from proxy import Proxy
 from test_storage_ship import Faulty, begin, end, whole
 
 from storage import aof, chain, comments, keys, ship
@@ -66,7 +68,40 @@ async def cut(server: str, anywhere: int = 200) -> str:
     return f"file cut at {boundaries} boundaries and {anywhere} random bytes: {len(cuts)} starts, no comment half there"
 
 
-async def store(server: str, kills: int = 20) -> str:
+async def store(server: str) -> str:
+    return f"{await _failing(server)}; {await _cut_off(server)}"
+
+
+def _lost(writers, lists) -> str:
+    lost = sum(len(set(writer.answered) - set(found)) for writer, found in zip(writers, lists, strict=True))
+    return f"{lost} of {sum(len(writer.answered) for writer in writers)} answered writes lost"
+
+
+async def _cut_off(server: str) -> str:
+    """S3 behind a line that falls silent, is reset or ends while an answer is on its way."""
+    hows = 3 * ("silence", "rst", "fin")
+    with (
+        tempfile.TemporaryDirectory(prefix="ig-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+        Proxy(int(s3_server().rpartition(":")[2])) as proxy,
+    ):
+        url = s3_url(patch)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        settings = replace(settings_in(folder, server), ship_interval=0.2, backup_store_url=url)
+        real = open_store(url)
+        async with redis_on(settings), shipping(settings, real) as shipper:
+            async with writing(settings, 8) as writers:
+                for how in hows:
+                    await shipped(shipper)
+                    proxy.lose(how=how)
+                    assert await asyncio.to_thread(proxy.lost.wait, 20)
+            await shipped(shipper)
+        await whole(real)
+        _, lists = await restored(settings, real, writers, Path(folder))
+    return f"S3 cut off or silent {len(hows)} times: {_lost(writers, lists)}"
+
+
+async def _failing(server: str, kills: int = 20) -> str:
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = replace(settings_in(folder, server), ship_interval=0.2)
         real = open_store(settings.backup_store_url)
@@ -109,13 +144,10 @@ async def store(server: str, kills: int = 20) -> str:
         await unchanged()
         await whole(real)
         _, lists = await restored(settings, real, writers, Path(folder))
-        lost = sum(len(set(writer.answered) - set(found)) for writer, found in zip(writers, lists, strict=True))
         flipped = await _flipped(settings, real, Path(folder, "flipped"))
-    answered = sum(len(writer.answered) for writer in writers)
     return (
         f"store: {faulty.failed} puts and reads failed, {kills} shippers killed, {stopped} of 5 second ones stopped;"
-        f" {len(digests)} objects, 0 replaced; {lost} of {answered} answered writes lost;"
-        f" {flipped} flipped bits, all found"
+        f" {len(digests)} objects, 0 replaced; {_lost(writers, lists)}; {flipped} flipped bits, all found"
     )
 
 
@@ -257,7 +289,7 @@ def _memory(server: str) -> str:
 
 async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
     told = []
-    redis = RedisServer(server)
+    redis = RedisServer(server, "--auto-aof-rewrite-percentage", "0")
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = settings_in(folder, server, redis_url=redis.url)
         settings.data.mkdir()
@@ -278,7 +310,7 @@ async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
                 await until(lambda: shipper.chain.generation == 2, "the base is shipped", 120)
                 told.append(f"rewritten and shipped in {time.monotonic() - begun:.1f} s")
             told.append(await _restored(settings, real, Path(folder, "base"), made))
-            told.append(_restarted(redis))
+            told.append(await asyncio.to_thread(_restarted, redis))
         finally:
             redis.close()
     return f"{made:,} comments, {posts:,} posts: " + "; ".join(told)
