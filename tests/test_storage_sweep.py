@@ -15,7 +15,7 @@ from storage import keys, objects, posts, settings, uploads
 from storage.sweep import DAY, FEW, Mistaken, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
-OLD, OLDEST = 1.1 * DAY, 6.1 * DAY  # seconds; an original may be named by a backup for twice three days
+OLD, OLDEST = 1.1 * DAY, 7.1 * DAY  # seconds; an original may be named by a backup for twice three and a half days
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tm
         await put(store, tmp_path, name, OLDEST)
     let_be = [
         await put(store, tmp_path, keys.image(keys.new_post_id(0)), 0.9 * DAY),
-        await put(store, tmp_path, keys.original(keys.new_post_id(0)), 5.9 * DAY),
+        await put(store, tmp_path, keys.original(keys.new_post_id(0)), 6.9 * DAY),
         await put(store, tmp_path, "originals/notes.txt", OLDEST),
         await put(store, tmp_path, "elsewhere/" + NOBODY, OLDEST),
     ]

@@ -4,6 +4,7 @@ import contextlib
 import random
 import tempfile
 from base64 import urlsafe_b64decode
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -117,46 +118,43 @@ def times(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> tuple[
     ], grown
 
 
-def used(server: Redis) -> int:
-    return server.client.info("memory")["used_memory"]
+def used(kind: str, filling: Callable[[Redis], object]) -> int:
+    """Bytes by which a server grows. A new one each time: what a flushed one gives back is not all that it took."""
+    server = Redis(kind)
+    try:
+        empty = server.client.info("memory")["used_memory"]
+        filling(server)
+        return server.client.info("memory")["used_memory"] - empty
+    finally:
+        server.close()
+
+
+def remember(server: Redis, number: int) -> None:
+    """Idempotency-Keys of comments."""
+    server.filling(True)
+    value = f"{keys.digest(b'body')} 1790000000000-0"
+    names = (keys.once(0, fill.AUTHOR % (each % 100_000), f"POST /v1/posts {each}") for each in range(number))
+    fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in names))
+    server.filling(False)
 
 
 def memory(kind: str, quick: bool) -> tuple[list[Row], list[dict]]:
     """Redis' memory, all keys counted; and what a comment takes in posts of different lengths."""
-    posts, many, kept = (1000, 100, 10_000) if quick else (10_000, 100, 100_000)
-    server = Redis(kind)
-    try:
-        empty = used(server)
-        fill.fill(server, [0] * kept)
-        post = (used(server) - empty) / kept
-        server.client.flushall(asynchronous=False)
-        fill.fill(server, [0] * posts)
-        without = used(server)
-        server.client.flushall(asynchronous=False)
-        fill.fill(server, [many] * posts)
-        comment = (used(server) - without) / (many * posts)
-        server.client.flushall(asynchronous=False)
-        empty = used(server)
-        value = f"{keys.digest(b'body')} 1790000000000-0"
-        server.filling(True)
-        once = (keys.once(0, fill.AUTHOR % (number % 100_000), f"POST /v1/posts {number}") for number in range(kept))
-        fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in once))
-        key = (used(server) - empty) / kept
-        lengths = []
-        for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000):
-            number = max(20, 20_000 // length)
-            server.client.flushall(asynchronous=False)
-            fill.fill(server, [0] * number)
-            without = used(server)
-            server.client.flushall(asynchronous=False)
-            fill.fill(server, [length] * number)
-            lengths.append({"comments": length, "bytes": (used(server) - without) / (length * number)})
-    finally:
-        server.close()
-    version = server.kind
+
+    def comment(length: int, posts: int) -> float:
+        without = used(kind, lambda server: fill.fill(server, [0] * posts))
+        return (used(kind, lambda server: fill.fill(server, [length] * posts)) - without) / (length * posts)
+
+    kept, posts, many = (10_000, 1000, 100) if quick else (100_000, 10_000, 100)
+    post = used(kind, lambda server: fill.fill(server, [0] * kept)) / kept
+    key = used(kind, lambda server: remember(server, kept)) / kept
+    lengths = [
+        {"comments": length, "bytes": comment(length, max(20, 20_000 // length))}
+        for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+    ]
     rows = [
-        Row(f"memory a comment, {many} a post ({version})", comment, 125, most=True, unit="B"),
-        Row(f"memory a post without comments ({version})", post, 700, most=True, unit="B"),
-        Row(f"memory an Idempotency-Key ({version})", key, 220, most=True, unit="B"),
+        Row(f"memory a comment, {many} a post ({kind})", comment(many, posts), 125, most=True, unit="B"),
+        Row(f"memory a post without comments ({kind})", post, 700, most=True, unit="B"),
+        Row(f"memory an Idempotency-Key ({kind})", key, 220, most=True, unit="B"),
     ]
     return rows, lengths

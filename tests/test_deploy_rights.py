@@ -1,0 +1,61 @@
+"""The rights in docs/production.md are enough for each part, and no more."""
+
+import re
+
+import pytest
+import redis
+from conftest import ROOT, RedisServer, Site, photograph, publish, turned, until
+
+PAGE = (ROOT / "docs" / "production.md").read_text()
+RULES = re.findall(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def guarded(request):
+    server = RedisServer(request.param)
+    for rule in RULES:
+        if "default" not in rule:
+            server.client.execute_command(*rule.split())
+    yield server
+    server.close()
+
+
+def url(server, user: str) -> str:
+    password = re.search(rf"SETUSER {user} on >(\S+)", PAGE)[1]
+    return f"unix://{user}:{password}@{server.socket}"
+
+
+def test_each_part_works_with_its_own_rights(guarded, tmp_path):
+    api, worker = Site(url(guarded, "api"), tmp_path), Site(url(guarded, "worker"), tmp_path)
+    try:
+        api.api()
+        guarded.client.acl_setuser("default", enabled=False)
+        worker.worker()
+        with api.client("alice") as client:
+            post = turned(client, publish(client, photograph()))
+            made = client.post(f"/v1/posts/{post['id']}/comments", json={"text": "Hello"})
+            assert made.status_code == 201
+            comment = f"/v1/posts/{post['id']}/comments/{made.json()['id']}"
+            assert client.get("/v1/posts").json()["items"][0]["comment_count"] == 1
+            assert client.get("/v1/changes").status_code == 200
+            assert client.get(comment).status_code == 200
+            assert client.delete(comment).status_code == 204
+            assert client.delete(f"/v1/posts/{post['id']}").status_code == 204
+            until(lambda: not (tmp_path / "store" / "images" / f"{post['id']}.jpg").exists(), what="the erasing")
+    finally:
+        api.close()
+        worker.close()
+
+
+def test_no_part_may_do_what_it_has_no_need_of(guarded):
+    clients = {user: redis.Redis.from_url(url(guarded, user)) for user in ("api", "worker", "ship")}
+    assert clients["ship"].info("persistence") and clients["ship"].bgrewriteaof()
+    refused = {
+        "ship": [("GET", "x"), ("SET", "x", "1"), ("CONFIG", "GET", "dir"), ("EVAL", "return 1", "0")],
+        "api": [("FLUSHALL",), ("CONFIG", "GET", "dir"), ("KEYS", "*"), ("SET", "rq:x", "1"), ("ACL", "LIST")],
+        "worker": [("FLUSHALL",), ("CONFIG", "SET", "dir", "/"), ("ACL", "LIST"), ("SHUTDOWN",)],
+    }
+    for user, commands in refused.items():
+        for command in commands:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                clients[user].execute_command(*command)
