@@ -1,7 +1,15 @@
 """Whether the process lives, and whether it can serve."""
 
+import asyncio
+
 from sanic import Blueprint
 from sanic.response import json
+
+from api.shapes import time
+from storage import ship
+from storage.objects import Unavailable
+
+PATIENCE = 1.0  # seconds the store has for its answer: whoever asks has seldom more than two for his
 
 routes = Blueprint("health")
 
@@ -13,15 +21,28 @@ async def healthz(request):
 
 @routes.get("/readyz")
 async def readyz(request):
-    await request.app.ctx.db.ping()
-    return json({"status": "ok", "redis": "ok", "store": await store(request.app.ctx.objects)})
+    """Redis decides. Without the store reading the feed and commenting work, without a backup all does."""
+    ctx = request.app.ctx
+    await ctx.db.ping()
+    return json({"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)})
 
 
 async def store(objects) -> str:
-    """Reported, not decisive: reading the feed and commenting work without the store."""
     try:
-        async for _ in objects.list("readyz/"):
-            break
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        async with asyncio.timeout(PATIENCE):
+            await objects.answers()
+    except TimeoutError:
+        return f"no answer in {PATIENCE:.0f} s"
+    except Unavailable as error:
+        return str(error)
     return "ok"
+
+
+def backup(settings) -> dict:
+    """`lag` in seconds, null where nothing was ever shipped; `verified`: how the last restore on trial ended."""
+    state = ship.state(settings)
+    lag, proof = state["lag"], state["verified"]
+    if proof:
+        flaws, detail = proof.get("counts", {}).get("flaws"), proof.get("detail", "")
+        proof = {"at": time(int(proof["time"] * 1000)), "ok": proof["ok"], "flaws": flaws, "detail": detail}
+    return {"lag": lag and round(lag, 3), "trouble": state["trouble"], "verified": proof}

@@ -12,7 +12,9 @@
 import argparse
 import asyncio
 import os
+import signal
 import sys
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
@@ -51,9 +53,17 @@ def main() -> None:
         return
     try:
         work = {"sweep": _sweep, "check": _check}.get(arguments.command, _backup)
-        asyncio.run(work(arguments, settings))
+        asyncio.run(_until_told(work(arguments, settings)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("stopped before it was done")
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
+
+
+async def _until_told(work: Coroutine) -> None:
+    """SIGTERM is an orderly end, as Ctrl-C is: by default it would leave the server that runs on restored data."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    await work
 
 
 async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:

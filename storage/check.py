@@ -158,7 +158,7 @@ async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, re
     found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", repair)
 
 
-async def restored(db: Redis, objects: Folder | S3) -> Found:
+async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
     """Make restored data fit the store as it is now, then check it.
 
     Posts without JPEG are due, uploads without their chunks are dropped, and each partition has a new epoch. What a
@@ -167,7 +167,7 @@ async def restored(db: Redis, objects: Folder | S3) -> Found:
     async for names in _walk(db):
         await asyncio.gather(*(_fit(db, objects, *keys.parts(name)) for name in names))
     found = await check(db, objects)
-    for partition in found.partitions:
+    for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too
         await db.call("begin_epoch", [keys.epoch(partition)], secrets.token_hex(4))
     return found
 

@@ -24,6 +24,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from storage.pagecache import at_hand
 
 PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds the memory of a stream
+PAUSE = timedelta(milliseconds=50)  # before S3 is asked again
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
@@ -36,11 +37,7 @@ class NotFound(Exception):
 
 
 class Exists(Exception):
-    """`create` found the name taken.
-
-    Over S3 a create whose answer was lost is sent again, so it may also be our own first try: who must know
-    reads the object.
-    """
+    """`create` found the name taken: over S3 perhaps by our own first try, whose answer was lost."""
 
 
 class Unavailable(Exception):
@@ -154,6 +151,10 @@ class Folder:
             else:
                 waiting += reversed(await _hop(_scan, self._root, below))
 
+    async def answers(self) -> None:
+        """Raises Unavailable where the store is not there."""
+        await _hop(os.stat, f"{self._root}/")
+
     def room(self) -> None:
         """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
         with suppress(OSError):  # of a folder that is gone, the put says more
@@ -202,8 +203,7 @@ def _finish(root: Path, path: Path, file, last: bytes, name_it) -> None:
         file.flush()
         os.fsync(file.fileno())
         name_it(file.name, path)  # os.rename replaces; os.link raises FileExistsError
-        folder = path.parent
-        _sync_folder(folder)
+        folder = path
         while folder != root:
             folder = folder.parent
             _sync_folder(folder)
@@ -308,22 +308,18 @@ def _sweep(root: Path, before: float) -> int:
 class S3:
     """Objects in a bucket, by obstore.
 
-    A store that does not answer is given up after 5 s: a person waits. Streams are put in parts; those of
-    a process that died stay hidden in the bucket: give it a lifecycle rule (AbortIncompleteMultipartUpload).
+    A store that does not answer is given up after 5 s: a person waits. Streams are put in parts; those of a process
+    that died stay hidden in the bucket: give it a lifecycle rule (AbortIncompleteMultipartUpload).
     """
 
     def __init__(self, bucket: str, prefix: str = ""):
         self._store = obstore.store.S3Store(
             bucket,
             prefix=prefix or None,
-            # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may
-            # take long (a big object over a slow line), silence within it may not.
+            # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may take long
+            # (a big object over a slow line), silence within it may not.
             config={"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"},
-            retry_config={
-                "max_retries": 2,
-                "retry_timeout": timedelta(seconds=5),
-                "backoff": {"init_backoff": timedelta(milliseconds=50)},
-            },
+            retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=5), "backoff": {"init_backoff": PAUSE}},
         )
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
@@ -354,9 +350,8 @@ class S3:
                 piece = await anext(stream, None)
             if piece is None:
                 return
-            piece = memoryview(piece)
             for start in range(0, len(piece), PIECE):
-                yield bytes(piece[start : start + PIECE])
+                yield bytes(memoryview(piece)[start : start + PIECE])
 
     async def size(self, name: str) -> int:
         """Bytes of the object. Raises NotFound, Unavailable."""
@@ -378,6 +373,11 @@ class S3:
                 return
             for meta in page:
                 yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+    async def answers(self) -> None:
+        """As a folder's. HEAD would say the same of a bucket that is gone as of an object."""
+        async for _ in self.list("none/"):
+            return
 
     def room(self) -> None:
         """A bucket does not fill up."""

@@ -23,7 +23,8 @@ from redis.exceptions import RedisError
 
 from storage import aof, chain, check, scripts, server
 from storage.aof import Damaged
-from storage.objects import S3, Folder, open_store
+from storage.errors import Refusal
+from storage.objects import S3, Folder, NotFound, open_store
 from storage.settings import Settings
 
 LOAD_SECONDS = 3600  # a server that has not loaded by then never will: 10 GiB take minutes
@@ -241,7 +242,7 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
     """
     db = scripts.Redis(url(client))
     try:
-        found = await check.restored(db, open_store(settings.store_url))
+        found = await check.restored(db, open_store(settings.store_url), settings.partitions)
     finally:
         await db.close()
     for line in found.told:
@@ -253,7 +254,7 @@ async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], No
     """Restore the newest into a scratch folder, check it, and keep the result in the store.
 
     False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
-    removes nothing from there on. Raises Unavailable.
+    removes nothing from there on. Raises Unavailable: then nothing is known, and the last result stands.
     """
     before = await chain.verified(store)
     settings.data.mkdir(parents=True, exist_ok=True)
@@ -262,7 +263,7 @@ async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], No
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
             done = await restore(settings, store, Path(scratch, "redis"), None, say)
-        except (Damaged, Refused) as error:
+        except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # the disk may be full, too
             result["detail"] = str(error)
         else:
             result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}

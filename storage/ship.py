@@ -70,9 +70,8 @@ class Shipper:
         self.settings = settings
         self.store = store
         self.files = Files(settings.data / "redis" / "appendonlydir")
-        self.redis = Redis.from_url(
-            settings.redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=5, socket_connect_timeout=2
-        )
+        never = Retry(NoBackoff(), 0)
+        self.redis = Redis.from_url(settings.redis_url, retry=never, socket_timeout=5, socket_connect_timeout=2)
         self.stop = asyncio.Event()
         self.run_id = ""  # of the Redis whose files are known to be those of the chain
         self.chain: Chain | None = None  # the generation that restore would find
@@ -84,6 +83,7 @@ class Shipper:
         self.trouble = ""
         self.verified: dict | None = None
         self.verifying: asyncio.subprocess.Process | None = None
+        self.tried = 0.0  # unix time at which that was started: one that died is not started again at once
 
     async def run(self) -> None:
         """Ship until `stop` is set. Raises Stopped, Damaged (the store's own chain is not what was put)."""
@@ -99,8 +99,9 @@ class Shipper:
                 task.cancel()
             await asyncio.wait(tasks, timeout=5)
             if self.verifying:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, TimeoutError):
                     self.verifying.terminate()
+                    await asyncio.wait_for(self.verifying.wait(), 5)
             await self.redis.aclose()
             self.files.close()
 
@@ -277,8 +278,7 @@ class Shipper:
             "file": file.name,
             "offset": file.length,
             "length": len(data),
-            "prefix": file.digest
-            or after.hexdigest(),  # a mark at the end of a chain that was not copied here
+            "prefix": file.digest or after.hexdigest(),  # the first: a mark on a chain that was not copied here
             "previous": into.previous,
             "time": into.until,
             **mark,
@@ -352,12 +352,15 @@ class Shipper:
     async def _verify(self) -> None:
         """Start `verify` once a day, as a process of its own: it loads the whole data set a second time."""
         if self.verifying and self.verifying.returncode is not None:
+            if self.verifying.returncode:
+                log.error("the restore on trial ended with %d", self.verifying.returncode)
             self.verifying = None
             self.verified = await chain.verified(self.store)
         if not self.settings.verify_every or self.verifying or not self.chain or not self.chain.second:
             return
         last = self.verified["time"] if self.verified else self.chain.second
-        if time.time() - last >= self.settings.verify_every:
+        if time.time() - max(last, self.tried) >= self.settings.verify_every:
+            self.tried = time.time()
             self.verifying = await asyncio.create_subprocess_exec(sys.executable, "-m", "storage", "verify")
 
 
@@ -372,7 +375,7 @@ def state(settings: Settings) -> dict:
     """
     try:
         kept = json.loads(state_path(settings).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         kept = {"caught": 0, "generation": None, "trouble": "no shipper has run here", "verified": None}
     caught = kept.pop("caught")
     return {"lag": time.time() - caught if caught else None, **kept}

@@ -51,6 +51,8 @@ def table(found: list[Snapshot], state: dict) -> str:
     lines.append(f"shipper here: {lag}" + (f", {state['trouble']}" if state["trouble"] else ""))
     if proof := state["verified"]:
         outcome = f"generation {proof['good']} restored" if proof["ok"] else f"FAILED: {proof['detail']}"
+        if flaws := proof.get("counts", {}).get("flaws"):
+            outcome += f", {flaws} FLAWS"
         age = (time.time() - proof["time"]) / 3600
         lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome}")
     else:

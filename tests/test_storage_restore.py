@@ -343,6 +343,8 @@ async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings
     assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in said
     assert await verify(settings, store)
     assert files(settings.data / "store") == before
+    proved = {"lag": 0.0, "trouble": "", "verified": await chain.verified(store)}
+    assert "generation 1 restored, 1 FLAWS" in snapshots.table([], proved)
 
 
 async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_next(

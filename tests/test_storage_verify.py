@@ -1,0 +1,90 @@
+"""Restores on trial: begun by the shipper on schedule, their result told, nothing left of one that is stopped."""
+
+import asyncio
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+from parts import PROGRAMS, make_settings, redis_on, s3_url, shipped, shipping, until
+
+from storage import chain, ship, snapshots
+from storage.objects import open_store
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(params=["valkey-s3", "redis-folder"])
+def settings(request, tmp_path, monkeypatch):
+    program, kind = request.param.split("-")
+    backup = s3_url(monkeypatch) if kind == "s3" else (tmp_path / "backup").as_uri()
+    return make_settings(tmp_path / "data", PROGRAMS[program], backup)
+
+
+@pytest.fixture
+def store(settings):
+    return open_store(settings.backup_store_url)
+
+
+@pytest.fixture
+def daily(settings, monkeypatch):
+    """The settings of a shipper whose trials begin a second after the last one, for itself and for the trial."""
+    for name, value in {
+        "DATA": settings.data,
+        "REDIS_SERVER": settings.redis_server,
+        "BACKUP_STORE": settings.backup_store_url,
+    }.items():
+        monkeypatch.setenv(f"IMAGEGRAM_{name}", str(value))
+    return replace(settings, verify_every=1)
+
+
+async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store):
+    def told(ok: bool):
+        proof = ship.state(daily)["verified"]
+        return proof if proof and proof["ok"] is ok else None
+
+    async with redis_on(daily) as redis, shipping(daily, store) as shipper:
+        await shipped(shipper)
+        first = await until(lambda: told(True), "a trial that went well")
+        assert first["good"] == 1 and first["counts"]["flaws"] == 0
+        table = snapshots.table(await snapshots.snapshots(store), ship.state(daily))
+        assert "0 h ago: generation 1 restored" in table
+        again = await until(lambda: (proof := told(True))["time"] > first["time"] and proof, "another")
+        assert again["time"] >= first["time"] + daily.verify_every
+        name = chain.segment_name(1, redis.base(), 0)
+        good = await store.get(name)
+        await store.put(name, good[:-1] + bytes([good[-1] ^ 1]))
+        failed = await until(lambda: told(False), "a trial that found the flipped bit")
+        assert "digest does not hold" in failed["detail"] and failed["good"] == 1
+        assert "FAILED: " in snapshots.table([], ship.state(daily))
+        await store.put(name, good)
+        await until(lambda: told(True), "all is well again")
+    assert [path.name for path in daily.data.glob("verify-*")] == []
+
+
+async def test_a_trial_that_died_is_not_begun_again_at_once(daily, store, monkeypatch, tmp_path):
+    begun = tmp_path / "begun"
+    program = tmp_path / "trial"
+    program.write_text(f"#!/bin/sh\necho >>{begun}\nexit 137\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    async with redis_on(daily), shipping(daily, store) as shipper:
+        await shipped(shipper)
+        await until(lambda: begun.exists() and begun.stat().st_size >= 3, "three trials")
+        assert time.time() >= shipper.chain.second + 3 * daily.verify_every
+        assert ship.state(daily)["verified"] is None
+
+
+async def test_a_trial_ends_with_its_shipper_and_leaves_neither_server_nor_folder(daily, store):
+    async with redis_on(daily) as redis:
+        fill = "for i = 1, 300000 do redis.call('SET', i, string.rep('x', 100)) end"  # takes its time to load
+        await redis.client.eval(fill, 0)
+        shipper = ship.Shipper(daily, store)
+        task = asyncio.ensure_future(shipper.run())
+        trial = await until(lambda: shipper.verifying and psutil.Process(shipper.verifying.pid), "a trial")
+        (server,) = await until(trial.children, "its server")
+        shipper.stop.set()
+        await asyncio.wait_for(task, 20)
+        await until(lambda: not server.is_running(), "its server's end")
+    assert list(daily.data.glob("verify-*")) == []
