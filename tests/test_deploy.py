@@ -1,12 +1,17 @@
 """What is deployed is what is tested: the same commands and only settings that exist."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from storage import settings
+from storage import settings, ship
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -15,7 +20,7 @@ CODE = "\n".join(path.read_text() for path in (ROOT / "storage").glob("*.py"))
 
 
 def test_compose_runs_what_make_run_runs():
-    for part in ("api", "worker"):
+    for part in ("api", "worker", "ship"):
         assert "exec " + " ".join(COMPOSE[part]["command"]) == PROCFILE[part]
 
 
@@ -37,3 +42,22 @@ def test_every_service_that_runs_on_is_looked_after():
             assert service["restart"] == "unless-stopped"
             assert name == "api" or "healthcheck" in service  # the API's is the image's
     assert "/healthz" in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_shipper_only_reads_redis_files_and_the_api_reads_how_it_stands():
+    assert "redis:/data/redis:ro" in COMPOSE["ship"]["volumes"] and "redis:/data" in COMPOSE["redis"]["volumes"]
+    known = settings.load({"IMAGEGRAM_DATA": "/data"})
+    assert str(ship.state_path(known).parent) == "/data"
+    assert "shipping:/data" in COMPOSE["ship"]["volumes"] and "shipping:/data:ro" in COMPOSE["api"]["volumes"]
+    assert "IMAGEGRAM_JWT_SECRET" in COMPOSE["api"]["environment"], "without one it would be written to /data"
+
+
+def test_the_shippers_health_is_its_lag(tmp_path):
+    """The check as it stands, in a data folder with and without a shipper that has just caught up."""
+    _, *command = COMPOSE["ship"]["healthcheck"]["test"]
+    known = settings.load({"IMAGEGRAM_DATA": str(tmp_path)})
+    environ = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path)}
+    for caught, status in ((None, 1), (time.time(), 0), (time.time() - 200, 1)):
+        if caught:
+            ship.state_path(known).write_text(json.dumps({"caught": caught}))
+        assert subprocess.run([sys.executable, *command], cwd=ROOT, env=environ).returncode == status
