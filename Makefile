@@ -41,7 +41,7 @@ bench-images: ## what a picture costs, beside libvips
 	@.ci/setup bench
 	$(python) -m tests.bench.images
 
-drill: ## the long forms of the durability tests, with figures; ten minutes at most
+drill: ## the long forms of the durability tests, with figures; ten minutes at most; a full disk needs root
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
 

@@ -160,7 +160,7 @@ class Appender:
         self._pieces.append(data)
         self._held += len(data)
         if self._held >= self._full:
-            if len(self._commits) == PUTS:
+            while len(self._commits) >= PUTS:  # a slow line's chunk may have joined them meanwhile
                 await asyncio.shield(self._commits[0])
                 self._commits.popleft()
             self._put()

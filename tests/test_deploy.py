@@ -1,12 +1,17 @@
 """What is deployed is what is tested: the same commands and only settings that exist."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from storage import server, settings
+from storage import server, settings, ship
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -25,32 +30,6 @@ def test_redis_has_the_same_configuration_everywhere():
     assert COMPOSE["redis"]["command"][1] == "/etc/redis.conf"
 
 
-def test_the_shipper_finds_redis_files_and_may_only_read_them():
-    data = re.search(r"IMAGEGRAM_DATA=(\S+)", DOCKERFILE)[1]
-    redis = COMPOSE["redis"]
-    assert redis["command"][redis["command"].index("--dir") + 1] == "/data" and "redis:/data" in redis["volumes"]
-    assert f"redis:{data}/redis:ro" in COMPOSE["ship"]["volumes"]
-    assert re.search(r"^USER 999$", DOCKERFILE, re.MULTILINE) and "user" not in COMPOSE["ship"]
-
-
-def test_the_api_reads_what_the_shipper_says_of_itself():
-    data = re.search(r"IMAGEGRAM_DATA=(\S+)", DOCKERFILE)[1]
-    assert f"ship:{data}" in COMPOSE["ship"]["volumes"] and f"ship:{data}:ro" in COMPOSE["api"]["volumes"]
-
-
-def test_all_parts_know_one_backup_store_whose_bucket_is_made():
-    """The worker too: it keeps the originals of deleted posts as long as a backup names them."""
-    known = {COMPOSE[part]["environment"]["IMAGEGRAM_BACKUP_STORE"] for part in ("api", "worker", "ship")}
-    (url,) = known
-    bucket = re.search(r"s3://([a-z-]+)", url)[1]
-    assert f"s3/{bucket}" in COMPOSE["bucket"]["command"][0].split()
-
-
-def test_what_composes_redis_writes_the_servers_of_restore_and_verify_read():
-    version = ".".join(map(str, server.identify(server.program(settings.load({}))).version))
-    assert COMPOSE["redis"]["image"] == f"valkey/valkey:{version}-bookworm"
-
-
 def test_only_settings_that_exist_are_set():
     known = set(re.findall(r'(?:get|integer)\("([A-Z_]+)"', CODE))
     assert len(known) >= len(fields(settings.Settings)) - 1
@@ -64,3 +43,40 @@ def test_every_service_that_runs_on_is_looked_after():
             assert service["restart"] == "unless-stopped"
             assert name == "api" or "healthcheck" in service  # the API's is the image's
     assert "/healthz" in DOCKERFILE
+
+
+def test_the_shipper_only_reads_redis_files_and_the_api_reads_how_it_stands():
+    assert "redis:/data/redis:ro" in COMPOSE["ship"]["volumes"] and "redis:/data" in COMPOSE["redis"]["volumes"]
+    known = settings.load({"IMAGEGRAM_DATA": "/data"})
+    assert str(ship.state_path(known).parent) == "/data"
+    assert "shipping:/data" in COMPOSE["ship"]["volumes"] and "shipping:/data:ro" in COMPOSE["api"]["volumes"]
+    assert "IMAGEGRAM_JWT_SECRET" in COMPOSE["api"]["environment"], "without one it would be written to /data"
+
+
+def test_the_shipper_is_the_user_whose_files_it_reads():
+    """Those of the valkey image are for their owner alone, whose number is 999."""
+    assert re.search(r"^USER 999$", DOCKERFILE, re.MULTILINE) and "user" not in COMPOSE["ship"]
+
+
+def test_all_parts_know_one_backup_store_whose_bucket_is_made():
+    """The worker too: it keeps the originals of deleted posts as long as a backup names them."""
+    (url,) = {COMPOSE[part]["environment"]["IMAGEGRAM_BACKUP_STORE"] for part in ("api", "worker", "ship")}
+    bucket = re.search(r"s3://([a-z-]+)", url)[1]
+    assert f"s3/{bucket}" in COMPOSE["bucket"]["command"][0].split()
+
+
+def test_what_composes_redis_writes_the_server_of_restore_and_verify_reads():
+    version = ".".join(map(str, server.identify(server.program(settings.load({}))).version))
+    assert COMPOSE["redis"]["image"] == f"valkey/valkey:{version}-bookworm"
+
+
+def test_the_shippers_health_is_its_lag(tmp_path):
+    """The check as it stands, in a data folder with and without a shipper that has just caught up."""
+    kind, _, *command = COMPOSE["ship"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    known = settings.load({"IMAGEGRAM_DATA": str(tmp_path)})
+    environ = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path)}
+    for caught, status in ((None, 1), (time.time(), 0), (time.time() - 200, 1)):
+        if caught:
+            ship.state_path(known).write_text(json.dumps({"caught": caught}))
+        assert subprocess.run([sys.executable, *command], cwd=ROOT, env=environ).returncode == status

@@ -36,7 +36,8 @@ class Front:
         key = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "tls" / "key.pem"]
         certificate = ["-subj", "/CN=localhost", "-days", "2", "-out", folder / "tls" / "chain.pem"]
         subprocess.run(["openssl", "req", "-x509", *key, *certificate], check=True, capture_output=True)
-        command = ["nginx", "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"  # where Debian has it, and not every PATH looks
+        command = [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
         self.process = subprocess.Popen(command)
         until(lambda: exchange(self.port, head("GET", "/healthz")).status == 200, what="nginx")
 

@@ -30,7 +30,8 @@ DRILLS = {
 
 
 def run(name: str, server: str) -> None:
-    logging.getLogger("imagegram.ship").setLevel(logging.CRITICAL)  # its troubles are wanted here
+    for noisy in ("imagegram.ship", "werkzeug"):  # troubles that are wanted here, and S3's log of requests
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     begun = time.monotonic()
     with redirect_stdout(None):  # what restores tell
         told = asyncio.run(DRILLS[name][0](server))

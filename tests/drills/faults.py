@@ -40,19 +40,19 @@ TAIL = 16 * 1024  # bytes at the end of the file whose record boundaries are all
 MIB = 1024 * 1024
 
 
-async def cut(server: str, anywhere: int = 200) -> str:
+async def cut(server: str, tail: int = TAIL, anywhere: int = 200) -> str:
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = settings_in(folder, server)
         async with redis_on(settings) as redis:
             db = Redis(settings.redis_url)
             post = await make_post(db, "alice")
             file, sizes = redis.increment(), []
-            while not sizes or sizes[-1] < 2 * TAIL:
+            while not sizes or sizes[-1] < 2 * tail:
                 await comments.add(db, "bob", post, f"comment {len(sizes)} " + "x" * random.randrange(200))
                 sizes.append(file.stat().st_size)
             await db.close()
         data = file.read_bytes()
-        last = len(data) - TAIL
+        last = len(data) - tail
         cuts = [found.start() for found in re.finditer(rb"(?<=\r\n)[*#]", data) if found.start() >= last]
         boundaries = len(cuts)
         cuts += random.sample(range(last, len(data)), anywhere)
@@ -317,10 +317,10 @@ async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
 
 
 async def _restored(settings, real, to: Path, made: int) -> str:
-    begun = time.monotonic()
-    done = await restore(settings, real, to, say=lambda text: None)
+    begun, said = time.monotonic(), []
+    done = await restore(settings, real, to, say=said.append)
     took = time.monotonic() - begun
-    size = sum(path.stat().st_size for path in to.glob("appendonlydir/*")) / MIB
+    size = float(re.search(r"([\d.]+) MiB read", " ".join(said))[1])
     stored = sum([one.size async for one in real.list(f"{done.generation:08}/")]) / MIB
     async with running(settings, to) as client:
         assert sum(int(count) for _, count in await client.zrange(keys.feed(0), 0, -1, withscores=True)) == made

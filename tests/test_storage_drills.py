@@ -1,0 +1,18 @@
+"""Drills in short: a few rounds of each on both servers. `make drill` has the long forms, with figures."""
+
+import pytest
+
+from tests.drills import crashes, faults
+
+SHORT = {
+    "kill": lambda server: crashes.kill(server, rounds=3),
+    "machine": lambda server: crashes.machine(server, rounds=1),
+    "cut": lambda server: faults.cut(server, tail=2048, anywhere=5),
+    "scale": lambda server: faults.scale(server, posts=20, made=2000),
+}
+
+
+@pytest.mark.parametrize("server", ["valkey", "redis"])
+@pytest.mark.parametrize("drill", SHORT)
+async def test_a_drill_in_short(drill, server):
+    assert await SHORT[drill](server)
