@@ -15,14 +15,15 @@ COPY lua lua
 RUN .ci/setup run
 
 FROM python:3.11-slim-bookworm
+# 999 is also the user of the valkey image: Redis' files, which the shipper reads, are for their owner alone.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 1000 --create-home imagegram \
+    && useradd --system --uid 999 --create-home imagegram \
     && install -d -o imagegram -g imagegram /data
 WORKDIR /app
 COPY --from=build /app /app
-USER 1000
+USER 999
 ENV IMAGEGRAM_HOST=0.0.0.0 IMAGEGRAM_DATA=/data PYTHONUNBUFFERED=1
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from storage import settings, ship
+from storage import server, settings, ship
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CODE = "\n".join(path.read_text() for path in (ROOT / "storage").glob("*.py"))
 
 
@@ -32,7 +33,7 @@ def test_redis_has_the_same_configuration_everywhere():
 def test_only_settings_that_exist_are_set():
     known = set(re.findall(r'(?:get|integer)\("([A-Z_]+)"', CODE))
     assert len(known) >= len(fields(settings.Settings)) - 1
-    for text in ((ROOT / "docker-compose.yml").read_text(), (ROOT / "Dockerfile").read_text()):
+    for text in ((ROOT / "docker-compose.yml").read_text(), DOCKERFILE):
         assert set(re.findall(r"IMAGEGRAM_([A-Z_]+)", text)) <= known
 
 
@@ -41,7 +42,7 @@ def test_every_service_that_runs_on_is_looked_after():
         if name != "bucket":
             assert service["restart"] == "unless-stopped"
             assert name == "api" or "healthcheck" in service  # the API's is the image's
-    assert "/healthz" in (ROOT / "Dockerfile").read_text()
+    assert "/healthz" in DOCKERFILE
 
 
 def test_the_shipper_only_reads_redis_files_and_the_api_reads_how_it_stands():
@@ -52,9 +53,27 @@ def test_the_shipper_only_reads_redis_files_and_the_api_reads_how_it_stands():
     assert "IMAGEGRAM_JWT_SECRET" in COMPOSE["api"]["environment"], "without one it would be written to /data"
 
 
+def test_the_shipper_is_the_user_whose_files_it_reads():
+    """Those of the valkey image are for their owner alone, whose number is 999."""
+    assert re.search(r"^USER 999$", DOCKERFILE, re.MULTILINE) and "user" not in COMPOSE["ship"]
+
+
+def test_all_parts_know_one_backup_store_whose_bucket_is_made():
+    """The worker too: it keeps the originals of deleted posts as long as a backup names them."""
+    (url,) = {COMPOSE[part]["environment"]["IMAGEGRAM_BACKUP_STORE"] for part in ("api", "worker", "ship")}
+    bucket = re.search(r"s3://([a-z-]+)", url)[1]
+    assert f"s3/{bucket}" in COMPOSE["bucket"]["command"][0].split()
+
+
+def test_what_composes_redis_writes_the_server_of_restore_and_verify_reads():
+    version = ".".join(map(str, server.identify(server.program(settings.load({}))).version))
+    assert COMPOSE["redis"]["image"] == f"valkey/valkey:{version}-bookworm"
+
+
 def test_the_shippers_health_is_its_lag(tmp_path):
     """The check as it stands, in a data folder with and without a shipper that has just caught up."""
-    _, *command = COMPOSE["ship"]["healthcheck"]["test"]
+    kind, _, *command = COMPOSE["ship"]["healthcheck"]["test"]
+    assert kind == "CMD"
     known = settings.load({"IMAGEGRAM_DATA": str(tmp_path)})
     environ = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path)}
     for caught, status in ((None, 1), (time.time(), 0), (time.time() - 200, 1)):
