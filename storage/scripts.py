@@ -25,8 +25,6 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptErro
 from storage.errors import Unknown, Unreachable, from_reply
 
 DEADLINE = 0.9  # seconds after which whoever waits is told: the contract promises a 503 within one
-APART = 0.003  # seconds from one small pipeline of writes to the next: readers wait for each one's fsync
-SMALL = 8  # commands; a larger one is worth its fsync at once
 BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
 
 # What Redis answers. redis-py takes two of its refusals for a lost connection: the command has not run.
@@ -52,21 +50,18 @@ SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent
 class Channel:
     """One connection. Those who ask while a pipeline is under way leave together in the next one.
 
-    `apart` is the least number of seconds from one small pipeline to the next; who comes later does not wait.
     `lost` is the error of those whose command was sent and whose answer did not come.
     """
 
-    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable], apart: float = 0):
+    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable]):
         pool = redis.asyncio.ConnectionPool.from_url(
             url, decode_responses=True, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
         )
         self._connection = pool.make_connection()
         self._lost = lost
-        self._apart = apart
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future]] = []
         self._task: asyncio.Task | None = None
-        self._begun = 0.0  # when the last pipeline left (monotonic)
 
     async def ask(self, *command):
         """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
@@ -89,10 +84,6 @@ class Channel:
     async def _run(self) -> None:
         try:
             while self._waiting:
-                early = self._begun + self._apart - time.monotonic()
-                if early > 0 and len(self._waiting) < SMALL:
-                    await asyncio.sleep(early)
-                self._begun = time.monotonic()
                 batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
                 await self._send(batch)
         finally:
@@ -145,7 +136,7 @@ class Redis:
     def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS):
         self._scripts = scripts
         self._reads = Channel(url, lost=Unreachable)
-        self._writes = Channel(url, lost=Unknown, apart=APART)
+        self._writes = Channel(url, lost=Unknown)
         self.clock: int | str = ""
 
     async def call(self, name: str, keys: list[str], *args):
