@@ -25,7 +25,8 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptErro
 from storage.errors import Unknown, Unreachable, from_reply
 
 DEADLINE = 0.9  # seconds after which whoever waits is told: the contract promises a 503 within one
-APART = 0.003  # seconds from one pipeline of writes to the next: readers wait for each one's fsync
+APART = 0.003  # seconds from one small pipeline of writes to the next: readers wait for each one's fsync
+SMALL = 8  # commands; a larger one is worth its fsync at once
 BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
 
 # What Redis answers. redis-py takes two of its refusals for a lost connection: the command has not run.
@@ -51,7 +52,7 @@ SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent
 class Channel:
     """One connection. Those who ask while a pipeline is under way leave together in the next one.
 
-    `apart` is the least number of seconds from one pipeline to the next; who comes later than that does not wait.
+    `apart` is the least number of seconds from one small pipeline to the next; who comes later does not wait.
     `lost` is the error of those whose command was sent and whose answer did not come.
     """
 
@@ -88,7 +89,8 @@ class Channel:
     async def _run(self) -> None:
         try:
             while self._waiting:
-                if (early := self._begun + self._apart - time.monotonic()) > 0:
+                early = self._begun + self._apart - time.monotonic()
+                if early > 0 and len(self._waiting) < SMALL:
                     await asyncio.sleep(early)
                 self._begun = time.monotonic()
                 batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]

@@ -19,14 +19,14 @@ def _save(figure, path: Path) -> None:
 
 def latency(rows: list[Row], path: Path) -> None:
     """Latency against the share of requests that were slower, of every row that has percentiles."""
-    figure, axes = plt.subplots(figsize=(9, 6))
+    figure, axes = plt.subplots(figsize=(13, 6))
     for row in rows:
         if row.percentiles:
             points = [(100 / (100 - share), ms) for share, ms in row.percentiles if share < 100]
             style = ":" if "bare" in row.what else "--" if "peer" in row.what else "-"
             axes.plot(*zip(*points, strict=True), style, label=row.what)
     axes.set(xscale="log", yscale="log", xlabel="one request in … is slower", ylabel="ms")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     _save(figure, path)
 
