@@ -3,7 +3,7 @@
     1  a ready post's score in the feed is the number of its comments, and nothing else is in the feed
     2  its latest comments are the newest of its stream
     3  every post is ready, failed, or due; a ready one has its original, and its JPEG unless that is due
-    5  an upload's offset is within its chunks
+    5  an upload's offset is within its chunks; it is due, and its bytes are reserved (0: no invariant names that)
 
 Streams: some keys at a time, each post judged by one script at one moment, so that writes may go on meanwhile.
 Neither reads what an original shows, nor compares it with what was uploaded: there is nothing to compare it with.
@@ -18,7 +18,7 @@ from storage import keys, uploads
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, NotFound
 from storage.scripts import BATCH, Redis
-from storage.settings import DAY_MS, LATEST
+from storage.settings import DAY_MS, IMAGE_BYTES, LATEST
 
 SHOWN = 20  # flaws told of by name
 
@@ -60,6 +60,8 @@ async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: boo
                 work.append(_post(db, objects, id, found, repair, deep, count=kind == "post"))
             elif kind == "upload":
                 work.append(_upload(db, objects, id, found, repair))
+            elif kind == "uploads":
+                work.append(_reserved(db, partition, id, "", found, repair))
             elif kind in ("feed", "changes"):
                 async for members in _walk(db, name):
                     await asyncio.gather(
@@ -78,6 +80,14 @@ async def _walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
             return
 
 
+def _strange(id: str, begin: str, found: Found) -> bool:
+    parts = keys.ID.fullmatch(id)
+    if parts and parts[1] == begin:
+        return False
+    found.tell(id, "0 nothing has such an id", False)
+    return True
+
+
 async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
     partition = keys.partition_of_post(post)
     named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(partition), keys.changes(partition)]
@@ -90,8 +100,7 @@ async def _post(
     db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool
 ) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
-    if not keys.ID.fullmatch(post):
-        found.tell(post, "0 no post has such an id", False)
+    if _strange(post, "", found):
         return
     status, comments, due, flaws = await _ask(db, post, repair=False)
     if count:
@@ -140,10 +149,13 @@ async def make_again(db: Redis, post: str) -> int:
 
 
 async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, repair: bool) -> None:
+    if _strange(upload, "u", found):
+        return
     before = await uploads.look(db, upload)
     if before.owner is None or before.post or before.expired:
         return
     found.uploads += 1
+    await _reserved(db, keys.partition_of_upload(upload), before.owner, upload, found, repair)
     sizes = await asyncio.gather(
         *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
     )
@@ -156,6 +168,14 @@ async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, re
     if repair:
         await uploads.drop(db, before.owner, upload, tell=DAY_MS)
     found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", repair)
+
+
+async def _reserved(db: Redis, partition: int, user: str, upload: str, found: Found, repair: bool) -> None:
+    """One upload of a user, or without one whatever their quota says."""
+    named, prefix = [keys.uploads(partition, user), keys.due(partition)], keys.upload_prefix(partition)
+    flaws = await db.call("check_uploads", named, db.clock, upload, prefix, IMAGE_BYTES, int(repair))
+    for id, flaw in zip(flaws[::2], flaws[1::2], strict=True):
+        found.tell(id, flaw, repair)
 
 
 async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:

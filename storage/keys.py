@@ -122,6 +122,10 @@ def upload(upload_id: str) -> str:
     return f"upload:{{{partition_of_upload(upload_id)}}}:{upload_id}"
 
 
+def upload_prefix(partition: int) -> str:
+    return f"upload:{{{partition}}}:"
+
+
 def chunks(upload_id: str) -> str:
     return f"chunks:{{{partition_of_upload(upload_id)}}}:{upload_id}"
 

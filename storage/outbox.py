@@ -4,6 +4,7 @@ The zset `due` is the truth; a queue only carries hints. What is leased and not 
 process may die at any point: at worst the work is done again.
 """
 
+import time
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from storage.settings import DAY_MS
 
 LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the first attempt's time
 ATTEMPTS = 5  # with leases that double: half an hour for a store that is away
+ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
 MOST = 500  # due entries looked at from either end in one script, about 1 ms of Redis' time
 
 
@@ -80,38 +82,49 @@ async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> No
     await db.call("fail_post", named, db.clock, post, attempt, code, detail)
 
 
-async def erase(db: Redis, objects: Folder | S3, backup: Folder | S3, due: Due, named_ms: int) -> None:
+class Kept:
+    """The moments that kept backups hold, as the backup store said within a minute.
+
+    They are kept for longer than set where `verify` fails. A backup store that cannot say may have any moment.
+    """
+
+    def __init__(self, backup: Folder | S3):
+        self._backup = backup
+        self._seconds: list[int] = []
+        self._asked = -ASK_AGAIN
+
+    async def names(self, moment: int) -> bool:
+        """Whether a backup holds the state of a moment, ms since 1970."""
+        if time.monotonic() >= self._asked + ASK_AGAIN:
+            try:
+                self._seconds = [one["second"] for one in (await descriptions(self._backup)).values()]
+            except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
+                self._seconds = [0]
+            self._asked = time.monotonic()
+        return any(second * 1000 <= moment for second in self._seconds)
+
+
+async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
     """Erase what a deleted post left: its image now, its original when no backup can name it any more."""
     await objects.delete([keys.image(due.id)])
     now = due.lease - LEASE_MS
     deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
     if now < deleted + named_ms:
         await _settle(db, due, deleted + named_ms)
-    elif await _named(backup, deleted):
+    elif await kept.names(deleted):
         await _settle(db, due, now + DAY_MS)
     else:
         await objects.delete([keys.original(due.id)])
         await _settle(db, due, "")
 
 
-async def _named(backup: Folder | S3, moment: int) -> bool:
-    """Whether a kept backup holds the state of a moment, ms since 1970.
-
-    They are kept for longer than set where `verify` fails. A backup store that cannot say may have it.
-    """
-    try:
-        return any(one["second"] * 1000 <= moment for one in (await descriptions(backup)).values())
-    except (Unavailable, Damaged):
-        return True
-
-
-async def end_upload(db: Redis, objects: Folder | S3, backup: Folder | S3, due: Due, named_ms: int) -> None:
+async def end_upload(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
     """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted."""
     upload, now = await uploads.look(db, due.id), due.lease - LEASE_MS
     only = upload.post and not await _joined(objects, upload.post)  # there is no original: these are its bytes
     if only and await _there(db, upload.post):
         await _settle(db, due, "")  # they go with the post
-    elif only and await _named(backup, now - named_ms):
+    elif only and await kept.names(now - named_ms):
         await _settle(db, due, now + DAY_MS)
     elif upload.post or not upload.expires:
         await uploads.erase_chunks(db, objects, due.id, upload.chunks)

@@ -108,6 +108,12 @@ async def check_post(db, at: Scene):
     await db.call("check_post", named, db.clock, at.processing, LATEST, 1)
 
 
+async def check_uploads(db, at: Scene):
+    """In another outbox than its own, where it is missing."""
+    named = [keys.uploads(0, "alice"), keys.due(1)]
+    await db.call("check_uploads", named, db.clock, at.upload, keys.upload_prefix(0), IMAGE_BYTES, 1)
+
+
 WRITES = {
     "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
     "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
@@ -123,6 +129,7 @@ WRITES = {
     "publish_post": lambda db, at: outbox.publish(db, at.processing, "thumbhash"),
     "make_again": lambda db, at: check.make_again(db, at.ready),
     "check_post": check_post,
+    "check_uploads": check_uploads,
     "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0)], "name"),
     "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),
 }
@@ -343,7 +350,7 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     due = await leased(db, upload)
     assert due.kind == "upload"
     assert [entry.name async for entry in store.list("")]
-    await outbox.end_upload(db, store, store, due, DAY_MS)
+    await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
     assert [entry.name async for entry in store.list("")] == []
     await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
     await refused(server, db, errors.NoUpload, append(db, upload, 60, 1, "60-a"))
@@ -374,7 +381,7 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
         await uploads.discard(db, Unplugged(), "alice", upload)
     assert await outbox.lease(db, 0, 10) == []
     db.clock += uploads.GRACE_MS
-    await outbox.end_upload(db, store, store, await leased(db, upload), DAY_MS)
+    await outbox.end_upload(db, store, outbox.Kept(store), await leased(db, upload), DAY_MS)
     assert contents(server.client) == {}
     assert [entry.name async for entry in store.list("")] == []
 

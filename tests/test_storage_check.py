@@ -14,6 +14,7 @@ from uploading import picture
 
 from storage import check, comments, keys, outbox, posts, uploads
 from storage.errors import Expired
+from storage.settings import IMAGE_BYTES
 
 NOW = 1_763_971_200_000
 
@@ -115,6 +116,18 @@ async def test_what_is_nobodys_in_the_feed_goes_and_comments_without_a_post_stay
     assert left.told == [f"{ghost}: 0 it has comments and is not ready"]
 
 
+async def test_what_others_wrote_beside_it_is_told_and_stays(db, store, data, server):
+    strange = keys.new_upload_id(0)
+    server.client.hset(keys.post_prefix(0) + "rubbish", "a", "b")
+    server.client.hset(keys.upload_prefix(0) + "rubbish", "a", "b")
+    server.client.zadd(keys.feed(0), {strange: 1})
+    server.client.set("something:{else}", "a")
+    with unchanged(server.client):
+        found = await check.check(db, store, repair=True)
+    assert sorted(found.told) == sorted(f"{id}: 0 nothing has such an id" for id in ("rubbish", "rubbish", strange))
+    assert (found.flaws, found.posts) == (3, 5)
+
+
 async def test_a_missing_jpeg_is_made_again_and_a_missing_original_is_told(db, store, data, server):
     without, poor = data[1], data[2]
     await posts.erase_image(store, without)
@@ -146,6 +159,35 @@ async def test_an_upload_without_its_chunks_is_told_and_dropped(db, store, data,
     with pytest.raises(Expired):
         await uploads.read(db, "carol", upload)
     assert server.client.hlen(keys.uploads(0, "carol")) == 0
+    assert (await check.check(db, store)).told == []
+
+
+@pytest.mark.parametrize("flaw", ["not due", "not reserved", "too little reserved", "reserved for nothing"])
+async def test_quota_and_expiry_of_uploads_are_repaired_to_what_they_were(db, store, data, server, flaw):
+    upload, quota, due = data["upload"], keys.uploads(0, "carol"), keys.due(0)
+    form, _ = await uploads.create(db, "carol", 1)
+    before, gone = contents(server.client), upload
+    if flaw == "not due":
+        server.client.zrem(due, upload)
+    elif flaw == "not reserved":
+        server.client.delete(quota)
+    elif flaw == "too little reserved":
+        server.client.hset(quota, upload, 5)
+    else:
+        gone = keys.new_upload_id(0)
+        server.client.hset(quota, gone, 2000)
+    wanted = {
+        "not due": {f"{upload}: 0 it is open and not due"},
+        "not reserved": {f"{upload}: 0 it has 2000 bytes, reserved are none"}
+        | {f"{form}: 0 it has {IMAGE_BYTES} bytes, reserved are none"},
+        "too little reserved": {f"{upload}: 0 it has 2000 bytes, reserved are 5"},
+        "reserved for nothing": {f"{gone}: 0 bytes are reserved for it and it is not open"},
+    }[flaw]
+    found = await check.check(db, store)
+    assert set(found.told) == wanted and found.flaws == len(wanted)
+    found = await check.check(db, store, repair=True)
+    assert found.flaws == 0 and found.repaired == len(wanted)
+    assert contents(server.client) == before
     assert (await check.check(db, store)).told == []
 
 

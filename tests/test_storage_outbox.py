@@ -51,9 +51,7 @@ async def stored_post(db, store) -> tuple[str, str]:
 async def make_image(db, store, due: outbox.Due) -> None:
     """What the job does, without the picture."""
     attempt, upload = await outbox.start_image(db, due.id, due.lease)
-    whole = b"".join(
-        [await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks]
-    )
+    whole = b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks])
     await store.put(keys.original(due.id), whole)
     await posts.put_image(store, due.id, jpeg())
     await outbox.publish(db, due.id, "thumbhash")
@@ -204,7 +202,7 @@ async def work_off(db, store) -> None:
     """What the dispatcher does at this moment."""
     for due in await outbox.lease(db, 0, 0):
         end = outbox.end_upload if due.kind == "upload" else outbox.erase
-        await end(db, store, backups(store), due, DAY_MS)
+        await end(db, store, outbox.Kept(backups(store)), due, DAY_MS)
 
 
 async def test_a_ready_post_has_its_original_and_image_and_no_chunk(server, db, store):
@@ -335,6 +333,51 @@ async def test_a_backup_store_that_is_away_keeps_originals_and_hinders_nothing_e
     assert await names(store) == [keys.original(post)]
 
 
+class Counted:
+    """A backup store as it is, that counts the looks into it, and whose objects may go once they are listed."""
+
+    def __init__(self, store, going: bool = False):
+        self.store, self.going, self.looks = store, going, 0
+
+    async def list(self, prefix):
+        self.looks += 1
+        async for entry in self.store.list(prefix):
+            yield entry
+
+    async def get(self, name):
+        if self.going:
+            await self.store.delete([name])
+        return await self.store.get(name)
+
+
+async def test_the_backup_store_is_asked_once_for_many_posts(server, db, store):
+    await describe(store, 1, NOW - 5000)
+    backup = Counted(backups(store))
+    kept = outbox.Kept(backup)
+    for number in range(20):
+        await posts.delete(db, store, f"user{number}", await make_post(db, f"user{number}"))
+    db.clock += DAY_MS + LEASE_MS
+    due = [due for due in await outbox.lease(db, 0, 0) if due.kind == "erase"]
+    for one in due:
+        await outbox.erase(db, store, kept, one, DAY_MS)
+    assert len(due) == 20 and backup.looks == 1
+    assert {int(server.client.zscore(keys.due(0), one.id)) for one in due} == {db.clock + DAY_MS}
+
+
+async def test_a_backup_that_is_removed_while_it_is_asked_for_keeps_originals_a_day_longer(server, db, store):
+    post = await make_post(db, "alice")
+    await store.put(keys.original(post), b"BM" + bytes(100))
+    await posts.delete(db, store, "alice", post)
+    await describe(store, 1, NOW - 5000)
+    db.clock += DAY_MS + LEASE_MS
+    backup = Counted(backups(store), going=True)
+    await outbox.erase(db, store, outbox.Kept(backup), await leased(db, post), DAY_MS)
+    assert await names(store) == [keys.original(post)]
+    db.clock += DAY_MS
+    await outbox.erase(db, store, outbox.Kept(backup), await leased(db, post), DAY_MS)
+    assert await names(store) == []
+
+
 async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     post, _ = await stored_post(db, store)
     await make_image(db, store, await leased(db, post))
@@ -344,8 +387,8 @@ async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     db.clock += LEASE_MS
     current = await leased(db, post)
     with unchanged(server.client):
-        await outbox.erase(db, store, backups(store), stale, DAY_MS)
-    await outbox.erase(db, store, backups(store), current, DAY_MS)
+        await outbox.erase(db, store, outbox.Kept(backups(store)), stale, DAY_MS)
+    await outbox.erase(db, store, outbox.Kept(backups(store)), current, DAY_MS)
     assert int(server.client.zscore(keys.due(0), post)) > db.clock
 
 

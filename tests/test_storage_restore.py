@@ -311,7 +311,7 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
         late = await shown(db, objects, "late")
         for due in await outbox.lease(db, 0, 10):
             end = outbox.end_upload if due.kind == "upload" else outbox.erase
-            await end(db, objects, store, due, settings.named_ms)
+            await end(db, objects, outbox.Kept(store), due, settings.named_ms)
         await db.close()
         await shipped(shipper)
     done = await restore(settings, store, tmp_path / "to", second, said.append)

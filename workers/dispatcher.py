@@ -50,7 +50,7 @@ def hint(hints: Queue, post: str, lease: int) -> None:
 
 async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     """Hand out what is due, until cancelled."""
-    store, backup = objects.open_store(chosen.store_url), objects.open_store(chosen.backup_store_url)
+    store, kept = objects.open_store(chosen.store_url), outbox.Kept(objects.open_store(chosen.backup_store_url))
     away = None
     while True:
         try:
@@ -60,9 +60,9 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
                         case "image":
                             await asyncio.to_thread(hint, hints, due.id, due.lease)
                         case "upload":
-                            await outbox.end_upload(db, store, backup, due, chosen.named_ms)
+                            await outbox.end_upload(db, store, kept, due, chosen.named_ms)
                         case "erase":
-                            await outbox.erase(db, store, backup, due, chosen.named_ms)
+                            await outbox.erase(db, store, kept, due, chosen.named_ms)
             away = None
         except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:
             if away is None:  # said once, not ten times a second

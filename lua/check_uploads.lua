@@ -1,0 +1,51 @@
+#!lua flags=allow-oom
+-- Holds a user's uploads against quota and outbox, and if wanted makes both true again.
+-- KEYS[1] uploads  uploads:{p}:<user>  hash: open upload -> bytes reserved
+-- KEYS[2] due      due:{p}             zset
+-- ARGV[1] now      ms; empty: Redis' clock
+-- ARGV[2] id       of one upload, which if it is open must be in both; empty: all that bytes are reserved for must be open
+-- ARGV[3] prefix   of the upload keys of this partition, to which ids are appended
+-- ARGV[4] largest  bytes that an upload without a length reserves
+-- ARGV[5] repair   0|1
+-- Returns {upload id, what is wrong, …}
+-- Refuses nothing
+-- Bytes reserved for nothing would lock the user out one day; an upload that is not due would never expire.
+local uploads, due = KEYS[1], KEYS[2]
+local now, id, prefix, largest, repair = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5] == '1'
+if #KEYS ~= 2 or #ARGV ~= 5 or not largest then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local found = {}
+local function wrong(upload, flaw, ...)
+  found[#found + 1] = upload
+  found[#found + 1] = flaw
+  if repair then
+    redis.call(...)
+  end
+end
+
+if id == '' then
+  for _, upload in ipairs(redis.call('HKEYS', uploads)) do
+    local row = redis.call('HMGET', prefix .. upload, 'offset', 'post')
+    if not row[1] or row[2] then
+      wrong(upload, '0 bytes are reserved for it and it is not open', 'HDEL', uploads, upload)
+    end
+  end
+  return found
+end
+local row = redis.call('HMGET', prefix .. id, 'offset', 'length', 'post', 'expires')
+if row[1] and not row[3] then
+  local bytes, reserved = tonumber(row[2]) or largest, redis.call('HGET', uploads, id)
+  if tonumber(reserved) ~= bytes then
+    wrong(id, '0 it has ' .. bytes .. ' bytes, reserved are ' .. (reserved or 'none'), 'HSET', uploads, id, bytes)
+  end
+  if not redis.call('ZSCORE', due, id) then
+    wrong(id, '0 it is open and not due', 'ZADD', due, tonumber(row[4]) or now, id)
+  end
+end
+return found
