@@ -1,22 +1,21 @@
 """`python -m storage ship`: copies Redis' append-only files into the backup store as they grow.
 
-Two tasks. One looks at the manifest every few milliseconds and holds each file open from the moment it
-appears, because a rewrite unlinks the old ones and an open file outlives that. The other goes once an
-interval through what is there and not yet shipped. All it sends to Redis is INFO and BGREWRITEAOF.
+Two tasks. One looks at the manifest every few milliseconds and holds each file open from the moment it appears,
+because a rewrite unlinks the old ones and an open file outlives that. The other goes once an interval through what is
+there and not yet shipped. All it sends to Redis is INFO and BGREWRITEAOF.
 
 What makes a chain true:
 
-- Redis only appends to an increment while it lives. Each stretch is read first, and then Redis is asked
-  whether it is still the one whose files were compared; only then is the stretch put.
-- When it is another (a restart may cut a torn tail), or a file has another inode or is shorter than what was
-  shipped, the files are hashed again as far as they were shipped. If they differ, nothing is added to that
-  chain any more: a rewrite is forced and its base begins the next generation.
-- One increment follows another only if one manifest named both. Rewrites can follow so closely that one came
-  and went between two looks. Its records are then in the newer base, so the next generation loses nothing;
-  what is lost is only the choice of a second within it, and the close mark of the chain says so (`gap`).
-- A base is copied beside the growing chain. When base and increments are in the store up to the present, the
-  old chain is closed with the number of the new, and then the new one is described: from then on it is what
-  `restore` finds.
+- Redis only appends to an increment while it lives. Each stretch is read first, and then Redis is asked whether it is
+  still the one whose files were compared; only then is the stretch put.
+- When it is another (a restart may cut a torn tail), or a file has another inode or is shorter than what was shipped,
+  the files are hashed again as far as they were shipped. If they differ, nothing is added to that chain any more: a
+  rewrite is forced and its base begins the next generation.
+- One increment follows another only if one manifest named both. Rewrites can follow so closely that one came and went
+  between two looks. Its records are then in the newer base, so the next generation loses nothing; what is lost is
+  only the choice of a second within it, and the close mark of the chain says so (`gap`).
+- A base is copied beside the growing chain. When base and increments are in the store up to the present, the old
+  chain is closed with the number of the new, and then the new one is described: from then on `restore` finds it.
 """
 
 import asyncio
@@ -46,6 +45,7 @@ log = logging.getLogger("imagegram.ship")
 
 LOOK = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
 ASK_AGAIN = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
+LOOK_AGAIN = 60.0  # seconds between two looks at the last trial's result: another machine may run trials, too
 PUT_AGAIN = 1  # seconds before an object is put again that the store did not take
 
 
@@ -83,6 +83,7 @@ class Shipper:
         self.trouble = ""
         self.verified: dict | None = None
         self.verifying: asyncio.subprocess.Process | None = None
+        self.looked = -LOOK_AGAIN  # when the last result was read (monotonic)
         self.tried = 0.0  # unix time at which that was started: one that died is not started again at once
 
     async def run(self) -> None:
@@ -138,7 +139,6 @@ class Shipper:
 
     async def _find(self) -> None:
         """Where the store's newest chain stands. It goes on if the files at hand are those that it copied."""
-        self.verified = await chain.verified(self.store)
         self.number = await chain.unused(self.store)
         try:
             self.chain = await chain.newest(self.store)
@@ -352,10 +352,10 @@ class Shipper:
     async def _verify(self) -> None:
         """Start `verify` once a day, as a process of its own: it loads the whole data set a second time."""
         if self.verifying and self.verifying.returncode is not None:
-            if self.verifying.returncode:
-                log.error("the restore on trial ended with %d", self.verifying.returncode)
-            self.verifying = None
-            self.verified = await chain.verified(self.store)
+            log.info("the restore on trial ended with %d", self.verifying.returncode)
+            self.verifying, self.looked = None, -LOOK_AGAIN
+        if time.monotonic() >= self.looked + LOOK_AGAIN:
+            self.verified, self.looked = await chain.verified(self.store), time.monotonic()
         if not self.settings.verify_every or self.verifying or not self.chain or not self.chain.second:
             return
         last = self.verified["time"] if self.verified else self.chain.second

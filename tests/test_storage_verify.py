@@ -11,6 +11,7 @@ from parts import PROGRAMS, make_settings, redis_on, s3_url, shipped, shipping, 
 
 from storage import chain, ship, snapshots
 from storage.objects import open_store
+from storage.restore import verify
 
 pytestmark = pytest.mark.asyncio
 
@@ -61,6 +62,16 @@ async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store)
         await store.put(name, good)
         await until(lambda: told(True), "all is well again")
     assert [path.name for path in daily.data.glob("verify-*")] == []
+
+
+async def test_a_trial_that_another_process_has_done_is_told_too(settings, store, monkeypatch):
+    monkeypatch.setattr(ship, "LOOK_AGAIN", 0.1)
+    async with redis_on(settings), shipping(settings, store) as shipper:
+        await shipped(shipper)
+        assert ship.state(settings)["verified"] is None
+        assert await verify(settings, store)
+        told = await until(lambda: ship.state(settings)["verified"], "its result")
+        assert told == await chain.verified(store)
 
 
 async def test_a_trial_that_died_is_not_begun_again_at_once(daily, store, monkeypatch, tmp_path):
