@@ -69,8 +69,12 @@ def at_once(count: int, request) -> list:
 
 
 def shown(answer) -> tuple:
-    """What must be equal: everything but that it is said again."""
-    headers = {name: value for name, value in answer.headers.items() if name not in ("idempotent-replayed", "date")}
+    """What must be equal: everything but that it is said again, and what is said of the connection alone.
+
+    A form that is answered before its body was read ends its connection (RFC 9110, section 7.6.1).
+    """
+    aside = "idempotent-replayed", "date", "connection"
+    headers = {name: value for name, value in answer.headers.items() if name not in aside}
     return answer.status, headers, answer.body
 
 
