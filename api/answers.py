@@ -34,8 +34,13 @@ class Shared(BaseHTTPResponse):
 
     @property
     def processed_headers(self):
-        own = ((name.encode("ascii"), f"{value}".translate(UNSAFE).encode()) for name, value in self.headers.items())
-        return self._head, *own
+        return self._head, *map(encoded_header, self.headers.items())
+
+
+@lru_cache(4096)  # lengths and "keep-alive", for the most part
+def encoded_header(header: tuple[str, str | int]) -> tuple[bytes, bytes]:
+    name, value = header
+    return name.encode("ascii"), f"{value}".translate(UNSAFE).encode()
 
 
 def encoded_head(headers: dict[str, str]) -> tuple[bytes, bytes]:

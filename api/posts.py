@@ -49,13 +49,13 @@ async def feed(request) -> Answer:
     found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
     links = () if after else (f'</v1/changes?since={changes.issue(db, found.seen)}>; rel="changes"',)
     place = "{row.comment_count}:{row.id}"
-    return shapes.page(request.path, limit, tuple(found.posts), found.more, shapes.encoded_post, place, links)
+    return shapes.page(request.path, limit, found.posts, found.more, shapes.encoded_post, place, links)
 
 
 @routes.get("/v1/changes")
 @shared
 async def changed(request) -> Answer:
-    ctx, since = request.app.ctx, request.args.get("since")
+    ctx, since = request.app.ctx, shapes.arguments(request).get("since")
     found = await changes.since(
         ctx.db, ctx.settings.partitions, shapes.limit(request), changes.parse(since) if since else None
     )

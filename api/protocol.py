@@ -68,10 +68,10 @@ class StrictHttp(Http):
             self.request_body = None
             raise BadRequest("the request's header is malformed")
 
-    async def http1_response_header(self, data, end_stream):
+    def respond(self, response):
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
-        await super().http1_response_header(data, end_stream)
+        return super().respond(response)
 
     async def read(self) -> bytes | None:
         if self.request_body == "chunked" and self.request_bytes_left == 0:

@@ -44,24 +44,21 @@ if not now then
   local time = redis.call('TIME')
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
-local ms, sequence = now, 0
-if redis.call('EXISTS', comments) == 1 then
-  local facts = redis.call('XINFO', 'STREAM', comments)
-  for i = 1, #facts, 2 do
-    if facts[i] == 'last-generated-id' then
-      local last_ms, last_sequence = facts[i + 1]:match('^(%d+)-(%d+)$')
-      if now <= tonumber(last_ms) then
-        ms, sequence = tonumber(last_ms), tonumber(last_sequence) + 1
-      end
-    end
-  end
-end
-local comment = string.format('%.0f-%d', ms, sequence)
 local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
 local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
 local revision = math.max(now, changed + 1, deleted + 1)
 
-redis.call('XADD', comments, comment, 'author', author, 'text', text)
+local comment = redis.pcall('XADD', comments, string.format('%.0f-*', now), 'author', author, 'text', text)
+if type(comment) == 'table' then -- refused: the clock went back
+  local facts = redis.call('XINFO', 'STREAM', comments)
+  for i = 1, #facts, 2 do
+    if facts[i] == 'last-generated-id' then
+      local ms, sequence = facts[i + 1]:match('^(%d+)-(%d+)$')
+      comment = string.format('%s-%d', ms, sequence + 1)
+    end
+  end
+  redis.call('XADD', comments, comment, 'author', author, 'text', text)
+end
 redis.call('LPUSH', latest, cjson.encode({comment, author, text}))
 redis.call('LTRIM', latest, 0, shown - 1)
 redis.call('ZADD', feed, redis.call('XLEN', comments), id)

@@ -47,7 +47,8 @@ for i = 1, #members, 2 do
   local member = members[i]
   local row = redis.call('HMGET', posts .. member, 'author', 'thumbhash', 'caption')
   local latest = table.concat(redis.call('LRANGE', latests .. member, 0, -1), ',')
-  local line = table.concat({member, members[i + 1], row[1], row[2], '[' .. latest .. ']', row[3]}, '\n')
+  local line = member .. '\n' .. members[i + 1] .. '\n' .. row[1] .. '\n' .. row[2]
+    .. '\n[' .. latest .. ']\n' .. row[3]
   size = size + #line
   rows[#rows + 1] = line
 end

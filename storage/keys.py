@@ -12,6 +12,7 @@ import binascii
 import re
 import secrets
 import time
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ def created_ms(post: str) -> int:
     return int(post.removeprefix("u")[:10].translate(DIGITS), 32)
 
 
+@lru_cache(1024)  # asked for each key of a call
 def partition_of_post(post: str) -> int:
     """The partition a post id names. Raises NoPost where it is no post id."""
     parts = ID.fullmatch(post)

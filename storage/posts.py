@@ -1,6 +1,7 @@
 """Posts: made of uploads, read, listed, deleted."""
 
 import asyncio
+from collections.abc import Awaitable
 from functools import lru_cache
 from heapq import merge
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from storage.objects import S3, Folder
 from storage.scripts import Redis
 from storage.settings import DAY_MS, PAGE_BYTES, TOLD_MS
 
+PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
 
 
@@ -49,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Page(NamedTuple):
-    posts: list[Post]
+    posts: tuple[Post, ...]
     more: bool
     seen: list[tuple[str, int]]  # first page: epoch and newest revision of each partition, when its rows were read
 
@@ -94,23 +96,27 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
     """
     asked = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
     # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
-    pages = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
+    replies = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
+    posts, more = _merged(limit, tuple((more, tuple(rows)) for _, _, more, rows in replies))
+    return Page(posts, more, [(epoch, revision) for epoch, revision, _, _ in replies])
+
+
+@lru_cache(PAGES)
+def _merged(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
+    """The page that the partitions' rows make, and whether there is more. The same rows are the same page."""
+    pages = [(more, [of_line(row) for row in rows]) for more, rows in replies]
     # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
-    ends = {rows[-1].id for _, _, more, rows in pages if more}
+    ends = {rows[-1].id for more, rows in pages if more}
     posts = []
-    for post in merge(*(rows for *_, rows in pages), key=lambda post: (post.comment_count, post.id), reverse=True):
+    for post in merge(*(rows for _, rows in pages), key=lambda post: (post.comment_count, post.id), reverse=True):
         posts.append(post)
         if len(posts) == limit or post.id in ends:
             break
-    return Page(
-        posts=posts,
-        more=any(more for _, _, more, _ in pages) or sum(len(rows) for *_, rows in pages) > len(posts),
-        seen=[(epoch, revision) for epoch, revision, _, _ in pages],
-    )
+    return tuple(posts), any(more for more, _ in pages) or sum(len(rows) for _, rows in pages) > len(posts)
 
 
-async def _feed_page(db: Redis, partition: int, limit: int, after: Place | None):
-    epoch, revision, more, rows = await db.call(
+def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Awaitable:
+    return db.call(
         "feed_page",
         [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)],
         *(after or ("", "")),
@@ -119,7 +125,6 @@ async def _feed_page(db: Redis, partition: int, limit: int, after: Place | None)
         keys.post_prefix(partition),
         keys.latest_prefix(partition),
     )
-    return epoch, revision, more, [of_line(row) for row in rows]
 
 
 async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS) -> None:

@@ -12,6 +12,7 @@ Does not decide: that is done in Lua. Does not render: rows are returned as Redi
 
 import asyncio
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptErro
 from storage.errors import Unknown, Unreachable, from_reply
 
 DEADLINE = 0.9  # seconds after which whoever waits is told: the contract promises a 503 within one
+ENOUGH = 8  # writes that are worth an fsync of their own while others' is under way: a tenth more comments a second
 BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
 
 # What Redis answers. redis-py takes two of its refusals for a lost connection: the command has not run.
@@ -50,18 +52,20 @@ SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent
 class Channel:
     """One connection. Those who ask while a pipeline is under way leave together in the next one.
 
-    `lost` is the error of those whose command was sent and whose answer did not come.
+    It leaves when the one before was answered, or when `enough` wait; two at most are under way. `lost` is the error
+    of those whose command was sent and whose answer did not come.
     """
 
-    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable]):
+    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable], enough: float = math.inf):
         pool = redis.asyncio.ConnectionPool.from_url(
             url, decode_responses=True, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
         )
         self._connection = pool.make_connection()
-        self._lost = lost
+        self._lost, self._enough = lost, enough
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future]] = []
-        self._task: asyncio.Task | None = None
+        self._tasks: set[asyncio.Task] = set()  # one for each pipeline under way
+        self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
 
     async def ask(self, *command):
         """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
@@ -72,37 +76,44 @@ class Channel:
             self._loop = asyncio.get_running_loop()
         answer = self._loop.create_future()
         self._waiting.append((packed, answer))
-        if self._task is None:
-            self._task = self._loop.create_task(self._run())
+        if not self._tasks or (len(self._waiting) == self._enough and len(self._tasks) == 1):
+            self._tasks.add(self._loop.create_task(self._run()))
         return await answer
 
     async def close(self) -> None:
-        if self._task:
-            await self._task
+        await asyncio.gather(*self._tasks)
         await self._connection.disconnect()
 
     async def _run(self) -> None:
         try:
-            while self._waiting:
-                batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-                await self._send(batch)
+            while self._waiting and (len(self._tasks) == 1 or len(self._waiting) >= self._enough):
+                await self._send()
         finally:
-            self._task = None
+            self._tasks.discard(asyncio.current_task())
 
-    async def _send(self, batch: list[tuple[bytes, asyncio.Future]]) -> None:
-        connection, sent = self._connection, False
+    async def _send(self) -> None:
+        """Send what waits, and read its answers behind those of the pipeline before."""
+        connection, batch, sent = self._connection, [], False
         try:
             async with asyncio.timeout(DEADLINE):
-                if connection.is_connected and await connection.can_read():
-                    await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
-                await connection.connect()
-                sent = True
-                await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
-                for _, answer in batch:
-                    try:
-                        _settle(answer, await connection.read_response(disconnect_on_error=False))
-                    except REPLIED as error:
-                        _settle(answer, error)
+                async with self._sending:
+                    batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+                    if not batch:  # it left with the pipeline before
+                        return
+                    if connection.is_connected and not self._reading.locked() and await connection.can_read():
+                        await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
+                    await connection.connect()
+                    sent = True
+                    await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
+                    await self._reading.acquire()
+                try:
+                    for _, answer in batch:
+                        try:
+                            _settle(answer, await connection.read_response(disconnect_on_error=False))
+                        except REPLIED as error:
+                            _settle(answer, error)
+                finally:
+                    self._reading.release()
         except (RedisError, OSError, TimeoutError) as error:
             # A late reply must not be taken for the next command's. Those who were not sent yet would wait for the
             # same server: they are told now, within the deadline.
@@ -136,7 +147,7 @@ class Redis:
     def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS):
         self._scripts = scripts
         self._reads = Channel(url, lost=Unreachable)
-        self._writes = Channel(url, lost=Unknown)
+        self._writes = Channel(url, lost=Unknown, enough=ENOUGH)
         self.clock: int | str = ""
 
     async def call(self, name: str, keys: list[str], *args):

@@ -187,6 +187,33 @@ async def test_many_callers_share_few_pipelines_in_order(server, proxy, post):
         assert [comment.text for comment, _ in made] == [text for text in written(server, post)]
 
 
+async def test_what_waits_leaves_behind_a_pipeline_under_way_once_it_is_enough(server, monkeypatch):
+    monkeypatch.setattr(scripts, "DEADLINE", 20)
+    channel = scripts.Channel(server.url, lost=errors.Unknown, enough=scripts.ENOUGH)
+
+    def unread() -> int | None:
+        """Bytes that Redis has of a connection whose command blocks; None when no connection is blocked."""
+        blocked = [int(client["qbuf"]) for client in server.client.client_list() if "b" in client["flags"]]
+        return blocked[0] if blocked else None
+
+    async def comes(condition):
+        await asyncio.to_thread(until, condition)
+
+    first = asyncio.create_task(channel.ask("BLPOP", "nothing", 0))
+    await comes(lambda: unread() is not None)
+    waiting = [asyncio.create_task(channel.ask("ECHO", number)) for number in range(scripts.ENOUGH - 1)]
+    await asyncio.to_thread(server.client.ping)  # the loop goes round
+    assert unread() == 0
+    waiting.append(asyncio.create_task(channel.ask("ECHO", "the last one")))
+    await comes(lambda: unread())
+    after = asyncio.create_task(channel.ask("ECHO", "after"))
+    server.client.rpush("nothing", "now")
+    assert await first == ["nothing", "now"]
+    assert await asyncio.gather(*waiting) == [*map(str, range(scripts.ENOUGH - 1)), "the last one"]
+    assert await after == "after"
+    await channel.close()
+
+
 async def test_a_slow_redis_is_given_up_after_a_second(server, proxy, post):
     async with through(proxy) as db:
         await comments.add(db, "bob", post, "both connections stand")
