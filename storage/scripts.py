@@ -67,8 +67,8 @@ class Channel:
         self._tasks: set[asyncio.Task] = set()  # one for each pipeline under way
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
 
-    async def ask(self, *command):
-        """The reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
+    def ask(self, *command) -> asyncio.Future:
+        """Awaits the reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
         # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
         # By hiredis: redis-py's own packer takes ten times as long.
         packed = hiredis.pack_command(command)
@@ -78,7 +78,7 @@ class Channel:
         self._waiting.append((packed, answer))
         if not self._tasks or (len(self._waiting) == self._enough and len(self._tasks) == 1):
             self._tasks.add(self._loop.create_task(self._run()))
-        return await answer
+        return answer
 
     async def close(self) -> None:
         await asyncio.gather(*self._tasks)
@@ -102,7 +102,8 @@ class Channel:
                         return
                     if connection.is_connected and not self._reading.locked() and await connection.can_read():
                         await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
-                    await connection.connect()
+                    if not connection.is_connected:
+                        await connection.connect()
                     sent = True
                     await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
                     await self._reading.acquire()

@@ -28,13 +28,13 @@ class Source:
 async def under_way():
     """Flights with one under way that one passenger waits for."""
     flights, source = Flights(), Source()
-    first = asyncio.create_task(flights.join("page", source.fly))
+    first = flights.join("page", source.fly)
     await source.begins.wait()
     return flights, source, first
 
 
 async def boarded(flights, source, number: int) -> list[asyncio.Task]:
-    tasks = [asyncio.create_task(flights.join("page", source.fly)) for _ in range(number)]
+    tasks = [flights.join("page", source.fly) for _ in range(number)]
     await asyncio.sleep(0)  # now they have
     return tasks
 
