@@ -225,7 +225,7 @@ async def test_what_can_be_read_of_nothing(server, db):
     await refused(server, db, errors.NoPost, comments.page(db, NOBODY, 1))
     await refused(server, db, errors.NoPost, comments.read(db, NOBODY, "1-0"))
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", "u" + NOBODY))
-    assert (await posts.feed(db, 3, 10)).posts == ()
+    assert not (await posts.feed(db, 3, 10)).posts
 
 
 async def test_one_key_is_one_effect_for_a_day_whatever_came_of_it(server, db):
