@@ -55,6 +55,10 @@ class Proxy:
         async def end():
             for server in self._servers:
                 server.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
