@@ -89,9 +89,18 @@ def plan(system: System, load: Load, ids: list[str], image: bytes) -> dict:
     return {"port": system.port, "streams": streams}
 
 
+def stalls(client: redis.Redis) -> dict[tuple[str, int], int]:
+    """Redis' latency events by name and second: the longest of each in ms. Redis keeps 160 seconds of an event."""
+    events = [event for event, *_ in client.execute_command("LATENCY", "LATEST")]
+    return {
+        (event, second): ms for event in events for second, ms in client.execute_command("LATENCY", "HISTORY", event)
+    }
+
+
 def run(system: System, load: Load, ids: list[str], image: bytes, seconds: float) -> tuple[dict, list]:
     """What the driver saw, and what Redis did meanwhile: (unix time, what)."""
     happened: list[tuple[float, str]] = []
+    stalled: dict[tuple[str, int], int] = {}
     system.client.config_set("latency-monitor-threshold", STALL_MS)
     system.client.execute_command("LATENCY", "RESET")
     with tempfile.NamedTemporaryFile("wb", suffix=".json") as kept:
@@ -107,11 +116,11 @@ def run(system: System, load: Load, ids: list[str], image: bytes, seconds: float
                 rewritten = True
             if system.client.info("persistence")["aof_rewrite_in_progress"]:
                 happened.append((time.time(), "a rewrite of the append-only file"))
+            stalled |= stalls(system.client)
             time.sleep(0.2)
         said, _ = driver.communicate("end\n", timeout=120)
-    for event, *_ in system.client.execute_command("LATENCY", "LATEST"):
-        for second, ms in system.client.execute_command("LATENCY", "HISTORY", event):
-            happened.append((second + 0.5, f"Redis: {event}, {ms} ms"))
+    stalled |= stalls(system.client)
+    happened += [(second + 0.5, f"Redis: {event}, {ms} ms") for (event, second), ms in stalled.items()]
     until(system.ready, 300, "the end of all image work")
     return orjson.loads(said), happened
 
