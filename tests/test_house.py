@@ -242,11 +242,6 @@ def ours() -> list[Path]:
     ]
 
 
-def test_no_file_is_longer_than_can_be_read():
-    long = {path.name: len(path.read_text().splitlines()) for path in ours()}
-    assert {name: lines for name, lines in long.items() if lines > 400} == {}
-
-
 @each([path for path in ROOMS if path.name != "settings.py"])
 def test_the_environment_is_read_in_one_place(path):
     for node in walk(path):
