@@ -7,6 +7,7 @@
     verify                             restores the newest on trial
     check [--repair] [--deep]          holds the data, live or restored, against what must be true of it
     sweep [--dry-run]                  removes objects that nobody owns
+    retry                              makes the images again that failed as `exhausted`
 """
 
 import argparse
@@ -19,9 +20,9 @@ from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
-from storage import check, restore, server, ship, snapshots, sweep
+from storage import check, restore, retry, server, ship, snapshots, sweep
 from storage.aof import Damaged
-from storage.errors import Unreachable
+from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store
 from storage.scripts import Redis
 from storage.settings import Settings, load
@@ -31,7 +32,7 @@ def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m storage", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("redis", "ship", "snapshots", "verify"):
+    for name in ("redis", "ship", "snapshots", "verify", "retry"):
         commands.add_parser(name)
     restoring = commands.add_parser("restore")
     restoring.add_argument("--at", type=_second, help="2026-11-23T07:00:00Z; without it, the newest")
@@ -52,11 +53,11 @@ def main() -> None:
         ship.main(settings)
         return
     try:
-        work = {"sweep": _sweep, "check": _check}.get(arguments.command, _backup)
+        work = {"sweep": _sweep, "check": _check, "retry": _retry}.get(arguments.command, _backup)
         asyncio.run(_until_told(work(arguments, settings)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("stopped before it was done")
-    except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, sweep.Mistaken) as error:
+    except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
 
 
@@ -90,6 +91,13 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
     _say(str(found))
     if found.flaws:
         sys.exit(1)
+
+
+async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
+    db = Redis(settings.redis_url)
+    count = await retry.retry(db)
+    await db.close()
+    _say(f"{count} posts are handed out again")
 
 
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -50,7 +50,7 @@ class Found:
 async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: bool = False) -> Found:
     """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable."""
     found = Found()
-    async for names in _walk(db):
+    async for names in walk(db):
         work = []
         for name in names:
             kind, partition, id = keys.parts(name)
@@ -63,7 +63,7 @@ async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: boo
             elif kind == "uploads":
                 work.append(_reserved(db, partition, id, "", found, repair))
             elif kind in ("feed", "changes"):
-                async for members in _walk(db, name):
+                async for members in walk(db, name):
                     await asyncio.gather(
                         *(_post(db, objects, id, found, repair, deep=False, count=False) for id in members[::2])
                     )
@@ -71,7 +71,8 @@ async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: boo
     return found
 
 
-async def _walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
+async def walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
+    """All keys of the server, some hundred at a time; with `zset` its members, each followed by its score."""
     cursor = "0"
     while True:
         cursor, names = await db.call("scan", [*zset], cursor, BATCH)
@@ -184,7 +185,7 @@ async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
     Posts without JPEG are due, uploads without their chunks are dropped, and each partition has a new epoch. What a
     repair of derived data would hide counts: a backup that needs one is not what was written.
     """
-    async for names in _walk(db):
+    async for names in walk(db):
         await asyncio.gather(*(_fit(db, objects, *keys.parts(name)) for name in names))
     found = await check(db, objects)
     for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too

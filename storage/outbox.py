@@ -18,7 +18,8 @@ from storage.scripts import Redis
 from storage.settings import DAY_MS
 
 LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the first attempt's time
-ATTEMPTS = 5  # with leases that double: half an hour for a store that is away
+ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
+EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
 ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
 MOST = 500  # due entries looked at from either end in one script, about 1 ms of Redis' time
 
@@ -61,6 +62,14 @@ async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None
         ATTEMPTS,
     )
     return attempt, upload
+
+
+async def return_image(db: Redis, post: str, attempt: int, left: int) -> None:
+    """Take back the current attempt, or earlier ones too: only `left` attempts still count.
+
+    For attempts that failed because the store, a disk or Redis was away, which is not the image's fault.
+    """
+    await db.call("return_image", [keys.post(post)], attempt, left)
 
 
 async def publish(db: Redis, post: str, thumbhash: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import orjson
 
 from storage import keys
-from storage.objects import S3, Folder
+from storage.objects import S3, Folder, NotFound
 from storage.scripts import Redis
 from storage.settings import DAY_MS, PAGE_BYTES, TOLD_MS
 
@@ -153,6 +153,12 @@ async def image(objects: Folder | S3, post: str) -> bytes:
     return await objects.get(keys.image(post))
 
 
+async def has_image(objects: Folder | S3, post: str) -> bool:
+    """Whether the served JPEG is stored. Raises Unavailable."""
+    try:
+        return bool(await objects.size(keys.image(post)))
+    except NotFound:
+        return False
 
 
 async def put_image(objects: Folder | S3, post: str, jpeg: bytes) -> None:

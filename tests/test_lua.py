@@ -8,7 +8,7 @@ from making import make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import check, comments, errors, keys, outbox, posts, scripts, uploads
+from storage import check, comments, errors, keys, outbox, posts, retry, scripts, uploads
 from storage.keys import Once
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
@@ -65,6 +65,7 @@ class Recorder:
 class Scene(NamedTuple):
     ready: str
     processing: str
+    failed: str
     comment: str
     upload: str
     leased: outbox.Due
@@ -76,7 +77,9 @@ async def scene(db) -> Scene:
     upload = await make_upload(db, "alice")
     due = await leased(db, processing)
     await make_processing(db, "alice")  # is due and not leased
-    return Scene(ready, processing, comment.id, upload, due)
+    failed = await make_processing(db, "alice")
+    await outbox.fail(db, failed, 0, outbox.EXHAUSTED, "five attempts failed")
+    return Scene(ready, processing, failed, comment.id, upload, due)
 
 
 class Empty:
@@ -126,6 +129,8 @@ WRITES = {
     "lease_due": lambda db, at: outbox.lease(db, 0, 10),
     "settle_due": settle,
     "start_image": lambda db, at: outbox.start_image(db, at.processing, at.leased.lease),
+    "return_image": lambda db, at: outbox.return_image(db, at.processing, 0, 1),
+    "retry_post": lambda db, at: retry._retry(db, at.failed),
     "publish_post": lambda db, at: outbox.publish(db, at.processing, "thumbhash"),
     "make_again": lambda db, at: check.make_again(db, at.ready),
     "check_post": check_post,

@@ -7,7 +7,7 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import chain, comments, errors, keys, outbox, posts, uploads
+from storage import chain, comments, errors, keys, outbox, posts, retry, uploads
 from storage.objects import Folder
 from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
@@ -155,6 +155,53 @@ async def test_only_the_current_attempt_fails_a_post(server, db):
     )
     await refused(server, db, errors.Stale, outbox.fail(db, post, 2, "damaged", "again"))
     assert server.client.zscore(keys.due(0), post) is None
+
+
+async def test_attempts_that_are_taken_back_do_not_count(server, db):
+    post = await make_processing(db, "alice")
+    for _ in range(ATTEMPTS * 3):
+        due = await leased(db, post)
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        assert attempt == 1
+        await outbox.return_image(db, post, attempt, attempt - 1)
+        with unchanged(server.client):
+            await outbox.return_image(db, post, attempt, attempt - 1)
+        db.clock += LEASE_MS
+    assert (await posts.read(db, post)).status == "processing"
+
+
+async def test_only_the_current_attempt_is_taken_back(server, db):
+    post, other = await make_processing(db, "alice"), await make_post(db, "alice")
+    for _ in range(2):
+        due = await leased(db, post)
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        db.clock += ATTEMPTS * LEASE_MS
+    with unchanged(server.client):
+        for id, number in ((post, 1), (post, 3), (other, 0), (NOBODY, 1)):
+            await outbox.return_image(db, id, number, 0)
+    await outbox.return_image(db, post, 2, 0)
+    due = await leased(db, post)
+    assert (await outbox.start_image(db, post, due.lease))[0] == 1
+
+
+async def test_posts_whose_attempts_are_exhausted_are_handed_out_again(server, db):
+    exhausted, damaged = await make_processing(db, "alice"), await make_processing(db, "alice")
+    ready = await make_post(db, "alice")
+    await outbox.fail(db, damaged, 0, "undecodable", "it is damaged")
+    for _ in range(ATTEMPTS + 1):
+        due = await leased(db, exhausted)
+        await outbox.start_image(db, exhausted, due.lease)
+        db.clock = int(server.client.zscore(keys.due(0), exhausted) or db.clock)
+    assert (await posts.read(db, exhausted)).code == "exhausted"
+    server.client.hset("post:{0}:garbage", "status", "failed")
+    assert await retry.retry(db) == 1
+    row = await posts.read(db, exhausted)
+    assert (row.status, row.code, row.detail) == ("processing", None, None)
+    due = await leased(db, exhausted)
+    assert (await outbox.start_image(db, exhausted, due.lease))[0] == 1
+    with unchanged(server.client):
+        assert await retry.retry(db) == 0
+    assert [(await posts.read(db, post)).status for post in (damaged, ready)] == ["failed", "ready"]
 
 
 async def test_any_attempt_publishes_a_post(server, db):

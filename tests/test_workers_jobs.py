@@ -1,10 +1,13 @@
 """A job is right when it is run twice, at the same time or again, and when its post goes meanwhile."""
 
 import asyncio
+import resource
 import threading
+from contextlib import contextmanager
 
 import pytest
-from conftest import photograph
+from conftest import RedisServer, free_port, photograph, until
+from parts import s3_url
 from test_storage_outbox import leased, make_image, names, work_off
 
 from storage import keys, objects, outbox, posts, scripts, uploads
@@ -116,3 +119,137 @@ async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatc
     await make_image(db, store, due)
     await jobs._attempt(due.id, due.lease)
     assert begun == []
+
+
+# Failures that are not the image's
+
+
+@contextmanager
+def no_store(store, tmp_path, monkeypatch):
+    """The folder of the store is not there: something else has its name."""
+    folder, aside = tmp_path / "store", tmp_path / "aside"
+    folder.rename(aside)
+    folder.touch()
+    yield
+    folder.unlink()
+    aside.rename(folder)
+
+
+@contextmanager
+def no_disk(store, tmp_path, monkeypatch):
+    """This process may write no file of more than some bytes, which ends a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("away", [no_store, no_disk])
+async def test_a_store_or_a_disk_that_is_away_uses_up_no_attempt(db, store, due, tmp_path, monkeypatch, server, away):
+    with away(store, tmp_path, monkeypatch):
+        await fail_often(server, db, due)
+    await jobs._attempt(due.id, (await handed_out(server, db, due.id)).lease)
+    await shown(db, store, due.id)
+
+
+async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEGRAM_STORE", s3_url(monkeypatch))
+    store = objects.open_store(jobs.settings.load().store_url)
+    async with uploads.receiving(db, store, "alice", 1) as image:
+        await image.write(photograph())
+        await image.finish()
+    post, _ = await posts.create(db, "alice", image.upload, "")
+    due = await leased(db, post)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        await fail_often(server, db, due)
+    await jobs._attempt(post, (await handed_out(server, db, post)).lease)
+    assert (await posts.read(db, post)).status == "ready"
+
+
+async def handed_out(server, db, post: str) -> outbox.Due:
+    """The next hint, as if the lease of the last one had run out."""
+    server.client.zadd(keys.due(0), {post: 0}, xx=True)
+    return await leased(db, post)
+
+
+async def fail_often(server, db, due: outbox.Due) -> None:
+    for _ in range(outbox.ATTEMPTS + 2):
+        await jobs._attempt(due.id, due.lease)
+        assert (await posts.read(db, due.id)).status == "processing"
+        due = await handed_out(server, db, due.id)
+
+
+@pytest.fixture
+async def mortal(tmp_path, monkeypatch):
+    """A Redis of this test's own, which it may kill."""
+    server = RedisServer("valkey")
+    monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
+    monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
+    monkeypatch.setattr(jobs, "AGAIN", 0.05)
+    yield server
+    server.close()
+
+
+async def published(server, store) -> tuple[scripts.Redis, str]:
+    db = scripts.Redis(server.url)
+    async with uploads.receiving(db, store, "alice", 1) as image:
+        await image.write(photograph())
+        await image.finish()
+    return db, (await posts.create(db, "alice", image.upload, ""))[0]
+
+
+async def test_a_picture_is_shown_when_redis_is_back(mortal, store, monkeypatch):
+    """Redis goes away while the picture is made, and comes back later. It is not made a second time."""
+    db, post = await published(mortal, store)
+    due = await leased(db, post)
+
+    async def kill():
+        mortal.kill()
+
+    begun = meanwhile(monkeypatch, kill)
+    job = asyncio.create_task(jobs._attempt(post, due.lease))
+    await asyncio.to_thread(until, lambda: begun and (store._root / keys.image(post)).exists(), what="the picture")
+    await asyncio.to_thread(mortal.start)
+    await job
+    await shown(db, store, post)
+    assert len(begun) == 1
+    await db.close()
+
+
+async def test_a_redis_that_is_away_when_the_picture_is_made_uses_up_no_attempt(mortal, store, monkeypatch):
+    """Each time Redis goes away during the conversion, and RQ's time for the job ends before it is back."""
+    db, post = await published(mortal, store)
+
+    def convert(path, chosen):
+        mortal.kill()
+        return sandbox.convert(path, chosen)
+
+    monkeypatch.setattr(jobs, "convert", convert)
+    for _ in range(outbox.ATTEMPTS + 2):
+        due = await handed_out(mortal, db, post)
+        job = asyncio.create_task(jobs._attempt(post, due.lease))
+        await asyncio.to_thread(until, lambda: mortal.process.returncode is not None, what="the conversion")
+        await asyncio.to_thread(until, (store._root / keys.image(post)).exists, what="the picture")
+        while not job.done():
+            job.cancel()
+            await asyncio.sleep(0)
+        await asyncio.to_thread(mortal.start)
+        assert (await posts.read(db, post)).status == "processing"
+    monkeypatch.setattr(jobs, "convert", sandbox.convert)
+    await jobs._attempt(post, (await handed_out(mortal, db, post)).lease)
+    await shown(db, store, post)
+    await db.close()
+
+
+async def test_a_decoder_that_dies_uses_up_an_attempt(db, store, due, server, monkeypatch):
+    def dies(path, chosen):
+        raise ChildProcessError("the decoder ended with -9")
+
+    monkeypatch.setattr(jobs, "convert", dies)
+    for _ in range(outbox.ATTEMPTS):
+        with pytest.raises(ChildProcessError):
+            await jobs._attempt(due.id, due.lease)
+        due = await handed_out(server, db, due.id)
+    await jobs._attempt(due.id, due.lease)
+    assert (await posts.read(db, due.id)).code == "exhausted"

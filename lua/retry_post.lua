@@ -1,0 +1,28 @@
+#!lua
+-- Puts a failed post back into the outbox of image work, if it failed for one given reason.
+-- KEYS[1] post  post:{p}:<id>  hash
+-- KEYS[2] due   due:{p}        zset
+-- ARGV[1] now   ms; empty: Redis' clock
+-- ARGV[2] id    post id
+-- ARGV[3] code  the reason it must have failed for
+-- Returns 1, or 0 if it did not fail for that reason
+-- Refuses nothing
+-- A failed post keeps its bytes until it is deleted: its original, or the chunks of the upload that it still names.
+local post, due = KEYS[1], KEYS[2]
+local now, id, code = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+if #KEYS ~= 2 or #ARGV ~= 3 then
+  return redis.error_reply('ERR wrong arguments')
+end
+
+local row = redis.call('HMGET', post, 'status', 'code')
+if row[1] ~= 'failed' or row[2] ~= code then
+  return 0
+end
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+redis.call('HSET', post, 'status', 'processing', 'attempt', 0)
+redis.call('HDEL', post, 'code', 'detail')
+redis.call('ZADD', due, now, id)
+return 1

@@ -1,0 +1,32 @@
+"""`python -m storage retry`: hands out posts again whose image could not be made for reasons that have passed.
+
+For use after an outage or a fault of the workers. A post whose image itself is the reason stays failed.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from storage import keys
+from storage.check import walk
+from storage.errors import NoPost
+from storage.outbox import EXHAUSTED
+from storage.scripts import Redis
+
+
+async def retry(db: Redis) -> int:
+    """Puts every post that failed as `exhausted` back into the outbox, with all its attempts. Returns their number.
+
+    Raises Unreachable, Unknown.
+    """
+    count = 0
+    async for names in walk(db):
+        posts = [id for kind, _, id in map(keys.parts, names) if kind == "post"]
+        count += sum(await asyncio.gather(*(_retry(db, post) for post in posts)))
+    return count
+
+
+async def _retry(db: Redis, post: str) -> int:
+    with suppress(NoPost):  # a key that is not ours
+        named = [keys.post(post), keys.due(keys.partition_of_post(post))]
+        return await db.call("retry_post", named, db.clock, post, EXHAUSTED)
+    return 0
