@@ -62,8 +62,8 @@ class Works(Site):
         return Counter(pipeline.execute())
 
     def shown(self) -> int:
-        """Posts with a picture of their own."""
-        names = {path.name.removesuffix(".jpg") for path in (self.folder / "store" / "images").iterdir()}
+        """Posts with a picture of their own. A put that was killed leaves a temporary file, which is no object."""
+        names = {path.name.removesuffix(".jpg") for path in (self.folder / "store" / "images").glob("[!.]*")}
         feed = set(self.server.client.zrange(keys.feed(0), 0, -1))
         assert names == feed
         return len(feed)
