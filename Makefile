@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit test-pillow load bench bench-images drill drill-images drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-before bench-images drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -36,6 +36,10 @@ load: ## locust against a started system, at the forecast's mix
 bench: ## all figures, beside bare Sanic and a peer; half an hour
 	@.ci/setup bench
 	$(python) -m tests.bench
+
+bench-before: ## the rates of this checkout beside those of an earlier one: make bench-before REVISION=main~10
+	@.ci/setup bench
+	$(python) -m tests.bench.before $(REVISION)
 
 bench-images: ## what a picture costs, beside libvips
 	@.ci/setup bench

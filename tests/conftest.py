@@ -149,6 +149,8 @@ def store(tmp_path):
 class Site:
     """The API and, if wanted, the worker, as they run in production: processes with an environment."""
 
+    root = ROOT  # of the checkout whose code runs
+
     def __init__(self, redis_url: str, folder: Path, **settings: object):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -166,7 +168,7 @@ class Site:
 
     def start(self, *command: str) -> subprocess.Popen:
         """Start `python -m …`."""
-        process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=self.environment)
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment)
         self.processes.append(process)
         return process
 

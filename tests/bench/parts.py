@@ -42,10 +42,11 @@ class Redis(Filling, RedisServer):
 
 
 class Api(Site):
-    """Our API: one process on one core."""
+    """Our API: one process on one core, of the checkout at `root`."""
 
-    def __init__(self, redis: RedisServer, folder: Path, **settings):
+    def __init__(self, redis: RedisServer, folder: Path, root: Path = ROOT, **settings):
         super().__init__(redis.url, folder, **settings)
+        self.root = root
         self.process = self.start("api")
         if self.environment["IMAGEGRAM_WORKERS"] == "1":
             pin(self.process.pid, SERVER)

@@ -50,6 +50,27 @@ def forget(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
+def by_form(api: Api, token: dict[str, str], data: memoryview) -> None:
+    """Send an image as a form."""
+    begin = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode()
+    end = f"\r\n--{BOUNDARY}--\r\n".encode()
+    fields = {"Content_Type": f"multipart/form-data; boundary={BOUNDARY}", **token}
+    length = len(begin) + len(data) + len(end)
+    ask(api.port, header("POST", "/v1/posts", Content_Length=length, **fields), begin, data, end)
+
+
+def by_tus(api: Api, token: dict[str, str], data: memoryview) -> None:
+    """Send an image as a resumable upload, in one PATCH."""
+    fields = {"Tus_Resumable": "1.0.0", **token}
+    made = ask(api.port, header("POST", "/v1/uploads", Upload_Length=len(data), Content_Length=0, **fields))
+    where = next(line.split(": ")[1] for line in made.split("\r\n") if line.lower().startswith("location"))
+    fields |= {"Upload_Offset": 0, "Content_Type": "application/offset+octet-stream"}
+    ask(api.port, header("PATCH", where, Content_Length=len(data), **fields), data)
+
+
 def measure(rounds: int, size: int = SIZE) -> list[Row]:
     data = memoryview(PNG + secrets.token_bytes(1 << 20) * (size >> 20))[:size]
     with contextlib.ExitStack() as stack:
@@ -64,28 +85,13 @@ def measure(rounds: int, size: int = SIZE) -> list[Row]:
         taken = {"bare": [], "form": [], "tus": []}
         grew = {"form": 0, "tus": 0}
 
-        def plain():
-            ask(bare.port, header("PUT", "/file", Content_Length=size), data)
-
-        def form():
-            begin = (
-                f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n'
-                "Content-Type: image/png\r\n\r\n"
-            ).encode()
-            end = f"\r\n--{BOUNDARY}--\r\n".encode()
-            fields = {"Content_Type": f"multipart/form-data; boundary={BOUNDARY}", **token}
-            length = len(begin) + size + len(end)
-            ask(api.port, header("POST", "/v1/posts", Content_Length=length, **fields), begin, data, end)
-
-        def tus():
-            fields = {"Tus_Resumable": "1.0.0", **token}
-            made = ask(api.port, header("POST", "/v1/uploads", Upload_Length=size, Content_Length=0, **fields))
-            where = next(line.split(": ")[1] for line in made.split("\r\n") if line.lower().startswith("location"))
-            fields |= {"Upload_Offset": 0, "Content_Type": "application/offset+octet-stream"}
-            ask(api.port, header("PATCH", where, Content_Length=size, **fields), data)
-
+        ways = {
+            "bare": lambda: ask(bare.port, header("PUT", "/file", Content_Length=size), data),
+            "form": lambda: by_form(api, token, data),
+            "tus": lambda: by_tus(api, token, data),
+        }
         for number in range(rounds + 1):
-            for name, send in (("bare", plain), ("form", form), ("tus", tus)):
+            for name, send in ways.items():
                 forget(pid)
                 before, began = peak(pid), time.monotonic()
                 send()
