@@ -146,7 +146,7 @@ class Appender:
                 self._head += await self._objects.get(keys.chunk(self.upload, name))
 
     async def write(self, data: bytes) -> None:
-        """Take bytes. Waits only where the line is faster than the store."""
+        """Takes bytes. Waits only where the line is faster than the store."""
         if self._commits and self._commits[-1].done():
             self._commits[-1].result()  # what follows a chunk that was refused is received in vain
         if self._received < LONGEST:
@@ -160,13 +160,18 @@ class Appender:
         self._pieces.append(data)
         self._held += len(data)
         if self._held >= self._full:
-            while len(self._commits) >= PUTS:  # a slow line's chunk may have joined them meanwhile
+            while len(self._commits) >= PUTS:
                 await asyncio.shield(self._commits[0])
                 self._commits.popleft()
-            self._put()
+            if self._held:  # else `_hurry` has put the buffer during the wait
+                self._put()
 
     def _hurry(self) -> None:
-        """A second has passed, maybe in silence."""
+        """The buffer's first byte is SLOW seconds old: puts the buffer, also if the line is silent now."""
+        if sum(not commit.done() for commit in self._commits) >= PUTS:
+            # The store is slower than the line. One longer chunk costs it less than two, and takes no more memory.
+            self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
+            return
         self._full = SMALL_CHUNK
         if self._held >= SMALL_CHUNK:
             self._put()

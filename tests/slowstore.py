@@ -1,0 +1,18 @@
+"""The API over a slow disk: `python -m tests.slowstore`. The last byte of a chunk chooses how long its put takes."""
+
+import asyncio
+
+from api.__main__ import main
+from storage.objects import Folder
+
+SECONDS = [0.0, 0.3, 1.2, 2.5, 6.0]
+
+if __name__ == "__main__":
+    put = Folder.put
+
+    async def slow_put(self, name: str, data: bytes) -> None:
+        await asyncio.sleep(SECONDS[int.from_bytes(data[-1:])])
+        await put(self, name, data)
+
+    Folder.put = slow_put
+    main()
