@@ -8,10 +8,10 @@ from storage.scripts import Redis
 
 
 async def keep(db: Redis, objects: Folder | S3, post: str, upload: str | None, copy: BinaryIO) -> None:
-    """Store a post's original, unless it is stored already, and write its bytes to `copy`.
+    """Stores a post's original, unless it is stored already, and writes its bytes to `copy`.
 
-    Raises objects.NotFound where neither original nor chunks are there: another run has just joined them, or the
-    post was deleted.
+    Raises objects.NotFound where neither the original nor all chunks are there: another attempt has joined them since
+    we looked for the original, or the post was deleted. Then nothing was stored.
     """
     original = keys.original(post)
     try:
@@ -23,9 +23,15 @@ async def keep(db: Redis, objects: Folder | S3, post: str, upload: str | None, c
             raise
 
     async def joined():
-        for name in (await uploads.look(db, upload)).chunks:
+        """The chunks' bytes. Raises before its end where bytes are missing, so the put leaves the store as it was."""
+        found, size = await uploads.look(db, upload), 0
+        for name in found.chunks:
             piece = await objects.get(keys.chunk(upload, name))
             copy.write(piece)
             yield piece
+            size += len(piece)
+        # Uploads that ended under an older version have no length here.
+        if not size or size != (found.length or size):
+            raise NotFound(f"the chunks of {upload} have {size} bytes, the upload had {found.length}")
 
     await objects.put(original, joined())

@@ -34,7 +34,7 @@ class Upload(NamedTuple):
 
     owner: str | None  # None: dropped, or never there
     offset: int
-    length: int | None  # None: a form, whose end is told by the form
+    length: int | None  # None: an open form's, which the form's end tells
     metadata: str
     expires: int  # ms since 1970; 0: it has expired and was dropped
     post: str | None  # once it became one

@@ -1,14 +1,15 @@
 """The outbox: leases that come back, attempts that are counted, and what deleted posts leave."""
 
 import asyncio
+import io
 
 import pytest
 from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import chain, comments, errors, keys, outbox, posts, retry, uploads
-from storage.objects import Folder
+from storage import chain, comments, errors, keys, originals, outbox, posts, retry, uploads
+from storage.objects import Folder, NotFound
 from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
 
@@ -444,3 +445,61 @@ async def test_dispatchers_that_lease_at_the_same_time_share_the_work(server, db
     answers = await asyncio.gather(*(outbox.lease(db, 0, 3) for _ in range(20)))
     found = [due.id for answer in answers for due in answer]
     assert len(found) == len(set(found)) == len(made) and set(found) == made
+
+
+# Originals
+
+
+class Paused(Folder):
+    """Waits where an object is missing, before it says so."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.missed, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def read(self, name):
+        try:
+            async for piece in super().read(name):
+                yield piece
+        except NotFound:
+            self.missed.set()
+            await self.go_on.wait()
+            raise
+
+
+async def test_an_attempt_that_is_late_leaves_the_original_of_another_as_it_is(server, db, store):
+    """It saw no original. Before it looks for the chunks, another attempt publishes and the chunks are erased."""
+    post, upload = await stored_post(db, store)
+    paused, copy = Paused(store._root), io.BytesIO()
+    late = asyncio.create_task(originals.keep(db, paused, post, upload, copy))
+    await paused.missed.wait()
+    await originals.keep(db, store, post, upload, io.BytesIO())
+    await posts.put_image(store, post, jpeg())
+    await outbox.publish(db, post, "thumbhash")
+    await work_off(db, store)
+    assert await names(store) == [keys.image(post), keys.original(post)]
+    paused.go_on.set()
+    with pytest.raises(NotFound):
+        await late
+    assert await store.get(keys.original(post)) == b"BM" + bytes(200)
+    assert copy.getvalue() == b""
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_no_original_is_stored_that_is_shorter_than_its_upload(server, db, store, lost):
+    post, upload = await stored_post(db, store)
+    server.client.rpop(keys.chunks(upload), lost)
+    before = await names(store)
+    with unchanged(server.client), pytest.raises(NotFound):
+        await originals.keep(db, store, post, upload, io.BytesIO())
+    assert await names(store) == before
+
+
+async def test_an_upload_that_ended_before_its_length_was_kept_is_joined_all_the_same(server, db, store):
+    """As in a backup of an older version."""
+    post, upload = await stored_post(db, store)
+    assert server.client.hgetall(keys.upload(upload)) == {"owner": "alice", "post": post, "length": "202"}
+    server.client.hdel(keys.upload(upload), "length")
+    copy = io.BytesIO()
+    await originals.keep(db, store, post, upload, copy)
+    assert await store.get(keys.original(post)) == copy.getvalue() == b"BM" + bytes(200)
