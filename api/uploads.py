@@ -150,7 +150,7 @@ async def patch(request, upload: str):
     if shapes.declared(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
-    await uploads.uncut(image.resume(found.chunks))
+    await uploads.uncut(image.resume())
     await append(request, image)
     return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or found.expires)})
 

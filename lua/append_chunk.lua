@@ -10,14 +10,15 @@
 -- ARGV[5] name    of the chunk
 -- ARGV[6] expiry  ms without a byte until the upload expires
 -- ARGV[7] largest bytes an upload without a length may have
+-- ARGV[8] most    chunks an upload may have
 -- Returns {offset, expires ms}
--- Refuses NOUPLOAD EXPIRED OFFSET TOOLARGE
+-- Refuses NOUPLOAD EXPIRED OFFSET TOOLARGE CHUNKS
 -- A compare-and-set instead of a lock: a request that wakes up late finds another offset and harms nothing.
 -- Asked twice it finds its own name at the end, and says the same again.
 local upload, chunks, due = KEYS[1], KEYS[2], KEYS[3]
 local now, id, from, bytes, name = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local expiry, largest = tonumber(ARGV[6]), tonumber(ARGV[7])
-if #KEYS ~= 3 or #ARGV ~= 7 or not (from and (bytes or 0) > 0 and expiry and largest) then
+local expiry, largest, most = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+if #KEYS ~= 3 or #ARGV ~= 8 or not (from and (bytes or 0) > 0 and expiry and largest and most) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -41,6 +42,9 @@ if offset ~= from then
 end
 if from + bytes > length then
   return redis.error_reply('TOOLARGE the upload ends at ' .. length)
+end
+if redis.call('LLEN', chunks) >= most then
+  return redis.error_reply('CHUNKS this upload came in ' .. most .. ' pieces: delete it, and send longer ones')
 end
 
 redis.call('RPUSH', chunks, name)

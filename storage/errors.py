@@ -55,6 +55,10 @@ class TooLarge(Refusal):
     word = "TOOLARGE"
 
 
+class Chunks(Refusal):
+    word = "CHUNKS"
+
+
 class Format(Refusal):
     word = "FORMAT"
 

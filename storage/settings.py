@@ -19,6 +19,7 @@ LATEST = 2  # comments a feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
 DAY_MS = 24 * 60 * 60 * 1000  # an idempotency key, an idle upload and a deleted post's original are kept a day
 TOLD_MS = 7 * DAY_MS  # a token of changes holds for a week, so deletions are told for as long
+CHUNKS = 10_000  # pieces an upload may come in: of the largest image 10 KiB each
 OPEN_UPLOADS = 20  # a user may have
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from storage import keys
 from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, Unknown, Unreachable
 from storage.formats import LONGEST, sniff
-from storage.objects import S3, Folder, Unavailable
+from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis, now_ms
-from storage.settings import DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import CHUNKS, DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
@@ -39,7 +39,7 @@ class Upload(NamedTuple):
     expires: int  # ms since 1970; 0: it has expired and was dropped
     post: str | None  # once it became one
     expired: bool
-    chunks: list[str]
+    chunks: list[str]  # names, in order; empty where they were not asked for
 
 
 async def create(
@@ -77,18 +77,21 @@ async def create(
     return made, bool(repeated)
 
 
-async def look(db: Redis, upload: str) -> Upload:
-    """An upload as it is, whoever owns it. Raises NoUpload where the id is none."""
+async def look(db: Redis, upload: str, names: bool = True) -> Upload:
+    """An upload as it is, whoever owns it. `names`: with those of its chunks, up to 10,000.
+
+    Raises NoUpload where the id is none.
+    """
     owner, offset, length, metadata, expires, post, expired, chunks = await db.call(
-        "read_upload", [keys.upload(upload), keys.chunks(upload)], db.clock
+        "read_upload", [keys.upload(upload), keys.chunks(upload)], db.clock, int(names)
     )
     length = int(length) if length else None
     return Upload(owner, int(offset or 0), length, metadata or "", int(expires or 0), post, bool(expired), chunks)
 
 
 async def read(db: Redis, owner: str, upload: str) -> Upload:
-    """A user's open upload. Raises NoUpload, Expired."""
-    found = await look(db, upload)
+    """A user's open upload, without the names of its chunks. Raises NoUpload, Expired."""
+    found = await look(db, upload, names=False)
     if found.owner != owner or found.post:
         raise NoUpload("no such upload")
     if found.expired:
@@ -117,7 +120,7 @@ class Appender:
     """Appends received bytes to an upload, from its offset on. While some chunks are made durable the next is received.
 
     Raises Format at the first bytes that are no image of ours, TooLarge past the upload's length, Offset where
-    another request has moved the offset meanwhile, Expired, NoUpload. What was committed before stays.
+    another request has moved the offset meanwhile, Chunks, Expired, NoUpload. What was committed before stays.
     """
 
     def __init__(self, db: Redis, objects: Folder | S3, upload: str, offset: int = 0, length: int | None = None):
@@ -137,13 +140,18 @@ class Appender:
         self._timer: asyncio.TimerHandle | None = None
         self._head = b""  # the first bytes, as long as they do not tell the format
 
-    async def resume(self, chunks: list[str]) -> None:
-        """Go on where an upload stands: its first bytes may not have told the format yet. Raises Full."""
+    async def resume(self) -> None:
+        """Goes on where an upload stands: its first bytes may not have told the format yet. Raises Full, NoUpload."""
         if self._received < self._most:
             self._objects.room()
         if 0 < self.offset < LONGEST:
-            for name in chunks:
-                self._head += await self._objects.get(keys.chunk(self.upload, name))
+            # So few bytes are as few chunks. If another request has appended more meanwhile, only ours count here.
+            names = (await look(self._db, self.upload)).chunks[: self.offset]
+            try:
+                pieces = [await self._objects.get(keys.chunk(self.upload, name)) for name in names]
+            except NotFound:  # another request has deleted the upload
+                raise NoUpload("no such upload") from None
+            self._head = b"".join(pieces)[: self.offset]
 
     async def write(self, data: bytes) -> None:
         """Takes bytes. Waits only where the line is faster than the store."""
@@ -229,7 +237,7 @@ class Appender:
             offered = True
             named = [keys.upload(self.upload), keys.chunks(self.upload)]
             named.append(keys.due(keys.partition_of_upload(self.upload)))
-            args = (self.upload, offset, len(data), name, DAY_MS, IMAGE_BYTES)
+            args = (self.upload, offset, len(data), name, DAY_MS, IMAGE_BYTES, CHUNKS)
             self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
         except Exception as error:
             if not (offered and isinstance(error, Unknown)):  # then it may be the upload's now

@@ -6,14 +6,14 @@ from PIL import Image
 
 from storage import keys, outbox, posts, uploads
 from storage.scripts import Redis
-from storage.settings import DAY_MS
+from storage.settings import CHUNKS, DAY_MS
 
 
 async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10) -> str:
     """An upload whose one chunk is only named: for tests that never look at its bytes."""
     upload, _ = await uploads.create(db, owner, partitions)
     named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
-    await db.call("append_chunk", named, db.clock, upload, 0, size, keys.chunk_name(0), DAY_MS, size)
+    await db.call("append_chunk", named, db.clock, upload, 0, size, keys.chunk_name(0), DAY_MS, size, CHUNKS)
     return upload
 
 

@@ -10,7 +10,7 @@ from state import contents, unchanged
 
 from storage import check, comments, errors, keys, outbox, posts, retry, scripts, uploads
 from storage.keys import Once
-from storage.settings import DAY_MS, IMAGE_BYTES, LATEST, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import CHUNKS, DAY_MS, IMAGE_BYTES, LATEST, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 NOW = 1_763_971_200_000
 ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
@@ -34,9 +34,8 @@ async def refused(server, db, error: type[errors.Refusal], work):
 async def append(db, upload: str, offset: int, size: int, name: str) -> int:
     """As an Appender does once its chunk is durable."""
     named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
-    return (await db.call("append_chunk", named, db.clock, upload, offset, size, name, DAY_MS, IMAGE_BYTES))[
-        0
-    ]
+    args = (upload, offset, size, name, DAY_MS, IMAGE_BYTES, CHUNKS)
+    return (await db.call("append_chunk", named, db.clock, *args))[0]
 
 
 async def leased(db, id: str) -> outbox.Due:
@@ -291,6 +290,16 @@ async def test_an_uploads_offset_moves_by_compare_and_set(server, db):
     await posts.create(db, "alice", upload, "")
     await refused(server, db, errors.NoUpload, append(db, upload, 100, 1, "100-a"))
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
+
+
+async def test_an_upload_comes_in_ten_thousand_pieces_at_most(server, db):
+    upload, _ = await uploads.create(db, "alice", 1, 2 * CHUNKS)
+    server.client.rpush(keys.chunks(upload), *(f"{at}-a" for at in range(CHUNKS - 1)))
+    server.client.hset(keys.upload(upload), "offset", CHUNKS - 1)
+    assert await append(db, upload, CHUNKS - 1, 1, "last") == CHUNKS
+    with unchanged(server.client):
+        assert await append(db, upload, CHUNKS - 1, 1, "last") == CHUNKS  # asked twice
+    await refused(server, db, errors.Chunks, append(db, upload, CHUNKS, 1, "more"))
 
 
 async def test_an_upload_is_its_owners_alone(server, db):

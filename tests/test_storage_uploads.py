@@ -6,7 +6,7 @@ import pytest
 from uploading import picture
 
 from storage import keys, uploads
-from storage.errors import Offset
+from storage.errors import NoUpload, Offset
 from storage.objects import Folder, Unavailable
 from storage.settings import MIB
 
@@ -74,3 +74,15 @@ async def test_of_two_that_append_at_one_offset_the_loser_leaves_no_object(db, t
     await asyncio.gather(first.abandon(), second.abandon())
     found = await uploads.look(db, first.upload)
     assert sorted(await kept(objects, first.upload)) == sorted(found.chunks)
+
+
+async def test_an_upload_that_is_deleted_while_a_request_resumes_it_is_gone(db, tmp_path):
+    """The request has read the offset; then another deletes the upload, and with it the first bytes."""
+    objects = Folder(tmp_path)
+    image = await appender(db, objects, picture(100))
+    await image.write(picture(3))
+    await image.commit()
+    resumed = uploads.Appender(db, objects, image.upload, 3, 100)
+    await objects.delete([keys.chunk(image.upload, name) for name in (await uploads.look(db, image.upload)).chunks])
+    with pytest.raises(NoUpload):
+        await resumed.resume()

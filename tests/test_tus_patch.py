@@ -6,12 +6,13 @@ import socket
 
 import pytest
 from conftest import connect, until
-from state import contents, files
+from state import contents, files, unchanged
 from uploading import BODY, begin, joined, offset, picture, stored
-from wire import dial, head, hear, reset
+from wire import dial, exchange, head, hear, reset
 from wiretrace import chunked, play
 
 from storage import uploads
+from storage.settings import CHUNKS, DAY_MS
 
 PATCH = """
         > PATCH /v1/uploads/<upload>
@@ -347,6 +348,65 @@ async def test_a_trickle_makes_few_objects(serving, store, monkeypatch):
     assert appender.offset == len(image)
     assert len(chunks) <= 4
     assert b"".join([await store.get(f"chunks/{upload}/{name}") for name in chunks]) == image
+
+
+def in_chunks(site, count: int) -> str:
+    """An upload that came in so many chunks of 10 bytes, a while ago; the chunks are only named."""
+    upload, client = begin(site, 20 * CHUNKS), site.server.client
+    client.rpush(f"chunks:{{0}}:{upload}", *(f"{at}-{at:016x}" for at in range(0, 10 * count, 10)))
+    lately = client.time()[0] * 1000 + DAY_MS - 60_000
+    client.hset(f"upload:{{0}}:{upload}", mapping={"offset": 10 * count, "expires": lately})
+    return upload
+
+
+def test_past_ten_thousand_chunks_a_patch_is_refused_and_leaves_no_object(serving):
+    known = {"upload": in_chunks(serving, CHUNKS)}
+    with unchanged(serving.server.client, serving.folder):
+        play(
+            serving,
+            f"""{PATCH}
+            > Upload-Offset: {10 * CHUNKS}
+            > [one]
+            < 429
+            < code: chunks
+            < Tus-Resumable: 1.0.0
+            > HEAD /v1/uploads/<upload>
+            < 200
+            < Upload-Offset: {10 * CHUNKS}
+            """,
+            known=known,
+            one=b"1",
+        )
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_an_upload_whose_first_bytes_came_one_by_one_is_told_to_be_no_image_at_the_next(serving, first):
+    upload, image = begin(serving, 100), picture(100)
+    for at in range(first):
+        assert exchange(serving.port, patch(serving, upload, at, "Content-Length: 1") + image[at : at + 1]).status == 204
+    wrong = patch(serving, upload, first, "Content-Length: 3") + b"<x>"
+    assert exchange(serving.port, wrong).json()["code"] == "format"
+    right = patch(serving, upload, first, f"Content-Length: {100 - first}") + image[first:]
+    assert exchange(serving.port, right).status == 204
+
+
+def test_head_and_patch_cost_redis_the_same_for_one_chunk_and_for_ten_thousand(serving):
+    """Counted by Redis. The 10,000 names alone would be 300 kB and a millisecond for each request."""
+    client, asked, cost = serving.server.client, 20, {}
+    head_ = ["Tus-Resumable: 1.0.0", f"Authorization: Bearer {serving.token('alice')}"]
+    for count in (1, CHUNKS - asked - 1):
+        upload = in_chunks(serving, count)
+        client.config_resetstat()
+        for _ in range(asked):
+            assert exchange(serving.port, head("HEAD", f"/v1/uploads/{upload}", *head_)).status == 200
+        for at in range(10 * count, 10 * count + asked):
+            assert exchange(serving.port, patch(serving, upload, at, "Content-Length: 1") + b"a").status == 204
+        stats = client.info("commandstats")
+        assert "cmdstat_lrange" not in stats
+        cost[count] = stats["cmdstat_evalsha"]["usec"], client.info("stats")["total_net_output_bytes"]
+    (few, few_bytes), (many, many_bytes) = cost.values()
+    assert many < 3 * few
+    assert many_bytes < 1.5 * few_bytes
 
 
 def test_what_a_post_of_an_upload_answers_is_a_post(serving):
