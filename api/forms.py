@@ -107,7 +107,8 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
         refuse_body(request)
         return post.id, post.caption, True
-    async with uploads.receiving(ctx.db, ctx.objects, user, ctx.settings.partitions) as image:
+    declared = shapes.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
+    async with uploads.receiving(ctx.db, ctx.objects, user, ctx.settings.partitions, declared) as image:
         caption = await receive(request, form, image)
         await image.finish()
         post, how = await posts.create(ctx.db, user, image.upload, caption, once)

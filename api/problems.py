@@ -49,8 +49,8 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
-# Retry-After, seconds: uploads end and disks are cleared in minutes, Redis is back in a second or not soon
-AGAIN = {429: "60", 503: "1", 507: "60"}
+# Retry-After, seconds: Redis is back in a second or not soon, disks are cleared in minutes. A refusal may know better.
+AGAIN = {503: "1", 507: "60"}
 
 # What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
 SANIC = {
@@ -82,7 +82,8 @@ def answer_to(exception: Exception) -> HTTPResponse:
         case Problem():
             return problem(exception.status, exception.code, exception.detail, exception.headers)
         case errors.Refusal():
-            return problem(STATUS[type(exception)], exception.word.lower(), str(exception))
+            headers = {} if exception.again is None else {"Retry-After": str(exception.again)}
+            return problem(STATUS[type(exception)], exception.word.lower(), str(exception), headers)
         case objects.Full():
             return problem(507, "full", str(exception))
         case objects.Unavailable():

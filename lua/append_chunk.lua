@@ -8,7 +8,7 @@
 -- ARGV[3] from    the offset the chunk begins at, bytes
 -- ARGV[4] bytes   of the chunk
 -- ARGV[5] name    of the chunk
--- ARGV[6] expiry  ms without a byte until the upload expires
+-- ARGV[6] expiry  ms without a chunk until the upload expires
 -- ARGV[7] largest bytes an upload without a length may have
 -- ARGV[8] most    chunks an upload may have
 -- Returns {offset, expires ms}

@@ -5,7 +5,7 @@
 -- ARGV[1] now      ms; empty: Redis' clock
 -- ARGV[2] id       of one upload, which if it is open must be in both; empty: all that bytes are reserved for must be open
 -- ARGV[3] prefix   of the upload keys of this partition, to which ids are appended
--- ARGV[4] largest  bytes that an upload without a length reserves
+-- ARGV[4] largest  bytes that a form reserves at most
 -- ARGV[5] repair   0|1
 -- Returns {upload id, what is wrong, …}
 -- Refuses nothing
@@ -40,9 +40,9 @@ if id == '' then
 end
 local row = redis.call('HMGET', prefix .. id, 'offset', 'length', 'post', 'expires')
 if row[1] and not row[3] then
-  local bytes, reserved = tonumber(row[2]) or largest, redis.call('HGET', uploads, id)
-  if tonumber(reserved) ~= bytes then
-    wrong(id, '0 it has ' .. bytes .. ' bytes, reserved are ' .. (reserved or 'none'), 'HSET', uploads, id, bytes)
+  local reserved, wanted = redis.call('HGET', uploads, id) or 'none', row[2] or 'form ' .. largest
+  if reserved ~= wanted and (row[2] or not reserved:match('^form %d+$')) then
+    wrong(id, '0 reserved for it are ' .. reserved .. ', not ' .. wanted, 'HSET', uploads, id, wanted)
   end
   if not redis.call('ZSCORE', due, id) then
     wrong(id, '0 it is open and not due', 'ZADD', due, tonumber(row[4]) or now, id)

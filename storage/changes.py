@@ -12,14 +12,13 @@ from storage import keys
 from storage.errors import Outdated
 from storage.posts import Post, of_row
 from storage.scripts import Redis, now_ms
-from storage.settings import PAGE_BYTES, TOLD_MS
+from storage.settings import HOUR_MS, PAGE_BYTES, TOLD_MS
 
-HOUR_MS = 60 * 60 * 1000  # tokens are dated by the hour: a page that did not change keeps its ETag
 TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
 
 class Token(NamedTuple):
-    issued: int  # ms since 1970, a whole hour
+    issued: int  # ms since 1970, a whole hour: a page that did not change keeps its ETag
     seen: tuple[tuple[str, int], ...]  # epoch and revision of each partition
 
     def __str__(self) -> str:

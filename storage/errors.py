@@ -9,6 +9,7 @@ class Refusal(Exception):
     """Storage refused and nothing changed. `str()` is a sentence for people."""
 
     word: str
+    again: int | None = None  # seconds until the same may be asked again, where storage knows them
 
 
 class NoPost(Refusal):
@@ -95,6 +96,16 @@ REFUSALS = {refusal.word: refusal for refusal in Refusal.__subclasses__()}
 
 
 def from_reply(message: str) -> Refusal | None:
-    """The refusal that an error reply of a script names, or None where it is no refusal but a fault."""
+    """The refusal that an error reply of a script names, or None where it is no refusal but a fault.
+
+    `QUOTA 60 you have too many open uploads`: a number behind the word is `again`.
+    """
     word, _, sentence = message.partition(" ")
-    return REFUSALS[word](sentence) if word in REFUSALS else None
+    if word not in REFUSALS:
+        return None
+    first, _, rest = sentence.partition(" ")
+    if not first.isdecimal():
+        return REFUSALS[word](sentence)
+    refusal = REFUSALS[word](rest)
+    refusal.again = int(first)
+    return refusal

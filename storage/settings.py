@@ -17,11 +17,13 @@ FORM_SLACK = 64 * 1024  # bytes a form may be longer than its image: boundaries,
 TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
 LATEST = 2  # comments a feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
+HOUR_MS = 60 * 60 * 1000  # an upload without a byte is kept an hour, and a form that stopped: nobody can go on with it
 DAY_MS = 24 * 60 * 60 * 1000  # an idempotency key, an idle upload and a deleted post's original are kept a day
 TOLD_MS = 7 * DAY_MS  # a token of changes holds for a week, so deletions are told for as long
 CHUNKS = 10_000  # pieces an upload may come in: of the largest image 10 KiB each
-OPEN_UPLOADS = 20  # a user may have
-RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to
+OPEN_UPLOADS = 20  # a user may have, besides forms
+RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to, and as many the user's forms
+FORM_BYTES = 4 * MIB  # the least a form reserves: what it may hold in memory. So a user has up to 512 forms under way
 
 
 @dataclass(frozen=True)

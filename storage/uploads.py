@@ -17,7 +17,7 @@ from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, 
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis, now_ms
-from storage.settings import CHUNKS, DAY_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import CHUNKS, DAY_MS, FORM_BYTES, HOUR_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
@@ -49,10 +49,11 @@ async def create(
     length: int | None = None,
     metadata: str = "",
     once: keys.Once | None = None,
+    form_bytes: int = IMAGE_BYTES,
 ) -> tuple[str, bool]:
-    """Open an upload of `length` bytes. Returns its id, and whether its idempotency key was used before.
+    """Opens an upload of `length` bytes; without it the upload of a form, which may bring `form_bytes`.
 
-    Raises Reused, TooLarge, Quota.
+    Returns its id, and whether its idempotency key was used before. Raises Reused, TooLarge, Quota.
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
@@ -65,12 +66,14 @@ async def create(
         db.clock,
         upload,
         owner,
-        "" if length is None else length,
+        min(max(form_bytes, FORM_BYTES), IMAGE_BYTES) if length is None else length,
+        int(length is None),
         metadata,
-        DAY_MS,
+        HOUR_MS,
         IMAGE_BYTES,
         OPEN_UPLOADS,
         RESERVED_BYTES,
+        keys.upload_prefix(partition),
         once.digest if once else "-",
         DAY_MS,
     )
@@ -107,7 +110,8 @@ async def settled(db: Redis, owner: str, upload: str) -> Upload:
     """
     found = await read(db, owner, upload)
     for _ in range(STILL_LOOKS):
-        if found.expires - DAY_MS < now_ms(db) - MOVED_MS:
+        moved = found.expires - (DAY_MS if found.offset else HOUR_MS)
+        if moved < now_ms(db) - MOVED_MS:
             break
         await asyncio.sleep(STILL)
         before, found = found.offset, await read(db, owner, upload)
@@ -131,6 +135,7 @@ class Appender:
         self._db = db
         self._objects = objects
         self._most = IMAGE_BYTES if length is None else length
+        self._expiry = HOUR_MS if length is None else DAY_MS  # after a form's last chunk nobody can send the rest
         self._pieces: list[bytes] = []  # received, not yet put
         self._held = 0  # their bytes
         # The first chunk is small: if another request moved the offset, little was sent in vain.
@@ -237,7 +242,7 @@ class Appender:
             offered = True
             named = [keys.upload(self.upload), keys.chunks(self.upload)]
             named.append(keys.due(keys.partition_of_upload(self.upload)))
-            args = (self.upload, offset, len(data), name, DAY_MS, IMAGE_BYTES, CHUNKS)
+            args = (self.upload, offset, len(data), name, self._expiry, IMAGE_BYTES, CHUNKS)
             self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
         except Exception as error:
             if not (offered and isinstance(error, Unknown)):  # then it may be the upload's now
@@ -271,13 +276,13 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 
 
 @asynccontextmanager
-async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int):
-    """An Appender to a new upload, which is discarded unless `async with` ends well: the way of a form.
+async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int, form_bytes: int = IMAGE_BYTES):
+    """An Appender to the new upload of a form, which is discarded unless `async with` ends well.
 
     Raises Full before anything is received.
     """
     objects.room()
-    upload, _ = await uncut(create(db, owner, partitions))
+    upload, _ = await uncut(create(db, owner, partitions, form_bytes=form_bytes))
     image = Appender(db, objects, upload)
     try:
         yield image

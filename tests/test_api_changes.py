@@ -11,7 +11,7 @@ from making import make_post, make_processing
 from storage import changes, comments, keys, outbox, posts
 from storage.errors import Outdated
 from storage.objects import open_store
-from storage.settings import DAY_MS
+from storage.settings import DAY_MS, HOUR_MS
 
 LINK = re.compile(r'<(/v1/changes\?since=[^>]+)>; rel="changes"')
 
@@ -125,7 +125,7 @@ async def test_deletions_are_told_for_seven_days_and_an_older_token_is_refused(d
     post = await make_post(db, "alice")
     token = changes.issue(db, (await posts.feed(db, 1, 1)).seen)
     await posts.delete(db, objects, "alice", post)
-    db.clock = start + 7 * DAY_MS - changes.HOUR_MS
+    db.clock = start + 7 * DAY_MS - HOUR_MS
     assert (await changes.since(db, 1, 10, token)).posts == [post]
     db.clock = start + 7 * DAY_MS + 1
     with pytest.raises(Outdated):

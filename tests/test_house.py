@@ -24,7 +24,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
-    "EXISTS|TTL|TIME|GET|HGET|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "EXISTS|TTL|TIME|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}

@@ -10,7 +10,17 @@ from state import contents, unchanged
 
 from storage import check, comments, errors, keys, outbox, posts, retry, scripts, uploads
 from storage.keys import Once
-from storage.settings import CHUNKS, DAY_MS, IMAGE_BYTES, LATEST, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import (
+    CHUNKS,
+    DAY_MS,
+    FORM_BYTES,
+    HOUR_MS,
+    IMAGE_BYTES,
+    LATEST,
+    MIB,
+    OPEN_UPLOADS,
+    RESERVED_BYTES,
+)
 
 NOW = 1_763_971_200_000
 ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
@@ -327,16 +337,74 @@ async def test_a_user_has_a_quota_of_uploads_and_of_bytes(server, db, store):
     await refused(server, db, errors.TooLarge, uploads.create(db, "alice", 1, IMAGE_BYTES + 1))
     small = [(await uploads.create(db, "alice", 1, 1))[0] for _ in range(OPEN_UPLOADS)]
     await refused(server, db, errors.Quota, uploads.create(db, "alice", 1, 1))
-    await refused(server, db, errors.Quota, uploads.create(db, "alice", 1))
     await uploads.discard(db, store, "alice", small.pop())
     await uploads.create(db, "bob", 1, 1)
     await uploads.create(db, "alice", 1, 1)
-    many = RESERVED_BYTES // IMAGE_BYTES
-    for _ in range(min(many, OPEN_UPLOADS)):
-        await uploads.create(db, "carol", 1)
-    if many < OPEN_UPLOADS:
-        await refused(server, db, errors.Quota, uploads.create(db, "carol", 1))
-    assert sum(map(int, server.client.hvals(keys.uploads(0, "carol")))) <= RESERVED_BYTES
+    server.client.hset(keys.uploads(0, "alice"), small[0], RESERVED_BYTES - OPEN_UPLOADS + 1)
+    await uploads.discard(db, store, "alice", small.pop())
+    await refused(server, db, errors.Quota, uploads.create(db, "alice", 1, 2))
+    await uploads.create(db, "alice", 1, 1)
+
+
+async def test_forms_have_a_quota_of_their_own_and_reserve_what_they_may_bring(server, db, store):
+    for _ in range(RESERVED_BYTES // IMAGE_BYTES):
+        form, _ = await uploads.create(db, "carol", 1)
+    assert server.client.hget(keys.uploads(0, "carol"), form) == f"form {IMAGE_BYTES}"
+    await refused(server, db, errors.Quota, uploads.create(db, "carol", 1))
+    await uploads.create(db, "carol", 1, form_bytes=1)
+    for _ in range(OPEN_UPLOADS):
+        await uploads.create(db, "carol", 1, IMAGE_BYTES)
+    await refused(server, db, errors.Quota, uploads.create(db, "carol", 1, 1))
+    await uploads.discard(db, store, "carol", form)
+    await uploads.create(db, "carol", 1, form_bytes=IMAGE_BYTES - FORM_BYTES)
+    await refused(server, db, errors.Quota, uploads.create(db, "carol", 1, form_bytes=IMAGE_BYTES))
+    for _ in range(RESERVED_BYTES // FORM_BYTES):
+        await uploads.create(db, "dave", 1, form_bytes=1)
+    await refused(server, db, errors.Quota, uploads.create(db, "dave", 1, form_bytes=1))
+
+
+async def test_the_quota_tells_when_the_next_upload_expires_and_counts_none_that_has(server, db):
+    """No worker is there, which would erase those that have expired."""
+
+    async def told() -> int:
+        with unchanged(server.client), pytest.raises(errors.Quota) as raised:
+            await uploads.create(db, "alice", 1, 10)
+        assert str(raised.value).startswith("you have")
+        return raised.value.again
+
+    await uploads.create(db, "alice", 1)  # a form, which would expire first
+    db.clock += 5000
+    for _ in range(2):
+        await uploads.create(db, "alice", 1, 10)
+        db.clock += 2000
+    for _ in range(OPEN_UPLOADS - 2):
+        await append(db, (await uploads.create(db, "alice", 1, 10))[0], 0, 1, "0-a")
+    assert await told() == 3600 - 4
+    db.clock += (3600 - 5) * 1000 + 999
+    assert await told() == 1
+    db.clock += 1
+    await uploads.create(db, "alice", 1, 10)
+    assert await told() == 2
+
+
+async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_hour(server, db, store):
+    """As when the process that took the form has died: nobody can send the rest of it."""
+    begun, _ = await uploads.create(db, "alice", 1, 100)
+    await uploads.create(db, "alice", 1, 100)
+    form, _ = await uploads.create(db, "alice", 1)
+    image = uploads.Appender(db, store, form)
+    for _ in range(3):  # an hour from its last chunk, not from its beginning
+        db.clock += HOUR_MS - 1
+        assert (await uploads.look(db, form)).expired is False
+        await image.write(b"BM" + bytes(100))
+        await image.commit()
+    await uploads.create(db, "alice", 1, 100)
+    assert {due.id for due in await outbox.lease(db, 0, 10)} >= {begun}
+    db.clock += HOUR_MS
+    for due in await outbox.lease(db, 0, 10):
+        await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
+    await refused(server, db, errors.Expired, uploads.read(db, "alice", form))
+    assert [entry.name async for entry in store.list("")] == []
 
 
 async def test_a_finished_upload_gives_its_room_back(server, db):

@@ -178,9 +178,9 @@ async def test_quota_and_expiry_of_uploads_are_repaired_to_what_they_were(db, st
         server.client.hset(quota, gone, 2000)
     wanted = {
         "not due": {f"{upload}: 0 it is open and not due"},
-        "not reserved": {f"{upload}: 0 it has 2000 bytes, reserved are none"}
-        | {f"{form}: 0 it has {IMAGE_BYTES} bytes, reserved are none"},
-        "too little reserved": {f"{upload}: 0 it has 2000 bytes, reserved are 5"},
+        "not reserved": {f"{upload}: 0 reserved for it are none, not 2000"}
+        | {f"{form}: 0 reserved for it are none, not form {IMAGE_BYTES}"},
+        "too little reserved": {f"{upload}: 0 reserved for it are 5, not 2000"},
         "reserved for nothing": {f"{gone}: 0 bytes are reserved for it and it is not open"},
     }[flaw]
     found = await check.check(db, store)

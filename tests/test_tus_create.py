@@ -1,10 +1,15 @@
 """POST of tus: creation, with and without the first bytes."""
 
+import contextlib
+import time
+
 import pytest
+from conftest import until
 from uploading import begin, joined, offset, picture
+from wire import FORM, dial, exchange, form, head, hear
 from wiretrace import chunked, play
 
-from storage.settings import IMAGE_BYTES, OPEN_UPLOADS
+from storage.settings import IMAGE_BYTES, OPEN_UPLOADS, RESERVED_BYTES
 
 BODY = "> Content-Type: application/offset+octet-stream"
 TRACES = {
@@ -226,10 +231,71 @@ def test_a_user_has_twenty_open_uploads_and_no_more(serving):
 
 
 def test_a_user_has_two_gibibytes_reserved_and_no_more(serving):
-    """Twenty largest images are less: only the quota of bytes would stop at 2 GiB, so the script is asked."""
-    serving.server.client.hset("uploads:{0}:alice", mapping={"u1": 2**31 - 100})
-    play(serving, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota")
+    """Twenty largest images are less: only a larger one would meet the quota of bytes."""
+    client, upload = serving.server.client, begin(serving, 100)
+    client.hset("uploads:{0}:alice", mapping={upload: 2**31 - 100})
+    play(serving, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota\n< Retry-After: *")
     begin(serving, 100)
+
+
+def test_who_has_too_many_open_uploads_is_told_when_the_next_one_expires(serving):
+    """At that second the next one is taken, also if no worker is there to erase the one that expired."""
+    client, opened = serving.server.client, [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
+    ask = "> POST /v1/uploads\n> Upload-Length: 100\n"
+    hour = int(play(serving, f"{ask}< 429\n< code: quota\n< Retry-After: <seconds>")["seconds"])
+    assert 3500 < hour <= 3600
+    client.hset(f"upload:{{0}}:{opened[7]}", "expires", client.time()[0] * 1000 + 3000)
+    told = int(play(serving, f"{ask}< 429\n< Retry-After: <seconds>")["seconds"])
+    asked = time.monotonic()
+    assert 2 <= told <= 3
+    until(lambda: time.monotonic() >= asked + told, what="the second that was told")
+    begin(serving, 100)
+    play(serving, f"{ask}< 429\n< Retry-After: *")
+
+
+FORMS = 25
+
+
+def forms(site, stack: contextlib.ExitStack, count: int, *headers: str) -> list:
+    """Forms of alice's that are under way, one part of their image sent; their connections."""
+    known, lines = site.server.client.hlen("uploads:{0}:alice"), []
+    for _ in range(count):
+        lines.append(stack.enter_context(dial(site.port)))
+        lines[-1].sendall(head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", FORM, *headers))
+    until(lambda: site.server.client.hlen("uploads:{0}:alice") == known + count, what="the forms")
+    return lines
+
+
+def test_forms_under_way_keep_nobody_out(serving):
+    """Twenty-five slow forms of 3 MB, whose length is told: they are not counted among the uploads, and end well."""
+    body = form(("image", "a.bmp", b"BM" + bytes(3_000_000)))
+    with contextlib.ExitStack() as stack:
+        lines = forms(serving, stack, FORMS, f"Content-Length: {len(body)}")
+        for _ in range(OPEN_UPLOADS):
+            begin(serving, 100)
+        play(serving, "> POST /v1/uploads\n> Upload-Length: 100\n< 429\n< code: quota")
+        lines[0].sendall(body)
+        assert hear(lines[0]).status == 201
+
+
+def test_forms_that_do_not_tell_their_length_reserve_two_gibibytes_at_most_and_no_upload_waits_for_them(serving):
+    most = RESERVED_BYTES // IMAGE_BYTES
+    body = form(("image", "a.bmp", b"BM" + bytes(1000)))
+    with contextlib.ExitStack() as stack:
+        lines = forms(serving, stack, most, "Transfer-Encoding: chunked")
+        refused = exchange(serving.port, form_request(serving, body, "Transfer-Encoding: chunked"))
+        assert (refused.status, refused.json()["code"]) == (429, "quota")
+        assert 3500 < int(refused.headers["retry-after"]) <= 3600
+        assert exchange(serving.port, form_request(serving, body, f"Content-Length: {len(body)}")).status == 201
+        begin(serving, IMAGE_BYTES)
+        lines[0].sendall(chunked(body))
+        assert hear(lines[0]).status == 201
+        again = form_request(serving, chunked(body), "Transfer-Encoding: chunked")
+        assert exchange(serving.port, again).status == 201
+
+
+def form_request(site, body: bytes, *headers: str) -> bytes:
+    return head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", FORM, *headers) + body
 
 
 def test_an_upload_made_again_with_its_key_says_where_it_is_now(serving):

@@ -8,7 +8,7 @@ from uploading import begin, offset, picture
 from wiretrace import play
 
 from storage import outbox, uploads
-from storage.settings import DAY_MS
+from storage.settings import DAY_MS, HOUR_MS
 
 TRACES = {
     "a new upload is at 0": """
@@ -155,8 +155,8 @@ async def test_expiry_slides_with_each_patch(serving, store):
     db = connect(serving.server)
     db.clock = start = 1_800_000_000_000
     upload, _ = await uploads.create(db, "alice", 1, 100)
-    assert (await uploads.read(db, "alice", upload)).expires == start + DAY_MS
-    db.clock += DAY_MS - 1
+    assert (await uploads.read(db, "alice", upload)).expires == start + HOUR_MS
+    db.clock += HOUR_MS - 1
     image = uploads.Appender(db, store, upload, 0, 100)
     await image.write(picture(50))
     await image.commit()
