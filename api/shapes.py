@@ -15,6 +15,7 @@ from storage.comments import Comment
 from storage.errors import TooLarge
 from storage.posts import Place, Post
 from storage.settings import PAGE_BYTES, TEXT_CHARACTERS
+from storage.uploads import Open
 
 JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
 LIMIT = 20
@@ -184,6 +185,17 @@ def post(row: Post) -> dict:
 def new_post(post_id: str, author: str, caption: str) -> dict:
     """A post as it was made, which is also what a repeated request is told."""
     return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
+
+
+def upload(row: Open) -> dict:
+    return {
+        "id": row.id,
+        "offset": row.offset,
+        "length": row.length,
+        "metadata": row.metadata,
+        "created_at": time(keys.created_ms(row.id)),
+        "expires_at": time(row.expires),
+    }
 
 
 def encoded_post(row: Post) -> bytes:

@@ -7,6 +7,7 @@ import re
 from base64 import b64decode
 from email.utils import formatdate
 
+import orjson
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
@@ -120,6 +121,15 @@ async def create(request):
         found = found._replace(offset=image.offset, expires=image.expires or found.expires)
     refuse_body(request)
     return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
+
+
+@routes.get("/v1/uploads")
+async def opened(request):
+    """Not a call of tus: it needs no Tus-Resumable."""
+    ctx = request.app.ctx
+    found = await uploads.opened(ctx.db, tokens.user(request), ctx.settings.partitions)
+    body = orjson.dumps({"items": [shapes.upload(row) for row in found]})
+    return HTTPResponse(body, 200, {"Cache-Control": "no-store"}, "application/json")
 
 
 @routes.head("/v1/uploads/<upload>")

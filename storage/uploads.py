@@ -102,6 +102,24 @@ async def read(db: Redis, owner: str, upload: str) -> Upload:
     return found
 
 
+class Open(NamedTuple):
+    """An upload that its owner can go on with, sizes in bytes."""
+
+    id: str
+    offset: int
+    length: int
+    metadata: str  # as the client sent it
+    expires: int  # ms since 1970
+
+
+async def opened(db: Redis, owner: str, partitions: int) -> list[Open]:
+    """A user's open uploads, newest first; not those of forms."""
+    partition = keys.partition_of_user(owner, partitions)
+    rows = await db.call("list_uploads", [keys.uploads(partition, owner)], db.clock, keys.upload_prefix(partition))
+    found = [Open(id, int(at), int(length), metadata, int(expires)) for id, at, length, metadata, expires in rows]
+    return sorted(found, reverse=True)
+
+
 async def settled(db: Redis, owner: str, upload: str) -> Upload:
     """As `read`, but an upload that has just moved is waited for until it stands still.
 

@@ -383,7 +383,8 @@ def test_past_ten_thousand_chunks_a_patch_is_refused_and_leaves_no_object(servin
 def test_an_upload_whose_first_bytes_came_one_by_one_is_told_to_be_no_image_at_the_next(serving, first):
     upload, image = begin(serving, 100), picture(100)
     for at in range(first):
-        assert exchange(serving.port, patch(serving, upload, at, "Content-Length: 1") + image[at : at + 1]).status == 204
+        one = patch(serving, upload, at, "Content-Length: 1") + image[at : at + 1]
+        assert exchange(serving.port, one).status == 204
     wrong = patch(serving, upload, first, "Content-Length: 3") + b"<x>"
     assert exchange(serving.port, wrong).json()["code"] == "format"
     right = patch(serving, upload, first, f"Content-Length: {100 - first}") + image[first:]

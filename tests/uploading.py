@@ -17,7 +17,7 @@ def picture(size: int) -> bytes:
     return (b"\x89PNG\r\n\x1a\n" + secrets.token_bytes(size))[:size]
 
 
-def begin(site, length: int, user: str = "alice", *more: str) -> str:
+def begin(site, length: int, user: str = "alice", *more: str, **bodies: bytes) -> str:
     """Open an upload; its id."""
     lines = "\n".join(f"> {line}" for line in more)
     return play(
@@ -30,6 +30,7 @@ def begin(site, length: int, user: str = "alice", *more: str) -> str:
         < Location: /v1/uploads/<upload>
         """,
         user,
+        **bodies,
     )["upload"]
 
 
