@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import colours
 from colours import Colour
-from PIL import Image, MpoImagePlugin, PngImagePlugin  # noqa: F401  MPO is for writing one
+from PIL import BmpImagePlugin, Image, MpoImagePlugin, PngImagePlugin, UnidentifiedImageError  # noqa: F401
 
 from workers import pipeline
 
@@ -88,8 +88,14 @@ def packed(indices: bytes, bits: int) -> bytes:
     return int(whole.ljust(-(-len(whole) // 8) * 8, "0"), 2).to_bytes(-(-len(whole) // 8), "big")
 
 
-def bmp(image: Image.Image, bits: int, pack, palette=(), compression: int = 0, masks=(), top_down=False) -> bytes:
-    """`pack` makes bytes of a row's values; what it makes of no row ends a compressed file."""
+def bmp(
+    image: Image.Image, bits: int, pack, palette=(), compression=0, masks=(), top_down=False, size=40, space=b"",
+    behind=b"",
+) -> bytes:
+    """`pack` makes bytes of a row's values; what it makes of no row ends a compressed file.
+
+    `size`: bytes of the header. `space`: what stands in it behind four masks. `behind`: what follows the pixels.
+    """
     stride = image.width * len(image.getbands())
     values = image.tobytes()
     lines = [pack(values[at : at + stride]) for at in range(0, len(values), stride)]
@@ -97,13 +103,45 @@ def bmp(image: Image.Image, bits: int, pack, palette=(), compression: int = 0, m
                     for line in (lines if top_down else lines[::-1]))
     if compression in (1, 2):
         body += b"\0\1"
-    colours = b"".join(bytes([b, g, r, 0]) for r, g, b in palette)
-    fields = b"".join(struct.pack("<I", mask) for mask in masks)
-    start = 14 + 40 + len(fields) + len(colours)
+    colours = b"".join(bytes([b, g, r, 0])[: 3 if size == 12 else 4] for r, g, b in palette)
+    fields = b"".join(struct.pack("<I", mask) for mask in masks) + space
     height = -image.height if top_down else image.height
-    head = struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start)
-    sizes = (40, image.width, height, 1, bits, compression, len(body), 2835, 2835, len(palette), 0)
-    return head + struct.pack("<IiiHHIIiiII", *sizes) + fields + colours + body
+    head = struct.pack("<IiiHHIIiiII", size, image.width, height, 1, bits, compression, len(body), 2835, 2835,
+                       len(palette), 0)  # fmt: skip
+    if size == 12:
+        head = struct.pack("<I4H", size, image.width, image.height, 1, bits)
+    head = head + fields if size == 40 else (head + fields).ljust(size, b"\0")[:size]
+    start = 14 + len(head) + len(colours)
+    return struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start) + head + colours + body + behind
+
+
+def under(value: int, mask: int) -> int:
+    """A value of 8 bits as the bits under a mask."""
+    return round(value * ((1 << mask.bit_count()) - 1) / 255) * (mask & -mask)
+
+
+def masked(values: bytes, masks, bits: int) -> bytes:
+    """A row of RGB or RGBA as pixels of 16 or 32 bits."""
+    bands, row = 4 if masks[3:] and masks[3] else 3, b""
+    for at in range(0, len(values), bands):
+        row += sum(map(under, values[at : at + bands], masks)).to_bytes(bits // 8, "little")
+    return row
+
+
+def unmasked(colour: Colour, masks) -> Colour:
+    """What is left of a colour under masks."""
+    return tuple(round(under(value, mask) / mask * 255) if mask else 0 for value, mask in zip(colour, masks))
+
+
+def embedded(profile: bytes, pixels: int, kind: int = 0x4D424544) -> bytes:
+    """A version 5 header's colour space, with a profile behind so many bytes of pixels."""
+    return struct.pack("<I48x4I", kind, 4, 124 + pixels, len(profile), 0)
+
+
+def calibrated(points, gamma: float) -> bytes:
+    """A version 4 header's colour space: x, y and z of red, green and blue."""
+    ends = [round(part * 2**30) for x, y in points for part in (x, y, 1 - x - y)]
+    return struct.pack("<I9I3I", 0, *ends, *[round(gamma * 65536)] * 3)
 
 
 def runs(indices: bytes, bits: int) -> bytes:
@@ -169,6 +207,25 @@ def through(matrix, tone, colour: Colour) -> Colour:
 def inks(*which: tuple[int, int, int, int]) -> dict:
     labs = [colours.ink_lab(*ink) for ink in which]
     return shows(*(colours.from_lab((light / 2.55, a - 128, b - 128)) for light, a, b in labs))
+
+
+# Of BMP: bits a pixel, masks of red, green, blue and alpha, bytes of the header.
+MASKS = [
+    ("4-4-4-4 bits", 16, (0xF00, 0xF0, 0xF, 0xF000), 124),
+    ("5-5-5-1 bits", 16, (0x7C00, 0x3E0, 0x1F, 0x8000), 108),
+    ("4-4-4 bits in the middle", 16, (0xF << 10, 0xF << 2, 0xF << 6), 40),
+    ("3-10-3 bits", 16, (0xE000, 0x1FF8, 7), 40),
+    ("16 bits, 5-6-5, alpha 0", 16, (0xF800, 0x7E0, 0x1F, 0), 124),
+    ("10-10-10-2 bits", 32, (0x3FF, 0x3FF << 10, 0x3FF << 20, 3 << 30), 108),
+    ("7-18-7 bits", 32, (0xFE000000, 0x1FFFF80, 0x7F), 40),
+    ("8-8-8-8 bits in version 3", 32, (0xFF0000, 0xFF00, 0xFF, 0xFF << 24), 56),
+    ("8-8-8-8 bits in version 5", 32, (0xFF << 8, 0xFF << 24, 0xFF << 16, 0xFF), 124),
+    ("8-8-8-8 bits with masks behind the header", 32, (0xFF, 0xFF00, 0xFF0000, 0xFF << 24), 40),
+    ("8-8-8 bits in version 2", 32, (0xFF, 0xFF00, 0xFF0000), 52),
+    ("6-7-8-5 bits across bytes", 32, (0x3F << 5, 0x7F << 12, 0xFF << 20, 0xF << 28), 124),
+    ("8-8-0 bits", 16, (0xFF00, 0xFF, 0), 40),
+]
+P3_POINTS = [(0.3127, 0.3290), (0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]  # white, red, green, blue
 
 
 def goldens() -> dict[str, Golden]:
@@ -279,6 +336,45 @@ def goldens() -> dict[str, Golden]:
     add("BMP in RLE8", bmp(index, 8, lambda row: runs(row, 8), (*CARD, OUTSIDE), 1), shows())
     add("BMP in RLE4", bmp(index, 4, lambda row: runs(row, 4), (*CARD, OUTSIDE), 2), shows())
 
+    for name, bits, masks, size in MASKS:
+        seen = CARD
+        kind = "RGBA" if masks[3:] and masks[3] else "RGB"
+        if kind == "RGBA":
+            seen = [(*CARD[0], 255), (0, 0, 0, 0), (*CARD[2], 255), (*CARD[3], 255)]
+        image = card(64, 48, kind, seen, (0,) * len(kind))
+        truth = [white if colour == (0, 0, 0, 0) else unmasked(colour[:3], masks) for colour in seen]
+        pack = lambda row, masks=masks, bits=bits: masked(row, masks, bits)  # noqa: E731
+        compression = 6 if size == 40 and len(masks) == 4 else 3
+        add(f"BMP of {name}", bmp(image, bits, pack, (), compression, masks, size=size), shows(*truth))
+    swapped = lambda row: b"".join(one[::-1] for one in triples(row))  # noqa: E731
+    held = {"space": embedded(colours.P3_PROFILE, 48 * 192), "behind": colours.P3_PROFILE}
+    truth = shows(*(through(colours.P3, colours.linear, colour) for colour in CARD))
+    add("BMP with Display P3", bmp(small, 24, swapped, masks=(0,) * 4, size=124, **held), truth)
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF << 24)
+    clear = card(64, 48, "RGBA", [(*colour, 255) for colour in CARD], (0, 0, 0, 0))
+    held["space"] = embedded(colours.P3_PROFILE, 48 * 256)
+    add("BMP with alpha and Display P3",
+        bmp(clear, 32, lambda row: masked(row, masks, 32), (), 3, masks, size=124, **held), truth)
+    pale = card(64, 48, "L", grey, 0)
+    held["space"] = embedded(colours.P3_PROFILE, 48 * 64 + 1024)
+    ramp = [(value,) * 3 for value in range(256)]
+    add("grey BMP with Display P3", bmp(pale, 8, bytes, ramp, masks=(0,) * 4, size=124, **held), shows(*greys))
+    for name, profile, kind in (
+        ("a profile for grey", colours.GREY_PROFILE, 0x4D424544),
+        ("a link to a profile", b"c:\\profile.icm\0", 0x4C494E4B),
+        ("half a profile", colours.P3_PROFILE[:100], 0x4D424544),
+    ):
+        held = {"space": embedded(profile.ljust(300, b"\0"), 48 * 192, kind), "behind": profile}
+        add(f"BMP with {name}", bmp(small, 24, swapped, masks=(0,) * 4, size=124, **held), shows())
+    for size in (108, 124):
+        own = calibrated(P3_POINTS[1:], 1.6)
+        truth = shows(*(through(colours.P3, lambda value: value**1.6, colour) for colour in CARD))
+        add(f"BMP calibrated in {size} bytes", bmp(small, 24, swapped, masks=(0,) * 4, size=size, space=own), truth)
+    for name, own in {"no endpoints": calibrated([(0, 0)] * 3, 1.6)[:4] + bytes(48),
+                      "one colour": calibrated([(0.3, 0.3)] * 3, 1.6),
+                      "no exponent": calibrated(P3_POINTS[1:], 0)}.items():  # fmt: skip
+        add(f"BMP calibrated with {name}", bmp(small, 24, swapped, masks=(0,) * 4, size=108, space=own), shows())
+
     # Shapes
     one = (60, 150, 70)
     for name, size in {"1x501": (1, 501), "501x1": (501, 1), "1x1": (1, 1)}.items():
@@ -300,7 +396,10 @@ def sheet(width: int = 64) -> Image.Image:
     """Pairs of each golden image, its values taken as they are, and its picture; in the order of their names."""
     pairs = []
     for _, golden in sorted(goldens().items()):
-        came = Image.open(io.BytesIO(golden.data))
+        try:
+            came = Image.open(io.BytesIO(golden.data))
+        except UnidentifiedImageError:
+            came = Image.new("RGB", (4, 3), "grey")
         came = came.convert("RGB").resize((width, width * 3 // 4))
         with tempfile.TemporaryFile() as file:
             file.write(golden.data)

@@ -142,8 +142,8 @@ def test_every_code_is_on_the_api_page_with_its_status():
 
 def test_every_reason_for_a_failed_post_is_on_the_api_page():
     used = set(re.findall(r"'code', '(\w+)'", (ROOT / "lua" / "start_image.lua").read_text()))
-    for name in ("pipeline.py", "sandbox.py"):
-        for call in re.findall(r"(?:Unusable\(|\"unusable\": \[)(\"[^,]+),", (ROOT / "workers" / name).read_text()):
+    for path in (ROOT / "workers").glob("*.py"):
+        for call in re.findall(r"(?:Unusable\(|\"unusable\": \[)(\"[^,]+),", path.read_text()):
             used |= set(re.findall(r'"([a-z]+(?:_[a-z]+)*)"(?! in)', call))
     told = {row[0].strip("`") for row in rows(API, "## When an image cannot be made")}
     assert told == used

@@ -1,17 +1,21 @@
 """Colours and shapes: what each kind of image must look like, by numbers."""
 
 import io
+import random
+import struct
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import colours
 import pytest
 from colours import ciede2000, to_lab
-from golden import CARD, Golden, bmp, card, chunk, exif, goldens, png, rows, runs, saved
+from golden import CARD, Golden, bmp, card, chunk, exif, goldens, masked, packed, png, rows, runs, saved
 from PIL import Image
 
+from workers import bmp as bmp_module
 from workers import pipeline, thumbhash
 
 GOLDENS = goldens()
@@ -122,6 +126,91 @@ def test_rows_that_run_lengths_leave_out_are_of_the_first_colour():
         convert(data + b"\xff\1")
 
 
+def test_masks_of_any_width_and_place_give_the_highest_bits_of_each_value(monkeypatch):
+    """Of random pixels, in strips of a few rows, against the definition: a value's share of its mask's range."""
+    monkeypatch.setattr(bmp_module, "STRIP", 1000)
+    chance = random.Random(1)
+    for bits in (16, 32):
+        for _ in range(30):
+            cuts = sorted(chance.sample(range(bits + 1), chance.choice((6, 8))))
+            masks = [(1 << end) - (1 << start) for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
+            chance.shuffle(masks)
+            size = (37, 41)
+            image = Image.frombytes("RGBA" if bits == 32 else "LA", size, chance.randbytes(37 * 41 * bits // 8))
+            with tempfile.TemporaryFile() as file:
+                file.write(bmp(image, bits, bytes, (), 3, masks, size=124 if len(masks) == 4 else 40))
+                shown = pipeline._open(file)
+                shown.load()
+            assert shown.size == size and len(shown.getbands()) == len(masks)
+            for x, y in product((0, 17, 36), range(41)):
+                pixel = int.from_bytes(bytes(image.getpixel((x, y))), "little")
+                for value, mask in zip(shown.getpixel((x, y)), masks, strict=True):
+                    assert abs(value - (pixel & mask) / mask * 255) <= 1, (bits, masks)
+
+
+def test_a_bmp_whose_alpha_hides_all_of_it_shows_its_colours():
+    hidden = card(64, 48, "RGBA", [(*colour, 0) for colour in CARD], (0, 0, 0, 0))
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF << 24)
+    picture = convert(bmp(hidden, 32, lambda row: masked(row, masks, 32), (), 3, masks, size=124))
+    assert ciede2000(to_lab(around(shown(picture), (150, 150))), to_lab(CARD[0])) < 2
+
+
+def test_headers_of_all_sizes_and_palettes_of_any_length_show_the_same():
+    index = card(64, 48, "P", (0, 1, 2, 3), 3)
+    for bits in (2, 4, 8):
+        pack = lambda row, bits=bits: packed(row, bits)  # noqa: E731
+        whole = convert(bmp(index, bits, pack, [*CARD, *CARD * 63][: 1 << bits])).jpeg
+        for size in (12, 16, 20, 40, 44, 52, 56, 64, 108, 124):
+            assert convert(bmp(index, bits, pack, CARD, size=size)).jpeg == whole
+    pack = bytes
+    assert convert(bmp(index, 8, pack, CARD * 75)).jpeg == whole  # 300 colours
+    short = convert(bmp(index, 8, pack, CARD[:3]))
+    assert ciede2000(to_lab(around(shown(short), (450, 450))), to_lab((0, 0, 0))) < 2
+    no_offset = bytearray(bmp(index, 8, pack, CARD))
+    no_offset[10:14] = bytes(4)
+    assert convert(bytes(no_offset)).jpeg == whole
+
+
+def bmp_of(bits: int, compression: int = 0, size: int = 40, width: int = 64, masks=(), more=bytes(9000)) -> bytes:
+    head = struct.pack("<IiiHH6I", size, width, 48, 1, bits, compression, 0, 0, 0, 0, 0)
+    head = (head + struct.pack(f"<{len(masks)}I", *masks)).ljust(size, b"\0")
+    return struct.pack("<2sIHHI", b"BM", 0, 0, 0, 0) + head + more
+
+
+REFUSED_BMPS = {
+    "64 bits": (bmp_of(64), "unsupported: a BMP of 64 bits a pixel; up to 32 are decoded"),
+    "Huffman": (bmp_of(1, 3, 64), "unsupported: a BMP with Huffman compression, as OS/2 had it"),
+    "RLE24": (bmp_of(24, 4, 64), "unsupported: a BMP with RLE24 compression, as OS/2 had it"),
+    "JPEG": (bmp_of(0, 4, 124), "unsupported: a BMP that holds a JPEG"),
+    "PNG": (bmp_of(0, 5, 40), "unsupported: a BMP that holds a PNG"),
+    "CMYK": (bmp_of(32, 11, 124), "unsupported: a BMP of CMYK colours"),
+    "7 bits": (bmp_of(7), "undecodable: a BMP of 7 bits a pixel; it has 1, 2, 4, 8, 16, 24 or 32"),
+    "RLE8 of 4 bits": (bmp_of(4, 1), "undecodable: a BMP of compression 1 and 4 bits a pixel"),
+    "masks of 8 bits": (bmp_of(8, 3), "undecodable: a BMP of compression 3 and 8 bits a pixel"),
+    "compression 99": (bmp_of(24, 99), "undecodable: a BMP of compression 99 and 24 bits a pixel"),
+    "a header of 66": (bmp_of(24, 0, 66), "undecodable: a BMP header of 66 bytes; they have 12, 16 to 64,"),
+    "overlap": (bmp_of(16, 3, 40, 64, (0xF800, 0xFE0, 31)), "undecodable: colour masks f800 fe0 1f 0 that"),
+    "gaps": (bmp_of(32, 3, 40, 64, (0xF0F, 0xF0, 0)), "undecodable: colour masks f0f f0 0 0 that overlap, have"),
+    "wide": (bmp_of(16, 3, 40, 64, (31, 0x3E0, 0x1FC00)), "undecodable: colour masks 1f 3e0 1fc00 0 that over"),
+    "24 with masks": (bmp_of(24, 3, 40, 64, (255, 0xFF00, 0xFF0000)), "undecodable: a BMP of 24 bits with the"),
+    "no width": (bmp_of(24, width=0), "undecodable: a BMP of 0 x 48 pixels"),
+    "negative width": (bmp_of(24, width=-64), "undecodable: a BMP of -64 x 48 pixels"),
+    "cut pixels": (bmp_of(24, more=bytes(100)), "truncated: 100 of the 9216 bytes of pixels are there"),
+    "cut header": (bmp_of(24)[:40], "truncated: a BMP of 40 bytes ends in its header of 40 bytes"),
+    "cut at once": (b"BM123", "truncated: a BMP of 5 bytes ends in its header"),
+    "cut masks": (bmp_of(16, 3)[:60], "truncated: a BMP of 60 bytes ends in its colour masks"),
+    "cut runs": (bmp_of(8, 1, more=bytes(1024 + 2)), "truncated: the run lengths end in row 2 of 48"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BMPS)
+def test_a_bmp_that_is_refused_says_what_it_is(name):
+    data, fault = REFUSED_BMPS[name]
+    with pytest.raises(pipeline.Unusable) as refusal:
+        convert(data)
+    assert str(refusal.value).startswith(fault)
+
+
 @pytest.mark.parametrize(("mode", "own"), [("L", b"GRAY"), ("RGB", b"RGB "), ("RGBa", b"RGB "), ("CMYK", b"CMYK")])
 def test_a_profile_is_never_applied_to_pixels_of_another_colour_space(monkeypatch, mode, own):
     """Pillow to 12.1 would read past its buffers there, which no look at the picture shows."""
@@ -177,7 +266,7 @@ print(sorted(name for name in sys.modules if name.startswith("PIL.") and name.en
 """
     root = Path(__file__).parent.parent
     ran = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=root, stdout=-1, text=True, check=True)
-    decoders = ["PIL.BmpImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
+    decoders = ["PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
     assert ran.stdout == f"[]\n{decoders}\n"
 
 

@@ -18,17 +18,17 @@ from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
-from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-import workers.rle  # noqa: F401  registers its decoder
+from workers import colour
+from workers.bmp import Bmp
+from workers.errors import Unusable
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
 GAP = 2  # shrinking by whole numbers, which is quick, ends at twice SIDE; LANCZOS does the rest
 STRIP = 64  # rows of shrunk image made at once
-PROFILE = 1024 * 1024  # bytes; printers' largest profiles come near, cameras and screens have some thousands
 # What text and profiles of a PNG may inflate to; Pillow refuses the file beyond. Room for profiles over the
 # limit above, which are ignored, and for the work flows that drawing programs keep in text.
 PngImagePlugin.MAX_TEXT_CHUNK = 4 * 1024 * 1024
@@ -45,7 +45,7 @@ class Jpeg(JpegImageFile):
         """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
 
 
-DECODERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": Jpeg, b"BM": BmpImageFile}
+DECODERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}
 
 # What Pillow raises on bad data. Not MemoryError, and not an OSError that has an errno: those may pass.
 BAD_DATA = (
@@ -63,15 +63,6 @@ BAD_DATA = (
 )
 
 
-class Unusable(Exception):
-    """A fault that trying again does not mend. `code` is for programs, `detail` for people."""
-
-    def __init__(self, code: str, detail: str):
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class Picture:
     jpeg: bytes  # 600x600, sRGB
@@ -86,7 +77,7 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
 
     `file` is one of the file system, because parts of it are mapped.
 
-    Raises Unusable with wrong_format, too_many_pixels, too_many_scans, truncated or undecodable.
+    Raises Unusable with wrong_format, unsupported, too_many_pixels, too_many_scans, truncated or undecodable.
     """
     image = _open(file)
     width, height = image.size
@@ -250,7 +241,6 @@ def _upright(image: Image.Image, turn: int) -> Image.Image:
     return image if turn == 1 else image.transpose(UPRIGHT[turn])
 
 
-DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not links between devices, abstract or named colours
 SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -260,10 +250,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "RGBa":
         image = image.convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
-    # A profile's class and colour space (ICC.1, 7.2). Where the space is not the image's, Pillow to 12.1 reads
-    # past its buffers (CVE-2026-59205).
-    fits = profile and profile[12:16] in DEVICES and profile[16:20] == SPACES[image.mode]
-    if fits and len(profile) <= PROFILE:
+    if colour.fits(profile, SPACES[image.mode]):
         with suppress(ImageCms.PyCMSError, OSError):
             image = ImageCms.profileToProfile(
                 image,

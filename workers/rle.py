@@ -3,6 +3,8 @@ that leave out rows, which the format allows."""
 
 from PIL import Image, ImageFile
 
+from workers.errors import Unusable
+
 
 class RunLength(ImageFile.PyDecoder):
     """BI_RLE8 and BI_RLE4, as Microsoft's "Bitmap Compression" describes them. Pixels never set are of colour 0."""
@@ -16,7 +18,7 @@ class RunLength(ImageFile.PyDecoder):
         at = x = y = 0
         while y < height and not (y == height - 1 and x >= width):
             if at + 2 > len(data):
-                raise OSError("image file is truncated")
+                raise Unusable("truncated", f"the run lengths end in row {y + 1} of {height}")
             count, value = data[at : at + 2]
             at += 2
             if count:
