@@ -228,9 +228,80 @@ MASKS = [
 P3_POINTS = [(0.3127, 0.3290), (0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]  # white, red, green, blue
 
 
+def gama(exponent: float) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", round(100_000 / exponent)))
+
+
+def chrm(points) -> bytes:
+    return chunk(b"cHRM", struct.pack(">8i", *(round(100_000 * part) for point in points for part in point)))
+
+
+def iccp(profile: bytes, name: bytes = b"card") -> bytes:
+    return chunk(b"iCCP", name + b"\0\0" + zlib.compress(profile))
+
+
+def cicp(primaries: int, transfer: int, matrix: int = 0, full: int = 1) -> bytes:
+    return chunk(b"cICP", bytes([primaries, transfer, matrix, full]))
+
+
+def damaged(chunk: bytes) -> bytes:
+    return chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+
+def bt709(value: float) -> float:
+    return value / 4.5 if value < 0.081 else ((value + 0.099) / 1.099) ** (1 / 0.45)
+
+
+def narrow(value: float) -> float:
+    """sRGB's values from 16 to 235."""
+    return colours.linear(min(1, max(0, (value * 255 - 16) / 219)))
+
+
+def described():
+    """Of PNG: what the chunks are, the chunks, and the matrix and transfer function that they mean, or None: sRGB."""
+    power = lambda exponent: lambda value: value**exponent  # noqa: E731
+    p3, adobe, srgb = iccp(colours.P3_PROFILE), iccp(colours.ADOBE_PROFILE), chunk(b"sRGB", b"\0")
+    as_p3, as_adobe = (colours.P3, colours.linear), (colours.ADOBE, power(colours.ADOBE_GAMMA))
+    half = power(1.6)
+    none = (None, None)
+    return [
+        ("gAMA of 1.6", [gama(1.6)], colours.SRGB, half),
+        ("gAMA of linear light", [gama(1)], colours.SRGB, power(1)),
+        ("gAMA of 2.2", [gama(2.2)], *none),
+        ("gAMA and cHRM of sRGB", [gama(2.2), chrm([(0.3127, 0.329), (0.64, 0.33), (0.3, 0.6), (0.15, 0.06)])], *none),
+        ("gAMA and cHRM of Display P3", [gama(2.2), chrm(P3_POINTS)], *as_p3),
+        ("cHRM of Display P3", [chrm(P3_POINTS)], *as_p3),
+        ("gAMA of 1.6 and cHRM of Display P3", [chrm(P3_POINTS), gama(1.6)], colours.P3, half),
+        ("gAMA of 0", [chunk(b"gAMA", bytes(4))], *none),
+        ("gAMA of too much", [chunk(b"gAMA", b"\0\0\0\1")], *none),
+        ("gAMA of 3 bytes", [chunk(b"gAMA", bytes(3))], *none),
+        ("cHRM of one point", [chrm([(0.3, 0.3)] * 4)], *none),
+        ("cHRM of zeros", [chrm([(0, 0)] * 4)], *none),
+        ("cHRM of great numbers", [chunk(b"cHRM", b"\x7f\xff\xff\xff" * 8)], *none),
+        ("two gAMA", [gama(1.6), gama(1)], colours.SRGB, half),
+        ("sRGB and other chunks", [gama(1.6), chrm(P3_POINTS), srgb], *none),
+        ("iCCP and other chunks", [gama(1.6), srgb, adobe], *as_adobe),
+        ("two iCCP", [adobe, p3], *as_adobe),
+        ("cICP and other chunks", [gama(1.6), srgb, adobe, cicp(12, 13)], *as_p3),
+        ("cICP of sRGB and iCCP", [cicp(1, 13), adobe], *none),
+        ("cICP of BT.709", [cicp(1, 1)], colours.SRGB, bt709),
+        ("cICP of BT.2020", [cicp(9, 14)], colours.BT2020, bt709),
+        ("cICP of BT.2020 in linear light", [cicp(9, 8)], colours.BT2020, power(1)),
+        ("cICP of narrow sRGB", [cicp(1, 13, 0, 0)], colours.SRGB, narrow),
+        ("cICP of YCbCr, and iCCP", [cicp(9, 16, 9), p3], *as_p3),
+        ("cICP of no known kind, and gAMA", [cicp(2, 2), gama(1.6)], colours.SRGB, half),
+        ("damaged cICP and iCCP, and gAMA", [damaged(cicp(9, 16)), damaged(p3), gama(1.6)], colours.SRGB, half),
+        ("iCCP that inflates to nothing, and gAMA", [chunk(b"iCCP", b"a\0\0" + bytes(9)), gama(1.6)], colours.SRGB, half),
+        ("iCCP of another method, and gAMA", [chunk(b"iCCP", b"a\0\1"), gama(1.6)], colours.SRGB, half),
+        ("iCCP without a name, and gAMA", [iccp(colours.P3_PROFILE, b""), gama(1.6)], colours.SRGB, half),
+        ("iCCP for grey, and gAMA", [iccp(colours.GREY_PROFILE), gama(1.6)], colours.SRGB, half),
+    ]
+
+
 def goldens() -> dict[str, Golden]:
     rgb, small = card(640, 480), card(64, 48)
     grey = [40, 110, 180, 240]
+    pale = card(64, 48, "L", grey, 0)
     greys = [(value,) * 3 for value in grey]
     made = {}
 
@@ -310,6 +381,48 @@ def goldens() -> dict[str, Golden]:
     add("2-bit grey PNG with tRNS",
         png(640, 480, 2, 0, rows(few, lambda row: packed(row, 2)), chunk(b"tRNS", b"\0\1")), thirds)
 
+    # Of 16 bits all count: the third colour differs from the transparent one in its low bytes alone
+    five = card(64, 48, "P", (0, 1, 2, 3), 4)
+    wide = [bytes(6), b"\x3c\0\x96\0\x46\0", b"\x3c\0\x96\0\x46\1", b"\xe1\0\xcd\0\x50\0", b"\xff" * 6]
+    truth = shows((0, 0, 0), white, (60, 150, 70), (225, 205, 80))
+    scans = rows(five, lambda row: b"".join(wide[index] for index in row))
+    add("16-bit RGB PNG with tRNS and its neighbour", png(64, 48, 16, 2, scans, chunk(b"tRNS", wide[1])), truth)
+    wide = [bytes(2), b"\x6e\x80", b"\x6e\x81", b"\xf0\0", b"\xff\xff"]
+    truth = shows((0,) * 3, white, (110,) * 3, (239,) * 3)
+    scans = rows(five, lambda row: b"".join(wide[index] for index in row))
+    add("16-bit grey PNG with tRNS and its neighbour", png(64, 48, 16, 0, scans, chunk(b"tRNS", wide[1])), truth)
+    high = chunk(b"tRNS", struct.pack(">3H", *(value | 0xA500 for value in CARD[1])))
+    add("RGB PNG with tRNS of too many bits", png(64, 48, 8, 2, rows(small), high),
+        shows(CARD[0], white, *CARD[2:]))  # fmt: skip
+    add("PNG with palette, tRNS and no colour for an index",
+        png(64, 48, 8, 3, rows(five), chunk(b"PLTE", palette[:9]), chunk(b"tRNS", b"\xff\0")),
+        shows(CARD[0], white, CARD[2], (0, 0, 0)))  # fmt: skip
+
+    # Colours that PNG describes by numbers
+    for name, chunks, matrix, tone in described():
+        made_of = (matrix, tone) if matrix else (colours.SRGB, colours.linear)
+        truth = shows(*(through(*made_of, colour) for colour in CARD))
+        add(f"PNG with {name}", png(64, 48, 8, 2, rows(small), *chunks), truth)
+    half = (gama(1.6),)
+    tone = [round(255 * colours.encoded((value / 255) ** 1.6)) for value in grey]
+    add("grey PNG with gAMA", png(64, 48, 8, 0, rows(pale), *half), shows(*((value,) * 3 for value in tone)))
+    ghost = card(64, 48, "LA", [(value, 255) for value in grey], (0, 0))
+    add("grey PNG with alpha and gAMA", png(64, 48, 8, 4, rows(ghost), *half), shows(*((value,) * 3 for value in tone)))
+    add("PNG with palette and gAMA",
+        png(64, 48, 8, 3, rows(five), *half, chunk(b"PLTE", palette)),
+        shows(*(through(colours.SRGB, lambda value: value**1.6, colour) for colour in CARD)))  # fmt: skip
+    add("PNG with palette and colours behind it",
+        png(64, 48, 8, 3, rows(five), chunk(b"PLTE", palette), *half, iccp(colours.P3_PROFILE), cicp(9, 16)), shows())
+    tone = [round(255 * colours.encoded((value / 255) ** colours.GREY_GAMMA)) for value in grey]
+    add("grey PNG with alpha and profile", png(64, 48, 8, 4, rows(ghost), iccp(colours.GREY_PROFILE)),
+        shows(*((value,) * 3 for value in tone)))  # fmt: skip
+    # 203 and 100 cd/m2 in PQ, and 203 in HLG (ITU-R BT.2408, table 1): a white sheet is white, half its light is half.
+    bright = card(64, 48, "L", (0, 148, 130, 255), 0)
+    half = round(255 * colours.encoded(100 / 203))
+    add("PNG in PQ", png(64, 48, 8, 0, rows(bright), cicp(9, 16)), shows((0,) * 3, white, (half,) * 3, white))
+    bright = card(64, 48, "L", (0, 191, 255, 255), 0)
+    add("PNG in HLG", png(64, 48, 8, 0, rows(bright), cicp(9, 18)), shows((0,) * 3, white, white, white))
+
     # Depths
     two = card(640, 480, "L", (0, 255, 255, 0), 0).convert("1", dither=Image.Dither.NONE)
     chess = shows((0,) * 3, white, white, (0,) * 3)
@@ -355,7 +468,6 @@ def goldens() -> dict[str, Golden]:
     held["space"] = embedded(colours.P3_PROFILE, 48 * 256)
     add("BMP with alpha and Display P3",
         bmp(clear, 32, lambda row: masked(row, masks, 32), (), 3, masks, size=124, **held), truth)
-    pale = card(64, 48, "L", grey, 0)
     held["space"] = embedded(colours.P3_PROFILE, 48 * 64 + 1024)
     ramp = [(value,) * 3 for value in range(256)]
     add("grey BMP with Display P3", bmp(pale, 8, bytes, ramp, masks=(0,) * 4, size=124, **held), shows(*greys))

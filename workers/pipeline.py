@@ -17,22 +17,18 @@ from math import ceil, floor
 from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
-from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
+from PIL import Image, ImageCms, ImageFile, features
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from workers import colour
 from workers.bmp import Bmp
 from workers.errors import Unusable
+from workers.png import MAGIC, Png
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
 GAP = 2  # shrinking by whole numbers, which is quick, ends at twice SIDE; LANCZOS does the rest
 STRIP = 64  # rows of shrunk image made at once
-# What text and profiles of a PNG may inflate to; Pillow refuses the file beyond. Room for profiles over the
-# limit above, which are ignored, and for the work flows that drawing programs keep in text.
-PngImagePlugin.MAX_TEXT_CHUNK = 4 * 1024 * 1024
-PngImagePlugin.MAX_TEXT_MEMORY = 16 * 1024 * 1024
 Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; _check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() loads no other
@@ -45,7 +41,7 @@ class Jpeg(JpegImageFile):
         """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
 
 
-DECODERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}
+DECODERS = {MAGIC: Png, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}
 
 # What Pillow raises on bad data. Not MemoryError, and not an OSError that has an errno: those may pass.
 BAD_DATA = (
@@ -82,9 +78,7 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
     image = _open(file)
     width, height = image.size
     _check_size(width, height, megapixels, side)
-    _check_sums(image)
     _check_scans(file, image)
-    image = _open(file)
     _decode(image)
     turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
     picture = _cover(image)
@@ -119,12 +113,6 @@ def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
         raise Unusable("too_many_pixels", f"{width} x {height} pixels; {limits}")
 
 
-def _check_sums(image: ImageFile.ImageFile) -> None:
-    """Refuse a PNG with a wrong sum or without its end: decoding looks at neither. Uses the image up."""
-    if image.format == "PNG":
-        _permanent(image.verify)
-
-
 SCANS = 100  # of a progressive JPEG; encoders write about 10
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # no stuffed byte, no filling, no restart
 
@@ -148,22 +136,10 @@ def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
         raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
 
 
-# Pillow brings pixels to 8 bits, but leaves a PNG's transparent colour as it stands in the file.
-KEYS = {
-    "L;2": lambda value: value * 85,
-    "L;4": lambda value: value * 17,
-    "I;16B": lambda value: int(value / 257 + 0.5),
-    "RGB;16B": lambda value: value >> 8,
-}
-
-
 def _decode(image: ImageFile.ImageFile) -> None:
     """All pixels. JPEG decodes to a half, quarter or eighth: the smallest that still leaves GAP."""
-    key, narrow = image.info.get("transparency"), KEYS.get(image.tile[0].args)
     image.draft(None, (GAP * SIDE, GAP * SIDE))
     _permanent(image.load)
-    if key is not None and narrow:
-        image.info["transparency"] = tuple(map(narrow, key)) if isinstance(key, tuple) else narrow(key)
 
 
 def _permanent(read, *given):
@@ -218,11 +194,20 @@ def _cover(image: Image.Image) -> Image.Image:
 
 def _ready(image: Image.Image) -> Image.Image:
     """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
-    if image.mode == "I;16":  # convert() alone would cut: all but black turns white
-        image = image.point(lambda value: value / 257 + 0.5).convert("L")
+    if image.mode == "I;16":
+        image = _narrowed(image)
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     return image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode))
+
+
+def _narrowed(image: Image.Image) -> Image.Image:
+    """16 bits of grey as 8, in L or LA. convert() alone would cut: all but black would turn white."""
+    key = image.info.pop("transparency", None)
+    grey = image.point(lambda value: value / 257 + 0.5).convert("L")
+    if key is not None:
+        grey.putalpha(image.convert("I").point([255 * (value != key) for value in range(65536)], "L"))
+    return grey
 
 
 UPRIGHT = {
@@ -250,6 +235,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode == "RGBa":
         image = image.convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
+        if colour.fits(profile, b"GRAY"):  # only a grey PNG brings one here
+            image = image.convert("L")
     if colour.fits(profile, SPACES[image.mode]):
         with suppress(ImageCms.PyCMSError, OSError):
             image = ImageCms.profileToProfile(
