@@ -130,7 +130,8 @@ def masked(values: bytes, masks, bits: int) -> bytes:
 
 def unmasked(colour: Colour, masks) -> Colour:
     """What is left of a colour under masks."""
-    return tuple(round(under(value, mask) / mask * 255) if mask else 0 for value, mask in zip(colour, masks))
+    pairs = zip(colour, masks[:3], strict=True)
+    return tuple(round(under(value, mask) / mask * 255) if mask else 0 for value, mask in pairs)
 
 
 def embedded(profile: bytes, pixels: int, kind: int = 0x4D424544) -> bytes:
@@ -291,7 +292,7 @@ def described():
         ("cICP of YCbCr, and iCCP", [cicp(9, 16, 9), p3], *as_p3),
         ("cICP of no known kind, and gAMA", [cicp(2, 2), gama(1.6)], colours.SRGB, half),
         ("damaged cICP and iCCP, and gAMA", [damaged(cicp(9, 16)), damaged(p3), gama(1.6)], colours.SRGB, half),
-        ("iCCP that inflates to nothing, and gAMA", [chunk(b"iCCP", b"a\0\0" + bytes(9)), gama(1.6)], colours.SRGB, half),
+        ("iCCP without zlib, and gAMA", [chunk(b"iCCP", b"a\0\0" + bytes(9)), gama(1.6)], colours.SRGB, half),
         ("iCCP of another method, and gAMA", [chunk(b"iCCP", b"a\0\1"), gama(1.6)], colours.SRGB, half),
         ("iCCP without a name, and gAMA", [iccp(colours.P3_PROFILE, b""), gama(1.6)], colours.SRGB, half),
         ("iCCP for grey, and gAMA", [iccp(colours.GREY_PROFILE), gama(1.6)], colours.SRGB, half),

@@ -124,6 +124,7 @@ def hostiles() -> dict[str, tuple[bytes, set[str]]]:
         "iTXt bomb": (inflating(b"iTXt", b"a\0\1\0\0\0", 100_000_000), fine),
         "iCCP bomb": (inflating(b"iCCP", b"a\0\0", 100_000_000), fine),
         "many zTXt bombs": (inflating(b"zTXt", b"a\0\0", 4_000_000, 20), fine),
+        "PNG of 600,000 empty chunks": (small[:33] + chunk(b"IDAT", b"") * 600_000 + small[33:], {"too_costly"}),
         "JPEG of 1,000 scans": (many_scans(10_000, 10_000, 1_000), {"too_many_scans"}),
         "JPEG of 1,000 scans over few pixels": (many_scans(100, 100, 1_000), {"too_many_scans"}),
         "JPEG of 100 scans": (many_scans(3000, 3000, 100), fine),

@@ -73,7 +73,8 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
 
     `file` is one of the file system, because parts of it are mapped.
 
-    Raises Unusable with wrong_format, unsupported, too_many_pixels, too_many_scans, truncated or undecodable.
+    Raises Unusable with wrong_format, unsupported, too_many_pixels, too_many_scans, too_costly, truncated or
+    undecodable.
     """
     image = _open(file)
     width, height = image.size
