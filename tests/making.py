@@ -2,7 +2,7 @@
 
 import io
 
-from PIL import Image
+from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
 from storage import keys, outbox, posts, uploads
 from storage.scripts import Redis

@@ -11,7 +11,7 @@ import tempfile
 from math import cos, pi
 from pathlib import Path
 
-from PIL import Image
+from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

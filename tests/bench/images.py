@@ -24,7 +24,7 @@ from colours import ciede2000, to_lab  # noqa: E402
 from conftest import photograph as portrait  # noqa: E402
 from conftest import until  # noqa: E402
 from drills.images import working  # noqa: E402
-from PIL import Image, features  # noqa: E402
+from PIL import BmpImagePlugin, Image, PngImagePlugin, features  # noqa: E402, F401  the pipeline loads neither
 
 from storage import settings  # noqa: E402
 from workers import pipeline  # noqa: E402
