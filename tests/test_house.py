@@ -25,7 +25,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
     "EXISTS|TTL|TIME|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
-    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
+    "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
 
@@ -171,8 +171,12 @@ def test_every_setting_is_in_the_readme_with_its_default():
         told.update(zip(names, default.split(", ") if len(names) > 1 else [default], strict=True))
     assert set(told) == set(defaults)
     for name, default in defaults.items():
-        if isinstance(default, ast.Constant) and default.value != "":
-            assert told[name].strip("`").removeprefix("./") == str(default.value), name
+        if isinstance(default, ast.Name):
+            value = getattr(settings, default.id, "")
+        else:
+            value = default.value if isinstance(default, ast.Constant) else ""
+        if value != "":
+            assert told[name].strip("`").removeprefix("./") == str(value), name
 
 
 def test_every_setting_that_is_named_anywhere_exists():

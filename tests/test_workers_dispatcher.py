@@ -30,9 +30,10 @@ def test_a_queue_that_is_lost_again_and_again_changes_nothing(site, real_server)
         until(lambda: client.exists("rq:workers"), what="the worker")
         for _ in range(8):
             deleted += client.delete("rq:workers", "rq:workers:images", *client.keys("rq:*"))
-            client.zadd("due:{0}", dict.fromkeys((post["id"] for post in posts), 0), xx=True)
+            client.zadd("making:{0}:alice", dict.fromkeys((post["id"] for post in posts), 0), xx=True)
+            client.zadd("turns:{0}", {"alice": 0}, xx=True)
             until(
-                lambda: client.keys("rq:*") or not client.exists("due:{0}"),
+                lambda: client.keys("rq:*") or not client.exists("making:{0}:alice"),
                 what="the next hint",
             )
         for post in posts:

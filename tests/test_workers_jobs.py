@@ -35,7 +35,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-async def due(db, store) -> outbox.Due:
+async def due(db, store) -> outbox.Image:
     async with uploads.receiving(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
@@ -65,7 +65,7 @@ async def shown(db, store, post: str) -> None:
     await work_off(db, store)
     assert await names(store) == [keys.image(post), keys.original(post)]
     assert await store.get(keys.original(post)) == photograph()
-    assert await outbox.lease(db, 0, 10) == []
+    assert await outbox.lease(db, 0) == [] and await outbox.lease_images(db, 0, 10) == []
 
 
 async def test_two_runs_of_one_hint_at_the_same_time_are_one_attempt(db, store, due, monkeypatch):
@@ -79,9 +79,8 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
     """The second begins and ends while the first is still at it, whose lease has run out."""
 
     async def again():
-        server.client.zadd(keys.due(0), {due.id: 0}, xx=True)
         other = scripts.Redis(server.url)
-        second = await leased(other, due.id)
+        second = await handed_out(server, other, due.id)
         await other.close()
         await jobs._attempt(second.id, second.lease)
 
@@ -167,13 +166,14 @@ async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monke
     assert (await posts.read(db, post)).status == "ready"
 
 
-async def handed_out(server, db, post: str) -> outbox.Due:
+async def handed_out(server, db, post: str) -> outbox.Image:
     """The next hint, as if the lease of the last one had run out."""
-    server.client.zadd(keys.due(0), {post: 0}, xx=True)
+    server.client.zadd(keys.making(0, "alice"), {post: 0}, xx=True)
+    server.client.zadd(keys.turns(0), {"alice": 0}, xx=True)
     return await leased(db, post)
 
 
-async def fail_often(server, db, due: outbox.Due) -> None:
+async def fail_often(server, db, due: outbox.Image) -> None:
     for _ in range(outbox.ATTEMPTS + 2):
         await jobs._attempt(due.id, due.lease)
         assert (await posts.read(db, due.id)).status == "processing"

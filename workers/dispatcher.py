@@ -19,8 +19,9 @@ from storage.settings import Settings
 QUEUE = "images"
 JOB = "workers.jobs.make_image"
 TIMEOUT = 60  # seconds of wall clock for one attempt
-ROOM = 2  # jobs a worker: one under way, one at hand
+ROOM = 1  # jobs a worker that wait in the queue. The one under way has left it: RQ does not count that one
 PAUSE = 0.1  # seconds between two looks: what a post may wait longer than it must
+PAUSE_BUSY = 0.02  # seconds after image work was handed out: less than an image takes, so no worker waits for the next
 PAUSE_AWAY = 1.0  # seconds, while Redis or the store is away
 
 log = logging.getLogger("dispatcher")
@@ -51,21 +52,28 @@ def hint(hints: Queue, post: str, lease: int) -> None:
 async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     """Hand out what is due, until cancelled."""
     store, kept = objects.open_store(chosen.store_url), outbox.Kept(objects.open_store(chosen.backup_store_url))
-    away = None
+    away, first = None, 0
     while True:
+        handed_out = False
         try:
             for partition in range(chosen.partitions):
-                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints, chosen.converters)):
+                for due in await outbox.lease(db, partition):
                     match due.kind:
-                        case "image":
-                            await asyncio.to_thread(hint, hints, due.id, due.lease)
                         case "upload":
                             await outbox.end_upload(db, store, kept, due, chosen.named_ms)
                         case "erase":
                             await outbox.erase(db, store, kept, due, chosen.named_ms)
+            free = await asyncio.to_thread(room, hints, chosen.converters)
+            # Partitions take turns too: each round begins behind the one that was served last.
+            for partition in [*range(first, chosen.partitions), *range(first)] if free else []:
+                for image in await outbox.lease_images(db, partition, free):
+                    await asyncio.to_thread(hint, hints, image.id, image.lease)
+                    free, first, handed_out = free - 1, partition + 1, True
+                if not free:
+                    break
             away = None
         except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:
             if away is None:  # said once, not ten times a second
                 log.warning("waits: %s", error)
             away = error
-        await asyncio.sleep(PAUSE_AWAY if away else PAUSE)
+        await asyncio.sleep(PAUSE_AWAY if away else PAUSE_BUSY if handed_out else PAUSE)
