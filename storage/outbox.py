@@ -63,6 +63,7 @@ async def lease_images(db: Redis, partition: int, room: int) -> list[Image]:
         db.clock,
         room,
         LEASE_MS,
+        ATTEMPTS,
         MOST,
         keys.making_prefix(partition),
         keys.post_prefix(partition),

@@ -8,7 +8,7 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import chain, comments, errors, keys, originals, outbox, posts, retry, uploads
+from storage import chain, check, comments, errors, keys, originals, outbox, posts, retry, uploads
 from storage.objects import Folder, NotFound
 from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
@@ -193,6 +193,51 @@ async def test_a_post_that_waits_for_later_does_not_hold_up_its_authors_next_one
     assert [image.id for image in await outbox.lease_images(db, 0, 9)] == [second]
     db.clock = NOW + LEASE_MS
     assert [image.id for image in await outbox.lease_images(db, 0, 9)] == [first]
+
+
+JUMPS = [90_000, 10 * LEASE_MS, 365 * DAY_MS]
+
+
+@pytest.mark.parametrize("ms", JUMPS)
+@pytest.mark.parametrize("script", ["create_post", "lease_images", "start_image"])
+async def test_a_clock_that_jumped_forward_delays_a_post_by_no_more_than_its_lease(server, db, script, ms):
+    other = await make_processing(db, "bob")
+    if script == "create_post":
+        db.clock += ms
+    post = await make_processing(db, "alice")
+    if script == "lease_images":
+        db.clock += ms
+    if script != "create_post":
+        image = await leased(db, post)
+    if script == "start_image":
+        db.clock += ms
+        await outbox.start_image(db, post, image.lease)
+    assert await outbox.lease_images(db, 0, 0) == []
+    db.clock = NOW + 1000
+    found = {image.id for image in await outbox.lease_images(db, 0, 9)}
+    db.clock += LEASE_MS
+    found |= {image.id for image in await outbox.lease_images(db, 0, 9)}
+    assert found == {post, other}
+
+
+async def test_a_clock_that_jumped_delays_no_other_post_of_the_same_author(server, db):
+    for post in [await make_post(db, "alice") for _ in range(100)]:
+        await check.make_again(db, post)
+    db.clock += 365 * DAY_MS
+    assert len(await outbox.lease_images(db, 0, 80)) == 80
+    db.clock = NOW
+    assert len(await outbox.lease_images(db, 0, 200)) == 100
+
+
+async def test_a_long_lease_is_not_taken_for_that_of_a_wrong_clock(server, db):
+    post = await make_processing(db, "alice")
+    for attempt in range(ATTEMPTS):
+        image = await leased(db, post)
+        await outbox.start_image(db, post, image.lease)
+        until = db.clock + LEASE_MS * 2**attempt
+        while db.clock < until:
+            assert await outbox.lease_images(db, 0, 9) == []
+            db.clock += LEASE_MS // 2
 
 
 async def as_before(server, author: str, post: str, score: int) -> None:
