@@ -28,7 +28,8 @@ MOST = 500  # due entries, or users with image work, looked at in one script: ab
 class Due(NamedTuple):
     """A leased upload or erasure."""
 
-    id: str
+    partition: int
+    id: str  # as it stands in `due`; nothing has checked it
     lease: int  # the score it has under this lease, ms since 1970
     kind: str  # upload or erase
     revision: int  # of a post's deletion, ms since 1970; else 0
@@ -52,7 +53,7 @@ async def lease(db: Redis, partition: int) -> list[Due]:
         keys.post_prefix(partition),
         keys.making_prefix(partition),
     )
-    return [Due(id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+    return [Due(partition, id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
 
 
 async def lease_images(db: Redis, partition: int, room: int) -> list[Image]:
@@ -141,7 +142,11 @@ class Kept:
 
 
 async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
-    """Erase what a deleted post left: its image now, its original when no backup can name it any more."""
+    """Erase what a deleted post left: its image now, its original when no backup can name it any more.
+
+    Raises NoPost for an entry that is no post id, Unavailable.
+    """
+    keys.partition_of_post(due.id)
     await objects.delete([keys.image(due.id)])
     now = due.lease - LEASE_MS
     deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
@@ -185,6 +190,10 @@ async def _there(db: Redis, post: str) -> bool:
         return False
 
 
+async def postpone(db: Redis, due: Due, pause_ms: int) -> None:
+    """Look at an entry that failed again after a pause instead of at the end of its lease."""
+    await _settle(db, due, due.lease - LEASE_MS + pause_ms)
+
+
 async def _settle(db: Redis, due: Due, again: int | str) -> None:
-    partition = keys.partition_of_upload(due.id) if due.kind == "upload" else keys.partition_of_post(due.id)
-    await db.call("settle_due", [keys.due(partition)], due.id, due.lease, again)
+    await db.call("settle_due", [keys.due(due.partition)], due.id, due.lease, again)
