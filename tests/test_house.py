@@ -13,6 +13,7 @@ from api.app import create
 from api.problems import SANIC, STATUS
 from storage import errors, keys, settings
 from workers import dispatcher
+from workers.errors import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 LUA = sorted((ROOT / "lua").glob("*.lua"))
@@ -141,12 +142,20 @@ def test_every_code_is_on_the_api_page_with_its_status():
 
 
 def test_every_reason_for_a_failed_post_is_on_the_api_page():
-    used = set(re.findall(r"'code', '(\w+)'", (ROOT / "lua" / "start_image.lua").read_text()))
-    for name in ("pipeline.py", "sandbox.py"):
-        for call in re.findall(r"(?:Unusable\(|\"unusable\": \[)(\"[^,]+),", (ROOT / "workers" / name).read_text()):
-            used |= set(re.findall(r'"([a-z]+(?:_[a-z]+)*)"(?! in)', call))
+    used = set(re.findall(r"'code', '(\w+)'", (ROOT / "lua" / "start_image.lua").read_text())) | set(SENTENCES)
     told = {row[0].strip("`") for row in rows(API, "## When an image cannot be made")}
     assert told == used
+
+
+def test_every_reason_for_a_failed_post_has_its_written_sentence():
+    """Workers give no other: a text of their own, or of a library, would reach clients."""
+    given = set()
+    for path in sorted((ROOT / "workers").glob("*.py")):
+        for call in (node for node in walk(path) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            if call.func.id == "unusable":
+                given |= {part.value for part in ast.walk(call.args[0]) if isinstance(part, ast.Constant)}
+            assert call.func.id != "Unusable" or path.name in ("errors.py", "sandbox.py"), path
+    assert given >= set(SENTENCES)
 
 
 # Keys, objects, settings, routes

@@ -275,7 +275,8 @@ async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_f
     due = await leased(db, post)
     assert (await outbox.start_image(db, post, due.lease))[0] == 0
     row = await posts.read(db, post)
-    assert (row.status, row.code) == ("failed", "exhausted") and row.detail
+    assert (row.status, row.code) == ("failed", "exhausted")
+    assert row.detail == f"the image could not be made in {ATTEMPTS} attempts"
     assert not server.client.exists(keys.making(0, "alice"))
     await refused(server, db, errors.Stale, outbox.start_image(db, post, due.lease))
     await refused(server, db, errors.Stale, outbox.publish(db, post, "too late"))

@@ -1,6 +1,7 @@
 """A job is right when it is run twice, at the same time or again, and when its post goes meanwhile."""
 
 import asyncio
+import re
 import resource
 import threading
 from contextlib import contextmanager
@@ -118,6 +119,18 @@ async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatc
     await make_image(db, store, due)
     await jobs._attempt(due.id, due.lease)
     assert begun == []
+
+
+async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, capsys):
+    whole = photograph()
+    async with uploads.receiving(db, store, "alice", 1) as image:
+        await image.write(whole[: len(whole) // 2])
+        await image.finish()
+    post, _ = await posts.create(db, "alice", image.upload, "")
+    await jobs._attempt(post, (await leased(db, post)).lease)
+    row = await posts.read(db, post)
+    assert (row.code, row.detail) == ("truncated", "the file ends before the image is complete")
+    assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", capsys.readouterr().out)
 
 
 # Failures that are not the image's

@@ -12,7 +12,7 @@ from colours import ciede2000, to_lab
 from golden import CARD, Golden, bmp, card, chunk, exif, goldens, png, rows, runs, saved
 from PIL import Image
 
-from workers import pipeline, thumbhash
+from workers import errors, pipeline, thumbhash
 
 GOLDENS = goldens()
 
@@ -118,7 +118,7 @@ def test_rows_that_run_lengths_leave_out_are_of_the_first_colour():
     for body in (b"\0\1", b"\0\2\0\xff\0\1", b"\0\2\xff\xff" * 3):
         picture = convert(data + body)
         assert ciede2000(to_lab(around(shown(picture), (300, 300))), to_lab(CARD[0])) < 2
-    with pytest.raises(pipeline.Unusable, match="truncated"):
+    with pytest.raises(errors.Unusable, match="truncated"):
         convert(data + b"\xff\1")
 
 

@@ -23,6 +23,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 import workers.rle  # noqa: F401  registers its decoder
+from workers.errors import unusable
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
@@ -61,15 +62,6 @@ BAD_DATA = (
     struct.error,
     zlib.error,
 )
-
-
-class Unusable(Exception):
-    """A fault that trying again does not mend. `code` is for programs, `detail` for people."""
-
-    def __init__(self, code: str, detail: str):
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -119,13 +111,12 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     for magic, decoder in DECODERS.items():
         if head.startswith(magic):
             return _permanent(decoder, file)
-    raise Unusable("wrong_format", "not a PNG, JPEG or BMP")
+    raise unusable("wrong_format")
 
 
 def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
     if max(width, height) > side or width * height > megapixels * 1_000_000:
-        limits = f"at most {megapixels} megapixels and {side} pixels a side are taken"
-        raise Unusable("too_many_pixels", f"{width} x {height} pixels; {limits}")
+        raise unusable("too_many_pixels", width=width, height=height, megapixels=megapixels, side=side)
 
 
 def _check_sums(image: ImageFile.ImageFile) -> None:
@@ -154,7 +145,7 @@ def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
             scans += marker[1] == b"\xda"  # SOS
             at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     if scans > SCANS:
-        raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
+        raise unusable("too_many_scans", scans=scans, most=SCANS)
 
 
 # Pillow brings pixels to 8 bits, but leaves a PNG's transparent colour as it stands in the file.
@@ -182,8 +173,8 @@ def _permanent(read, *given):
     except BAD_DATA as fault:
         if isinstance(fault, OSError) and fault.errno is not None:  # the disk's fault, not the file's
             raise
-        detail = str(fault) or type(fault).__name__
-        raise Unusable("truncated" if "truncated" in detail.lower() else "undecodable", detail) from fault
+        cause = f"{type(fault).__name__}: {fault}"
+        raise unusable("truncated" if "truncated" in cause.lower() else "undecodable", cause) from fault
 
 
 def _orientation(exif: bytes) -> int:
