@@ -33,6 +33,7 @@ HOSTILES = hostiles()
 # What clients may read about each code, and nothing else.
 SENTENCES = {
     "wrong_format": re.compile("the file is not a PNG, JPEG or BMP image"),
+    "unsupported": re.compile("the file is an? [A-Za-z0-9 ()-]+, which is not supported"),
     "too_many_pixels": re.compile(
         r"the image has \d+ x \d+ pixels; at most \d+ million pixels and \d+ pixels a side are accepted"
     ),
@@ -94,7 +95,7 @@ def test_of_mutated_images_each_ends_and_none_ends_the_child_by_itself(tmp_path)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"600 mutated images: {dict(counted)}; the largest child of this run held {used:.0f} MiB")
     assert counted["picture"] > 100 and counted["undecodable"] > 100
-    assert counted.keys() <= {"picture", "undecodable", "truncated", "too_many_pixels", "wrong_format"}
+    assert counted.keys() <= {"picture", "undecodable", "truncated", "too_many_pixels", "wrong_format", "unsupported"}
     assert used < 1100
 
 

@@ -3,6 +3,7 @@
 # One sentence for each code. `exhausted` has its own in lua/start_image.lua.
 SENTENCES = {
     "wrong_format": "the file is not a PNG, JPEG or BMP image",
+    "unsupported": "the file is {what}, which is not supported",
     "too_many_pixels": "the image has {width} x {height} pixels; at most {megapixels} million pixels and {side} pixels"
     " a side are accepted",
     "too_many_scans": "the JPEG has {scans} scans; at most {most} are accepted",

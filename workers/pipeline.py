@@ -8,22 +8,20 @@ alpha, where both orders come to the same, and on the values as encoded, not in 
 """
 
 import io
-import re
 import struct
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, floor
-from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
 from PIL.BmpImagePlugin import BmpImageFile
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 import workers.rle  # noqa: F401  registers its decoder
 from workers.errors import unusable
+from workers.jpeg import Jpeg
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of the picture's sides
@@ -37,13 +35,6 @@ PngImagePlugin.MAX_TEXT_MEMORY = 16 * 1024 * 1024
 Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; _check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() loads no other
-
-
-class Jpeg(JpegImageFile):
-    """The first picture of a JPEG file. Pillow's factory would load the plugin for MPO, which has several."""
-
-    def _read_dpi_from_exif(self) -> None:
-        """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
 
 
 DECODERS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": Jpeg, b"BM": BmpImageFile}
@@ -78,13 +69,12 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
 
     `file` is one of the file system, because parts of it are mapped.
 
-    Raises Unusable with wrong_format, too_many_pixels, too_many_scans, truncated or undecodable.
+    Raises Unusable with wrong_format, unsupported, too_many_pixels, too_many_scans, truncated or undecodable.
     """
     image = _open(file)
     width, height = image.size
     _check_size(width, height, megapixels, side)
     _check_sums(image)
-    _check_scans(file, image)
     image = _open(file)
     _decode(image)
     turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
@@ -123,29 +113,6 @@ def _check_sums(image: ImageFile.ImageFile) -> None:
     """Refuse a PNG with a wrong sum or without its end: decoding looks at neither. Uses the image up."""
     if image.format == "PNG":
         _permanent(image.verify)
-
-
-SCANS = 100  # of a progressive JPEG; encoders write about 10
-MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # no stuffed byte, no filling, no restart
-
-
-def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
-    """Refuse a progressive JPEG of endless scans: each is a pass over all pixels, however few bytes it has.
-
-    The limit of CPU time would end it too, but only after that time, and where there is one.
-    """
-    if not image.info.get("progressive"):
-        return
-    with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        # Counts those of thumbnails and of what stands behind the picture too; but it is quick.
-        if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
-            return
-        scans, at = 0, 2
-        while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":  # EOI (ITU T.81, annex B)
-            scans += marker[1] == b"\xda"  # SOS
-            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    if scans > SCANS:
-        raise unusable("too_many_scans", scans=scans, most=SCANS)
 
 
 # Pillow brings pixels to 8 bits, but leaves a PNG's transparent colour as it stands in the file.
@@ -193,11 +160,11 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
+SPACES = {"L": b"GRAY", "RGB": b"RGB ", "RGBX": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
 
 
 def _cover(image: Image.Image) -> Image.Image:
-    """The centre square at 600x600, in L, RGB, RGBa or CMYK."""
+    """The centre square at 600x600, in L, RGB, RGBX, RGBa or CMYK."""
     side = min(image.size)
     x, y = ((length - side) / 2 for length in image.size)
     if side >= SIDE and image.mode in SPACES and not image.has_transparency_data:
@@ -217,7 +184,7 @@ def _cover(image: Image.Image) -> Image.Image:
 
 
 def _ready(image: Image.Image) -> Image.Image:
-    """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
+    """In L, RGB, RGBX, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
     if image.mode == "I;16":  # convert() alone would cut: all but black turns white
         image = image.point(lambda value: value / 257 + 0.5).convert("L")
     if image.has_transparency_data:
