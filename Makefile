@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit test-pillow load bench bench-before bench-images drill drill-images drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-before bench-images bench-turns drill drill-images drill-lines lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -44,6 +44,10 @@ bench-before: ## the rates of this checkout beside those of an earlier one: make
 bench-images: ## what a picture costs, beside libvips
 	@.ci/setup bench
 	$(python) -m tests.bench.images
+
+bench-turns: ## how long a photograph waits behind another user's large images; two minutes
+	@.ci/setup bench
+	$(python) -m tests.bench.turns
 
 drill: ## the long forms of the durability tests, with figures; ten minutes at most; a full disk needs root
 	@.ci/setup test

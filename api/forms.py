@@ -101,17 +101,18 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
 
     A repeated form is answered before its body is read, and not compared with the first. Of two under one
     Idempotency-Key at the same time, the second to end gets the first one's post.
-    Raises Problem, TooLarge, Format, Empty, Quota, NoPost.
+    Raises Problem, TooLarge, Format, Empty, Quota, Busy, NoPost.
     """
     ctx, form, once = request.app.ctx, Form(boundary(request)), shapes.once(request, body=None)
     if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
         refuse_body(request)
         return post.id, post.caption, True
+    partitions, processing = ctx.settings.partitions, ctx.settings.processing
     declared = shapes.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
-    async with uploads.receiving(ctx.db, ctx.objects, user, ctx.settings.partitions, declared) as image:
+    async with uploads.receiving(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
         caption = await receive(request, form, image)
         await image.finish()
-        post, how = await posts.create(ctx.db, user, image.upload, caption, once)
+        post, how = await posts.create(ctx.db, user, image.upload, caption, once, processing)
     if how == posts.REPLAYED:
         await uploads.discard(ctx.db, ctx.objects, user, image.upload)
         caption = (await posts.read(ctx.db, post)).caption

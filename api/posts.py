@@ -33,7 +33,8 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     upload = shapes.text(fields.get("upload"), "upload")
     caption = shapes.text(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
-    post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body))
+    processing = request.app.ctx.settings.processing
+    post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body), processing)
     if how == posts.MADE:
         return shapes.new_post(post, user, caption), False
     row = await posts.read(db, post)

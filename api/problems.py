@@ -45,6 +45,7 @@ STATUS = {
     errors.Empty: 422,
     errors.Reused: 422,
     errors.Quota: 429,
+    errors.Busy: 429,
     errors.Chunks: 429,
     errors.Unreachable: 503,
     errors.Unknown: 503,

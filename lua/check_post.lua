@@ -6,18 +6,20 @@
 -- KEYS[4] feed      feed:{p}           zset
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
--- KEYS[7] due       due:{p}            zset
+-- KEYS[7] turns     turns:{p}          zset
 -- ARGV[1] now       ms; empty: Redis' clock
 -- ARGV[2] id        post id
 -- ARGV[3] shown     how many comments the feed shows
 -- ARGV[4] repair    0|1
--- Returns {status or false, number of comments, is due 0|1, what is wrong, …}
+-- ARGV[5] making    prefix of the users' `making` keys of this partition, to which the author is appended
+-- Returns {status or false, number of comments, is its image to be made 0|1, what is wrong, …}
 -- Refuses nothing
 -- Changes nothing that is right, and nothing that is not derived: a comment without post is told of and stays.
 -- A flaw begins with the number of the invariant, or with 0 where it breaks none.
-local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local now, id, shown, repair = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4] == '1'
-if #KEYS ~= 7 or #ARGV ~= 4 or (shown or 0) < 1 then
+local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local turns, now, id, shown = KEYS[7], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local repair, making = ARGV[4] == '1', ARGV[5]
+if #KEYS ~= 7 or #ARGV ~= 5 or (shown or 0) < 1 then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -25,9 +27,11 @@ if not now then
   local time = redis.call('TIME')
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
-local status, count = redis.call('HGET', post, 'status'), redis.call('XLEN', comments)
+local row, count = redis.call('HMGET', post, 'status', 'author'), redis.call('XLEN', comments)
+local status, author = row[1], row[2] or ''
 local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', changes, id)
-local waits = redis.call('ZSCORE', due, id) and 1 or 0
+local queue = making .. author
+local waits = redis.call('ZSCORE', queue, id) and 1 or 0
 local found = {status, count, waits}
 local function wrong(flaw, ...)
   found[#found + 1] = flaw
@@ -73,9 +77,13 @@ else
     wrong('0 it has comments and is not ready')
   end
   if status == 'processing' and waits == 0 then
-    wrong('3 it is processing and not due', 'ZADD', due, now, id)
+    wrong('3 it is processing and not in making', 'ZADD', queue, now, id)
+    waits = repair and 1 or 0
   elseif status and status ~= 'processing' and status ~= 'failed' then
     wrong('3 its status is ' .. status)
   end
+end
+if waits == 1 and not redis.call('ZSCORE', turns, author) then
+  wrong('3 its image is to be made and its author has no turn', 'ZADD', turns, now, author)
 end
 return found

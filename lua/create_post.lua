@@ -1,10 +1,12 @@
 #!lua
--- Makes a post of a finished upload, and puts it into the outbox of image work.
+-- Makes a post of a finished upload, and puts it among its author's image work.
 -- KEYS[1] upload   upload:{p}:<id>     hash
 -- KEYS[2] post     post:{p}:<id>       hash
 -- KEYS[3] uploads  uploads:{p}:<user>  hash
 -- KEYS[4] due      due:{p}             zset
--- KEYS[5] once     once:{p}:…          string; only with an Idempotency-Key
+-- KEYS[5] making   making:{p}:<user>   zset
+-- KEYS[6] turns    turns:{p}           zset
+-- KEYS[7] once     once:{p}:…          string; only with an Idempotency-Key
 -- ARGV[1] now      ms; empty: Redis' clock
 -- ARGV[2] upload   upload id
 -- ARGV[3] id       post id
@@ -12,12 +14,20 @@
 -- ARGV[5] caption  may be empty
 -- ARGV[6] request  digest of the request
 -- ARGV[7] keep     ms the idempotency key is kept
+-- ARGV[8] processing how many posts of a user may be processing
+-- ARGV[9] ahead    ms, the head start of a user who has no turn yet
+-- ARGV[10] posts   prefix of the post keys of this partition, to which ids are appended
 -- Returns {post id, repeated: 0 made now, 1 its Idempotency-Key was used, 2 the upload had become this post}
--- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY
-local upload, post, uploads, due, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+-- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
+-- `making` also holds ready posts after a restore, which do not count as processing. They came before, so the posts
+-- that do count have the highest scores: it is enough to look at twice as many as are allowed.
+-- A user who had no turn goes before those who had one within the head start. Without it they would go behind one who
+-- was served a moment ago. It ends, so that new users cannot hold up the others for ever.
+local upload, post, uploads, due, making, turns = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local once, processing, ahead, posts = KEYS[7], tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
 local now, upload_id, id, author, caption = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, keep = ARGV[6], ARGV[7]
-if #KEYS < 4 or #ARGV ~= 7 or not tonumber(keep) then
+if #KEYS < 6 or #ARGV ~= 10 or not (tonumber(keep) and processing and ahead) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -49,6 +59,17 @@ if not made then
   if offset == 0 then
     return redis.error_reply('EMPTY the image is empty')
   end
+  if redis.call('ZCARD', making) >= processing then
+    local found = 0
+    for _, other in ipairs(redis.call('ZREVRANGE', making, 0, 2 * processing - 1)) do
+      if redis.call('HGET', posts .. other, 'status') == 'processing' then
+        found = found + 1
+      end
+    end
+    if found >= processing then
+      return redis.error_reply('BUSY wait until one of your ' .. found .. ' posts in processing is ready')
+    end
+  end
 end
 
 if once then
@@ -63,5 +84,11 @@ redis.call('HSET', upload, 'post', id, 'length', row[2]) -- whoever joins the ch
 redis.call('HDEL', upload, 'metadata', 'expires', 'offset')
 redis.call('HDEL', uploads, upload_id)
 redis.call('ZREM', due, upload_id)
-redis.call('ZADD', due, now, id)
+redis.call('ZADD', making, now, id)
+local turn = tonumber(redis.call('ZSCORE', turns, author))
+if not turn then
+  redis.call('ZADD', turns, now - ahead, author)
+elseif turn >= now + 1 then -- all that this user had was leased, or waits for later
+  redis.call('ZADD', turns, now, author)
+end
 return {id, 0}

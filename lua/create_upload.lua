@@ -3,7 +3,8 @@
 -- KEYS[1] upload   upload:{p}:<id>     hash
 -- KEYS[2] uploads  uploads:{p}:<user>  hash: open upload -> bytes reserved
 -- KEYS[3] due      due:{p}             zset
--- KEYS[4] once     once:{p}:…          string; only with an Idempotency-Key
+-- KEYS[4] making   making:{p}:<user>   zset
+-- KEYS[5] once     once:{p}:…          string; only with an Idempotency-Key
 -- ARGV[1] now      ms; empty: Redis' clock
 -- ARGV[2] id       upload id
 -- ARGV[3] owner    user
@@ -17,16 +18,19 @@
 -- ARGV[11] prefix  of the upload keys of this partition, to which ids are appended
 -- ARGV[12] request digest of the request, to tell a repetition from another one
 -- ARGV[13] keep    ms the idempotency key is kept
+-- ARGV[14] processing how many posts of a user may be processing
+-- ARGV[15] posts   prefix of the post keys of this partition, to which ids are appended
 -- Returns {id, repeated 0|1}
--- Refuses REUSED TOOLARGE QUOTA
+-- Refuses REUSED TOOLARGE QUOTA BUSY
 -- QUOTA tells the seconds until the next one expires.
 -- Forms have a quota of their own: a user's forms on a slow line keep no resumable upload out.
 -- An upload that has expired counts no longer, also if no worker has erased it yet: the seconds told come true.
-local upload, uploads, due, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+-- A form becomes a post at once, so BUSY is refused here, before its body, as create_post would refuse it after.
+local upload, uploads, due, making, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, id, owner, bytes, form, metadata = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local expiry, largest, open, quota = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local prefix, request, keep = ARGV[11], ARGV[12], ARGV[13]
-if #KEYS < 3 or #ARGV ~= 13 or not (expiry and largest and open and quota and tonumber(keep))
+local prefix, request, keep, processing, posts = ARGV[11], ARGV[12], ARGV[13], tonumber(ARGV[14]), ARGV[15]
+if #KEYS < 4 or #ARGV ~= 15 or not (expiry and largest and open and quota and tonumber(keep) and processing)
   or (bytes or -1) < 0 or (form ~= '0' and form ~= '1') then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -42,6 +46,17 @@ end
 
 if bytes > largest then
   return redis.error_reply('TOOLARGE an image may have up to ' .. largest .. ' bytes')
+end
+if form == '1' and redis.call('ZCARD', making) >= processing then
+  local found = 0
+  for _, other in ipairs(redis.call('ZREVRANGE', making, 0, 2 * processing - 1)) do
+    if redis.call('HGET', posts .. other, 'status') == 'processing' then
+      found = found + 1
+    end
+  end
+  if found >= processing then
+    return redis.error_reply('BUSY wait until one of your ' .. found .. ' posts in processing is ready')
+  end
 end
 if not now then
   local time = redis.call('TIME')

@@ -7,6 +7,7 @@
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
 -- KEYS[7] due       due:{p}            zset
+-- KEYS[8] making    making:{p}:<user>  zset: of the user who asks
 -- ARGV[1] now       ms; empty: Redis' clock
 -- ARGV[2] id        post id
 -- ARGV[3] author    user who asks
@@ -16,9 +17,10 @@
 -- Refuses NOPOST FORBIDDEN
 -- Deletions that nobody is told of any more are forgotten by the next one, which stays: the newest revision does too.
 -- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
-local post, comments, latest, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local due, making = KEYS[7], KEYS[8]
 local now, id, author, keep, told = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-if #KEYS ~= 7 or #ARGV ~= 5 or not keep or not told then
+if #KEYS ~= 8 or #ARGV ~= 5 or not keep or not told then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -41,6 +43,7 @@ local revision = math.max(now, changed + 1, deleted + 1)
 redis.call('UNLINK', post, comments, latest)
 redis.call('ZREM', feed, id)
 redis.call('ZREM', changes, id)
+redis.call('ZREM', making, id)
 redis.call('ZADD', gone, revision, id)
 redis.call('ZREMRANGEBYSCORE', gone, '-inf', now - told)
 redis.call('ZADD', due, now, id)

@@ -7,17 +7,18 @@
 -- ARGV[3] attempt the attempt that failed
 -- ARGV[4] code    one word
 -- ARGV[5] detail  a sentence for people
+-- ARGV[6] making  prefix of the users' `making` keys of this partition, to which the author is appended
 -- Returns 1
 -- Refuses NOPOST STALE
 -- Only the current attempt may fail a post: an older one may have met its end by being late.
-local post, due = KEYS[1], KEYS[2]
+local post, due, making = KEYS[1], KEYS[2], ARGV[6]
 local now, id, attempt, code, detail = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-if #KEYS ~= 2 or #ARGV ~= 5 or not tonumber(attempt) then
+if #KEYS ~= 2 or #ARGV ~= 6 or not tonumber(attempt) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local row = redis.call('HMGET', post, 'status', 'attempt', 'upload')
-local status, current, upload = row[1], row[2], row[3]
+local row = redis.call('HMGET', post, 'status', 'attempt', 'upload', 'author')
+local status, current, upload, queue = row[1], row[2], row[3], making .. (row[4] or '')
 if not status then
   return redis.error_reply('NOPOST no such post')
 end
@@ -30,7 +31,7 @@ if not now then
 end
 
 redis.call('HSET', post, 'status', 'failed', 'code', code, 'detail', detail)
-redis.call('ZREM', due, id)
+redis.call('ZREM', queue, id)
 if upload then
   redis.call('ZADD', due, now, upload)
 end

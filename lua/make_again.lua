@@ -1,22 +1,29 @@
 #!lua flags=allow-oom
--- Puts a ready post whose JPEG is missing back into the outbox of image work.
--- KEYS[1] post  post:{p}:<id>  hash
--- KEYS[2] due   due:{p}        zset
--- ARGV[1] now   ms; empty: Redis' clock
--- ARGV[2] id    post id
--- Returns 1, or 0 if it is not ready, or due already
+-- Puts a post whose JPEG is missing back among its author's image work.
+-- KEYS[1] post   post:{p}:<id>  hash
+-- KEYS[2] turns  turns:{p}      zset
+-- KEYS[3] due    due:{p}        zset
+-- ARGV[1] now    ms; empty: Redis' clock
+-- ARGV[2] id     post id
+-- ARGV[3] making prefix of the users' `making` keys of this partition, to which the author is appended
+-- Returns 1, or 0 if its image is not to be made, or is in `making` already
 -- Refuses nothing
-local post, due = KEYS[1], KEYS[2]
-local now, id = tonumber(ARGV[1]), ARGV[2]
-if #KEYS ~= 2 or #ARGV ~= 2 then
+-- It takes ready posts, and posts that stand in `due`, which is where image work stood before `making` existed.
+local post, turns, due = KEYS[1], KEYS[2], KEYS[3]
+local now, id, making = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+if #KEYS ~= 3 or #ARGV ~= 3 then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if redis.call('HGET', post, 'status') ~= 'ready' then
+local row = redis.call('HMGET', post, 'author', 'status')
+local author, status = row[1], row[2]
+if status ~= 'ready' and not (status == 'processing' and redis.call('ZSCORE', due, id)) then
   return 0
 end
 if not now then
   local time = redis.call('TIME')
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
-return redis.call('ZADD', due, 'NX', now, id)
+redis.call('ZADD', turns, 'LT', now, author)
+redis.call('ZREM', due, id)
+return redis.call('ZADD', making .. author, 'NX', now, id)

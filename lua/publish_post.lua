@@ -9,17 +9,18 @@
 -- ARGV[1] now       ms; empty: Redis' clock
 -- ARGV[2] id        post id
 -- ARGV[3] thumbhash of the image, base64
+-- ARGV[4] making    prefix of the users' `making` keys of this partition, to which the author is appended
 -- Returns 1 if it shows now, 0 if it did before
 -- Refuses NOPOST STALE
 -- Whichever attempt succeeds counts, as long as the post is processing. Its upload is due: the chunks can go.
 local post, comments, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local now, id, thumbhash = tonumber(ARGV[1]), ARGV[2], ARGV[3]
-if #KEYS ~= 6 or #ARGV ~= 3 then
+local now, id, thumbhash, making = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+if #KEYS ~= 6 or #ARGV ~= 4 then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local row = redis.call('HMGET', post, 'status', 'upload')
-local status, upload = row[1], row[2]
+local row = redis.call('HMGET', post, 'status', 'upload', 'author')
+local status, upload, queue = row[1], row[2], making .. (row[3] or '')
 if not status then
   return redis.error_reply('NOPOST no such post')
 end
@@ -27,7 +28,7 @@ if status == 'failed' then
   return redis.error_reply('STALE this post has failed')
 end
 if status == 'ready' then
-  redis.call('ZREM', due, id)
+  redis.call('ZREM', queue, id)
   return 0
 end
 if not now then
@@ -42,7 +43,7 @@ redis.call('HSET', post, 'status', 'ready', 'thumbhash', thumbhash)
 redis.call('HDEL', post, 'attempt', 'upload')
 redis.call('ZADD', feed, redis.call('XLEN', comments), id)
 redis.call('ZADD', changes, revision, id)
-redis.call('ZREM', due, id)
+redis.call('ZREM', queue, id)
 if upload then
   redis.call('ZADD', due, now, upload)
 end

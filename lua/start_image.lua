@@ -1,28 +1,28 @@
 #!lua
 -- Begins an attempt at a post's image, and the attempt's own lease.
 -- KEYS[1] post   post:{p}:<id>  hash
--- KEYS[2] due    due:{p}        zset
 -- ARGV[1] now    ms; empty: Redis' clock
 -- ARGV[2] id     post id
 -- ARGV[3] lease  the lease under which the work was handed out
 -- ARGV[4] span   ms of the first attempt's lease; each further one has twice the time
 -- ARGV[5] most   attempts
+-- ARGV[6] making prefix of the users' `making` keys of this partition, to which the author is appended
 -- Returns {attempt, upload id or false}; attempt 0: all were used, the post is failed now
 -- Refuses NOPOST STALE
--- An attempt counts when its work starts: what only waited in a queue was not tried. A ready post is due again when
--- a restore brought it back without its JPEG.
-local post, due = KEYS[1], KEYS[2]
-local now, id, lease, span, most = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-if #KEYS ~= 2 or #ARGV ~= 5 or not (lease and span and most) then
+-- An attempt counts when its work starts: what only waited in a queue was not tried. A ready post has work when a
+-- restore brought it back without its JPEG.
+local post, now, id, lease = KEYS[1], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local span, most, making = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+if #KEYS ~= 1 or #ARGV ~= 6 or not (lease and span and most) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local row = redis.call('HMGET', post, 'status', 'attempt', 'upload')
-local status, attempt, upload = row[1], tonumber(row[2]) or 0, row[3]
+local row = redis.call('HMGET', post, 'status', 'attempt', 'upload', 'author')
+local status, attempt, upload, queue = row[1], tonumber(row[2]) or 0, row[3], making .. (row[4] or '')
 if not status then
   return redis.error_reply('NOPOST no such post')
 end
-if status == 'failed' or tonumber(redis.call('ZSCORE', due, id)) ~= lease then
+if status == 'failed' or tonumber(redis.call('ZSCORE', queue, id)) ~= lease then
   return redis.error_reply('STALE this work was handed out again')
 end
 if not now then
@@ -33,9 +33,9 @@ end
 if attempt >= most and status == 'processing' then
   redis.call('HSET', post, 'status', 'failed', 'code', 'exhausted',
     'detail', 'the image could not be made in ' .. most .. ' attempts')
-  redis.call('ZREM', due, id)
+  redis.call('ZREM', queue, id)
   return {0, upload}
 end
 redis.call('HSET', post, 'attempt', attempt + 1)
-redis.call('ZADD', due, now + span * 2 ^ math.min(attempt, most), id)
+redis.call('ZADD', queue, now + span * 2 ^ math.min(attempt, most), id)
 return {attempt + 1, upload}

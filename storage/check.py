@@ -2,7 +2,8 @@
 
     1  a ready post's score in the feed is the number of its comments, and nothing else is in the feed
     2  its latest comments are the newest of its stream
-    3  every post is ready, failed, or due; a ready one has its original, and its JPEG unless that is due
+    3  every post is ready, failed, or in `making` and its author in `turns`; a ready one has its original, and its JPEG
+       unless it is in `making`
     5  an upload's offset is within its chunks; it is due, and its bytes are reserved (0: no invariant names that)
 
 Streams: some keys at a time, each post judged by one script at one moment, so that writes may go on meanwhile.
@@ -92,9 +93,10 @@ def _strange(id: str, begin: str, found: Found) -> bool:
 async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
     partition = keys.partition_of_post(post)
     named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(partition), keys.changes(partition)]
-    named += [keys.gone(partition), keys.due(partition)]
-    status, comments, due, *flaws = await db.call("check_post", named, db.clock, post, LATEST, int(repair))
-    return status, comments, bool(due), flaws
+    named += [keys.gone(partition), keys.turns(partition)]
+    args = (post, LATEST, int(repair), keys.making_prefix(partition))
+    status, comments, waits, *flaws = await db.call("check_post", named, db.clock, *args)
+    return status, comments, bool(waits), flaws
 
 
 async def _post(
@@ -103,7 +105,7 @@ async def _post(
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
     if _strange(post, "", found):
         return
-    status, comments, due, flaws = await _ask(db, post, repair=False)
+    status, comments, waits, flaws = await _ask(db, post, repair=False)
     if count:
         found.posts += 1
         found.comments += comments
@@ -121,7 +123,7 @@ async def _post(
     if status != "ready":
         return
     for name, what in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
-        if what == "JPEG" and due:
+        if what == "JPEG" and waits:
             continue
         fault = await _object(objects, name, what, deep)
         if not fault or (await _ask(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
@@ -145,8 +147,13 @@ async def _object(objects: Folder | S3, name: str, what: str, deep: bool) -> str
 
 
 async def make_again(db: Redis, post: str) -> int:
-    """Put a ready post whose JPEG is missing back into the outbox: 1, or 0 if it is not ready or due already."""
-    return await db.call("make_again", [keys.post(post), keys.due(keys.partition_of_post(post))], db.clock, post)
+    """Put a post whose JPEG is missing back among its author's image work.
+
+    Returns 1, or 0 if its image is not to be made or is there already.
+    """
+    partition = keys.partition_of_post(post)
+    named = [keys.post(post), keys.turns(partition), keys.due(partition)]
+    return await db.call("make_again", named, db.clock, post, keys.making_prefix(partition))
 
 
 async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, repair: bool) -> None:
@@ -182,19 +189,24 @@ async def _reserved(db: Redis, partition: int, user: str, upload: str, found: Fo
 async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
     """Make restored data fit the store as it is now, then check it.
 
-    Posts without JPEG are due, uploads without their chunks are dropped, and each partition has a new epoch. What a
-    repair of derived data would hide counts: a backup that needs one is not what was written.
+    The images of posts without JPEG are made again, uploads without their chunks are dropped, and each partition has a
+    new epoch. What a repair of derived data would hide counts: a backup that needs one is not what was written.
     """
     async for names in walk(db):
-        await asyncio.gather(*(_fit(db, objects, *keys.parts(name)) for name in names))
+        await asyncio.gather(*(_fit(db, objects, name) for name in names))
     found = await check(db, objects)
     for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too
         await db.call("begin_epoch", [keys.epoch(partition)], secrets.token_hex(4))
     return found
 
 
-async def _fit(db: Redis, objects: Folder | S3, kind: str, partition: int | None, id: str) -> None:
-    if kind == "upload":
+async def _fit(db: Redis, objects: Folder | S3, name: str) -> None:
+    kind, _, id = keys.parts(name)
+    if kind == "due":  # posts stood there before `making` existed
+        async for members in walk(db, name):
+            waiting = [id for id in members[::2] if (parts := keys.ID.fullmatch(id)) and not parts[1]]
+            await asyncio.gather(*(make_again(db, post) for post in waiting))
+    elif kind == "upload":
         await _upload(db, objects, id, Found(), repair=True)
     elif kind == "post" and await _object(objects, keys.image(id), "JPEG", deep=False):
         await make_again(db, id)

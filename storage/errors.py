@@ -68,6 +68,11 @@ class Quota(Refusal):
     word = "QUOTA"
 
 
+class Busy(Refusal):
+    word = "BUSY"
+    again = 5  # an image takes seconds at most
+
+
 class Reused(Refusal):
     word = "REUSED"
 

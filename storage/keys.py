@@ -92,6 +92,18 @@ def due(partition: int) -> str:
     return f"due:{{{partition}}}"
 
 
+def making(partition: int, user: str) -> str:
+    return f"making:{{{partition}}}:{user}"
+
+
+def making_prefix(partition: int) -> str:
+    return f"making:{{{partition}}}:"
+
+
+def turns(partition: int) -> str:
+    return f"turns:{{{partition}}}"
+
+
 def epoch(partition: int) -> str:
     return f"epoch:{{{partition}}}"
 

@@ -263,9 +263,11 @@ def _delete(root: Path, paths: list[Path]) -> None:
     """Unlink, sync, then prune: rmdir refuses a folder that a put has begun to use."""
     folders = set()
     for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        try:
             path.unlink()
             folders.add(path.parent)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            os.stat(f"{root}/")  # raises where the whole store is not there: then nothing counts as removed
     for folder in folders:
         with suppress(FileNotFoundError):  # pruned by another delete, which our unlinks came before
             _sync_folder(folder)

@@ -1,7 +1,8 @@
-"""What is due: images to be made, uploads that expired, bytes to be erased.
+"""What is to be done: images to be made, uploads that expired, bytes to be erased.
 
-The zset `due` is the truth; a queue only carries hints. What is leased and not settled comes back by itself, so a
-process may die at any point: at worst the work is done again.
+Uploads and erasures are in the zset `due`. Image work is in one zset `making` for each author, and their turns are in
+`turns`, so that no author's posts delay another's. These are the truth; a queue only carries hints. What is leased and
+not settled comes back by itself, so a process may die at any point: at worst the work is done again.
 """
 
 import time
@@ -21,30 +22,54 @@ LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the 
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
 ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
-MOST = 500  # due entries looked at from either end in one script, about 1 ms of Redis' time
+MOST = 500  # due entries, or users with image work, looked at in one script: about 1 ms of Redis' time
 
 
 class Due(NamedTuple):
-    """A leased entry."""
+    """A leased upload or erasure."""
 
-    id: str
+    partition: int
+    id: str  # as it stands in `due`; nothing has checked it
     lease: int  # the score it has under this lease, ms since 1970
-    kind: str  # upload, image or erase
+    kind: str  # upload or erase
     revision: int  # of a post's deletion, ms since 1970; else 0
 
 
-async def lease(db: Redis, partition: int, room: int) -> list[Due]:
-    """Lease what is due in a partition, at most `room` of it image work."""
+class Image(NamedTuple):
+    """A leased post, whose image is to be made."""
+
+    id: str
+    lease: int  # the score it has under this lease, ms since 1970
+
+
+async def lease(db: Redis, partition: int) -> list[Due]:
+    """Lease the uploads and erasures that are due in a partition."""
     rows = await db.call(
         "lease_due",
-        [keys.due(partition), keys.gone(partition)],
+        [keys.due(partition), keys.gone(partition), keys.turns(partition)],
         db.clock,
-        room,
         LEASE_MS,
         MOST,
         keys.post_prefix(partition),
+        keys.making_prefix(partition),
     )
-    return [Due(id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+    return [Due(partition, id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+
+
+async def lease_images(db: Redis, partition: int, room: int) -> list[Image]:
+    """Lease at most `room` posts of a partition whose image is to be made, one author after the other."""
+    rows = await db.call(
+        "lease_images",
+        [keys.turns(partition)],
+        db.clock,
+        room,
+        LEASE_MS,
+        ATTEMPTS,
+        MOST,
+        keys.making_prefix(partition),
+        keys.post_prefix(partition),
+    )
+    return [Image(*row) for row in rows]
 
 
 async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None]:
@@ -54,12 +79,13 @@ async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None
     """
     attempt, upload = await db.call(
         "start_image",
-        [keys.post(post), keys.due(keys.partition_of_post(post))],
+        [keys.post(post)],
         db.clock,
         post,
         lease,
         LEASE_MS,
         ATTEMPTS,
+        keys.making_prefix(keys.partition_of_post(post)),
     )
     return attempt, upload
 
@@ -82,13 +108,15 @@ async def publish(db: Redis, post: str, thumbhash: str) -> None:
         db.clock,
         post,
         thumbhash,
+        keys.making_prefix(partition),
     )
 
 
 async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> None:
     """End a post whose image can never be made. Raises NoPost, Stale."""
-    named = [keys.post(post), keys.due(keys.partition_of_post(post))]
-    await db.call("fail_post", named, db.clock, post, attempt, code, detail)
+    partition = keys.partition_of_post(post)
+    named = [keys.post(post), keys.due(partition)]
+    await db.call("fail_post", named, db.clock, post, attempt, code, detail, keys.making_prefix(partition))
 
 
 class Kept:
@@ -114,7 +142,11 @@ class Kept:
 
 
 async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
-    """Erase what a deleted post left: its image now, its original when no backup can name it any more."""
+    """Erase what a deleted post left: its image now, its original when no backup can name it any more.
+
+    Raises NoPost for an entry that is no post id, Unavailable.
+    """
+    keys.partition_of_post(due.id)
     await objects.delete([keys.image(due.id)])
     now = due.lease - LEASE_MS
     deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
@@ -158,6 +190,10 @@ async def _there(db: Redis, post: str) -> bool:
         return False
 
 
+async def postpone(db: Redis, due: Due, pause_ms: int) -> None:
+    """Look at an entry that failed again after a pause instead of at the end of its lease."""
+    await _settle(db, due, due.lease - LEASE_MS + pause_ms)
+
+
 async def _settle(db: Redis, due: Due, again: int | str) -> None:
-    partition = keys.partition_of_upload(due.id) if due.kind == "upload" else keys.partition_of_post(due.id)
-    await db.call("settle_due", [keys.due(partition)], due.id, due.lease, again)
+    await db.call("settle_due", [keys.due(due.partition)], due.id, due.lease, again)

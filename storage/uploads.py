@@ -17,7 +17,17 @@ from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, 
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis, now_ms
-from storage.settings import CHUNKS, DAY_MS, FORM_BYTES, HOUR_MS, IMAGE_BYTES, MIB, OPEN_UPLOADS, RESERVED_BYTES
+from storage.settings import (
+    CHUNKS,
+    DAY_MS,
+    FORM_BYTES,
+    HOUR_MS,
+    IMAGE_BYTES,
+    MIB,
+    OPEN_UPLOADS,
+    PROCESSING,
+    RESERVED_BYTES,
+)
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
 SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
@@ -50,14 +60,16 @@ async def create(
     metadata: str = "",
     once: keys.Once | None = None,
     form_bytes: int = IMAGE_BYTES,
+    processing: int = PROCESSING,
 ) -> tuple[str, bool]:
     """Opens an upload of `length` bytes; without it the upload of a form, which may bring `form_bytes`.
 
-    Returns its id, and whether its idempotency key was used before. Raises Reused, TooLarge, Quota.
+    Returns its id, and whether its idempotency key was used before. Raises Reused, TooLarge, Quota, and, of a form,
+    Busy where `processing` posts of its owner are being processed.
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
-    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition)]
+    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition), keys.making(partition, owner)]
     if once:
         named.append(keys.once(partition, owner, once.request))
     made, repeated = await db.call(
@@ -76,6 +88,8 @@ async def create(
         keys.upload_prefix(partition),
         once.digest if once else "-",
         DAY_MS,
+        processing,
+        keys.post_prefix(partition),
     )
     return made, bool(repeated)
 
@@ -294,13 +308,20 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 
 
 @asynccontextmanager
-async def receiving(db: Redis, objects: Folder | S3, owner: str, partitions: int, form_bytes: int = IMAGE_BYTES):
+async def receiving(
+    db: Redis,
+    objects: Folder | S3,
+    owner: str,
+    partitions: int,
+    form_bytes: int = IMAGE_BYTES,
+    processing: int = PROCESSING,
+):
     """An Appender to the new upload of a form, which is discarded unless `async with` ends well.
 
-    Raises Full before anything is received.
+    Raises Full, Quota, Busy before anything is received.
     """
     objects.room()
-    upload, _ = await uncut(create(db, owner, partitions, form_bytes=form_bytes))
+    upload, _ = await uncut(create(db, owner, partitions, form_bytes=form_bytes, processing=processing))
     image = Appender(db, objects, upload)
     try:
         yield image

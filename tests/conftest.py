@@ -223,7 +223,7 @@ def embedded():
 def serving(embedded, tmp_path_factory):
     """A site on the embedded server for all tests of a file, without a worker: what is taken stays as it came."""
     embedded.client.flushall()
-    site = Site(embedded.url, tmp_path_factory.mktemp("site"))
+    site = Site(embedded.url, tmp_path_factory.mktemp("site"), processing=1000)
     site.server = embedded
     site.api()
     yield site
@@ -272,7 +272,7 @@ class Standing(Site):
 @pytest.fixture(scope="module")
 def standing(real_server, tmp_path_factory):
     real_server.client.flushall()
-    site = Standing(real_server.url, tmp_path_factory.mktemp("site"))
+    site = Standing(real_server.url, tmp_path_factory.mktemp("site"), processing=1000)
     site.api()
     site.furnish(real_server)
     yield site

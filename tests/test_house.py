@@ -13,6 +13,7 @@ from api.app import create
 from api.problems import SANIC, STATUS
 from storage import errors, keys, settings
 from workers import dispatcher
+from workers.errors import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 LUA = sorted((ROOT / "lua").glob("*.lua"))
@@ -25,7 +26,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
     "EXISTS|TTL|TIME|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
-    "ZCOUNT|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
+    "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
 
@@ -141,12 +142,20 @@ def test_every_code_is_on_the_api_page_with_its_status():
 
 
 def test_every_reason_for_a_failed_post_is_on_the_api_page():
-    used = set(re.findall(r"'code', '(\w+)'", (ROOT / "lua" / "start_image.lua").read_text()))
-    for path in (ROOT / "workers").glob("*.py"):
-        for call in re.findall(r"(?:Unusable\(|\"unusable\": \[)(\"[^,]+),", path.read_text()):
-            used |= set(re.findall(r'"([a-z]+(?:_[a-z]+)*)"(?! in)', call))
+    used = set(re.findall(r"'code', '(\w+)'", (ROOT / "lua" / "start_image.lua").read_text())) | set(SENTENCES)
     told = {row[0].strip("`") for row in rows(API, "## When an image cannot be made")}
     assert told == used
+
+
+def test_every_reason_for_a_failed_post_has_its_written_sentence():
+    """Workers give no other: a text of their own, or of a library, would reach clients."""
+    given = set()
+    for path in sorted((ROOT / "workers").glob("*.py")):
+        for call in (node for node in walk(path) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            if call.func.id == "unusable":
+                given |= {part.value for part in ast.walk(call.args[0]) if isinstance(part, ast.Constant)}
+            assert call.func.id != "Unusable" or path.name in ("errors.py", "sandbox.py"), path
+    assert given >= set(SENTENCES)
 
 
 # Keys, objects, settings, routes
@@ -171,8 +180,12 @@ def test_every_setting_is_in_the_readme_with_its_default():
         told.update(zip(names, default.split(", ") if len(names) > 1 else [default], strict=True))
     assert set(told) == set(defaults)
     for name, default in defaults.items():
-        if isinstance(default, ast.Constant) and default.value != "":
-            assert told[name].strip("`").removeprefix("./") == str(default.value), name
+        if isinstance(default, ast.Name):
+            value = getattr(settings, default.id, "")
+        else:
+            value = default.value if isinstance(default, ast.Constant) else ""
+        if value != "":
+            assert told[name].strip("`").removeprefix("./") == str(value), name
 
 
 def test_every_setting_that_is_named_anywhere_exists():

@@ -48,8 +48,9 @@ async def append(db, upload: str, offset: int, size: int, name: str) -> int:
     return (await db.call("append_chunk", named, db.clock, *args))[0]
 
 
-async def leased(db, id: str) -> outbox.Due:
-    return next(due for due in await outbox.lease(db, 0, 10) if due.id == id)
+async def leased(db, id: str) -> outbox.Due | outbox.Image:
+    work = await (outbox.lease(db, 0) if id.startswith("u") else outbox.lease_images(db, 0, 10))
+    return next(one for one in work if one.id == id)
 
 
 # Arguments
@@ -77,18 +78,21 @@ class Scene(NamedTuple):
     failed: str
     comment: str
     upload: str
-    leased: outbox.Due
+    leased: outbox.Image
+    due: outbox.Due
 
 
 async def scene(db) -> Scene:
     ready, processing = await make_post(db, "alice"), await make_processing(db, "alice")
     comment, _ = await comments.add(db, "bob", ready, "first")
     upload = await make_upload(db, "alice")
-    due = await leased(db, processing)
-    await make_processing(db, "alice")  # is due and not leased
+    image = await leased(db, processing)
+    await make_processing(db, "alice")  # is not leased
+    due = (await outbox.lease(db, 0))[0]
+    await make_post(db, "carol")  # whose upload is due and not leased
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, outbox.EXHAUSTED, "five attempts failed")
-    return Scene(ready, processing, failed, comment.id, upload, due)
+    return Scene(ready, processing, failed, comment.id, upload, image, due)
 
 
 class Empty:
@@ -106,7 +110,7 @@ async def drop(db, at: Scene):
 
 
 async def settle(db, at: Scene):
-    await outbox._settle(db, at.leased, NOW + 5)
+    await outbox._settle(db, at.due, NOW + 5)
 
 
 async def chunk(db, at: Scene):
@@ -114,10 +118,10 @@ async def chunk(db, at: Scene):
 
 
 async def check_post(db, at: Scene):
-    """In another outbox than its own, where it is missing."""
+    """With other turns than those of its partition, where its author is missing."""
     named = [keys.post(at.processing), keys.comments(at.processing), keys.latest(at.processing)]
-    named += [keys.feed(0), keys.changes(0), keys.gone(0), keys.due(1)]
-    await db.call("check_post", named, db.clock, at.processing, LATEST, 1)
+    named += [keys.feed(0), keys.changes(0), keys.gone(0), keys.turns(1)]
+    await db.call("check_post", named, db.clock, at.processing, LATEST, 1, keys.making_prefix(0))
 
 
 async def check_uploads(db, at: Scene):
@@ -135,7 +139,8 @@ WRITES = {
     "create_post": lambda db, at: posts.create(db, "alice", at.upload, "caption", ONCE),
     "drop_upload": drop,
     "forget_chunks": lambda db, at: uploads.erase_chunks(db, EMPTY, at.upload, []),
-    "lease_due": lambda db, at: outbox.lease(db, 0, 10),
+    "lease_due": lambda db, at: outbox.lease(db, 0),
+    "lease_images": lambda db, at: outbox.lease_images(db, 0, 10),
     "settle_due": settle,
     "start_image": lambda db, at: outbox.start_image(db, at.processing, at.leased.lease),
     "return_image": lambda db, at: outbox.return_image(db, at.processing, 0, 1),
@@ -399,9 +404,9 @@ async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_
         await image.write(b"BM" + bytes(100))
         await image.commit()
     await uploads.create(db, "alice", 1, 100)
-    assert {due.id for due in await outbox.lease(db, 0, 10)} >= {begun}
+    assert {due.id for due in await outbox.lease(db, 0)} >= {begun}
     db.clock += HOUR_MS
-    for due in await outbox.lease(db, 0, 10):
+    for due in await outbox.lease(db, 0):
         await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
     await refused(server, db, errors.Expired, uploads.read(db, "alice", form))
     assert [entry.name async for entry in store.list("")] == []
@@ -419,11 +424,11 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     await image.write(b"BM" + bytes(48))
     await image.commit()
     db.clock += DAY_MS - 1
-    assert await outbox.lease(db, 0, 10) == []
+    assert await outbox.lease(db, 0) == []
     await image.write(bytes(10))
     await image.commit()
     db.clock += DAY_MS - 1
-    assert await outbox.lease(db, 0, 10) == []
+    assert await outbox.lease(db, 0) == []
     assert (await uploads.read(db, "alice", upload)).offset == 60
     db.clock += 1
     await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
@@ -439,7 +444,7 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     assert 0 < server.client.pttl(keys.upload(upload)) <= DAY_MS
     assert list(contents(server.client)) == [keys.upload(upload)]
     with unchanged(server.client):
-        assert await outbox.lease(db, 0, 10) == []
+        assert await outbox.lease(db, 0) == []
 
 
 async def test_a_dropped_upload_leaves_nothing(server, db, store):
@@ -461,7 +466,7 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
     await image.commit()
     with pytest.raises(ConnectionError):
         await uploads.discard(db, Unplugged(), "alice", upload)
-    assert await outbox.lease(db, 0, 10) == []
+    assert await outbox.lease(db, 0) == []
     db.clock += uploads.GRACE_MS
     await outbox.end_upload(db, store, outbox.Kept(store), await leased(db, upload), DAY_MS)
     assert contents(server.client) == {}

@@ -96,11 +96,13 @@ async def test_what_is_derived_is_repaired_to_what_it_was(db, store, data, serve
 
 async def test_a_processing_post_that_fell_out_of_the_outbox_gets_back_in(db, store, data, server):
     post = await make_processing(db, "forgotten")
-    server.client.zrem(keys.due(0), post)
+    server.client.zrem(keys.making(0, "forgotten"), post)
+    server.client.zrem(keys.turns(0), "forgotten")
     server.client.zadd(keys.feed(0), {post: 0})
     found = await check.check(db, store, repair=True)
-    assert [line.split(": ")[1][0] for line in found.told] == ["1", "3"] and found.flaws == 0
-    assert server.client.zscore(keys.due(0), post) == NOW
+    assert [line.split(": ")[1][0] for line in found.told] == ["1", "3", "3"] and found.flaws == 0
+    assert server.client.zscore(keys.making(0, "forgotten"), post) == NOW
+    assert post in [image.id for image in await outbox.lease_images(db, 0, 10)]
     assert (await check.check(db, store)).told == []
 
 
@@ -136,7 +138,7 @@ async def test_a_missing_jpeg_is_made_again_and_a_missing_original_is_told(db, s
     assert sorted(found.told) == sorted(
         [f"{without}: 3 its JPEG is missing (repaired)", f"{poor}: 3 its original is missing"]
     )
-    assert server.client.zscore(keys.due(keys.partition_of_post(without)), without) == NOW
+    assert server.client.zscore(keys.making(keys.partition_of_post(without), "author1"), without) == NOW
     assert (await check.check(db, store)).flaws == 1  # what is due is on its way
 
 
@@ -199,11 +201,30 @@ async def test_a_restore_makes_old_data_fit_the_store_of_today(db, store, data, 
     found = await check.restored(db, store, 3)
     assert (found.told, found.flaws, found.uploads) == ([], 0, 0)
     assert sorted([entry.name async for entry in store.list()]) == kept
-    assert server.client.zscore(keys.due(keys.partition_of_post(data[1])), data[1]) == NOW
+    assert server.client.zscore(keys.making(keys.partition_of_post(data[1]), "author1"), data[1]) == NOW
     with pytest.raises(Expired):
         await uploads.read(db, "carol", upload)
     epochs = [server.client.get(keys.epoch(partition)) for partition in range(3)]
     assert len(epochs) == 3 and len(set(epochs)) == len(epochs) and all(epochs)
+
+
+async def test_a_restore_of_data_from_before_there_were_turns_is_whole(db, store, data, server):
+    """Posts whose image was to be made stood in `due`, also those that an undone timeline has shown."""
+    again, shown = await make_processing(db, "old"), await make_processing(db, "old")
+    await posts.put_image(store, shown, jpeg())
+    await posts.erase_image(store, data[1])
+    for post, author in ((again, "old"), (shown, "old"), (data[1], "author1")):
+        partition = keys.partition_of_post(post)
+        server.client.zadd(keys.due(partition), {post: NOW + 5000})
+        server.client.delete(keys.making(partition, author), keys.turns(partition))
+    server.client.zadd(keys.turns(0), {"waiting": NOW})
+    found = await check.restored(db, store, 3)
+    assert (found.told, found.flaws) == ([], 0)
+    for partition in range(3):
+        ids = server.client.zrange(keys.due(partition), 0, -1)
+        assert not {again, shown, data[1]} & set(ids)
+    work = [image.id for partition in range(3) for image in await outbox.lease_images(db, partition, 9)]
+    assert {again, shown, data[1]} <= set(work)
 
 
 async def test_while_others_write_nothing_right_is_told_wrong(db, store, data):

@@ -8,7 +8,7 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import chain, comments, errors, keys, originals, outbox, posts, retry, uploads
+from storage import chain, check, comments, errors, keys, originals, outbox, posts, retry, uploads
 from storage.objects import Folder, NotFound
 from storage.outbox import ATTEMPTS, LEASE_MS
 from storage.settings import DAY_MS
@@ -24,8 +24,12 @@ async def db(server):
     await db.close()
 
 
-async def leased(db, id: str) -> outbox.Due:
-    return next(due for due in await outbox.lease(db, 0, 10) if due.id == id)
+async def leased(db, post: str) -> outbox.Image:
+    return next(image for image in await outbox.lease_images(db, 0, 10) if image.id == post)
+
+
+async def erasure(db, post: str) -> outbox.Due:
+    return next(due for due in await outbox.lease(db, 0) if due.id == post)
 
 
 async def refused(server, db, error, work):
@@ -49,7 +53,7 @@ async def stored_post(db, store) -> tuple[str, str]:
     return post, image.upload
 
 
-async def make_image(db, store, due: outbox.Due) -> None:
+async def make_image(db, store, due: outbox.Image) -> None:
     """What the job does, without the picture."""
     attempt, upload = await outbox.start_image(db, due.id, due.lease)
     whole = b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks])
@@ -61,11 +65,11 @@ async def make_image(db, store, due: outbox.Due) -> None:
 async def test_a_post_is_leased_once_and_again_when_its_lease_has_run_out(server, db):
     post = await make_processing(db, "alice")
     first = await leased(db, post)
-    assert (first.kind, first.lease, first.revision) == ("image", NOW + LEASE_MS, 0)
+    assert first.lease == NOW + LEASE_MS
+    assert await outbox.lease_images(db, 0, 10) == []
+    db.clock += LEASE_MS - 1
     with unchanged(server.client):
-        assert await outbox.lease(db, 0, 10) == []
-        db.clock += LEASE_MS - 1
-        assert await outbox.lease(db, 0, 10) == []
+        assert await outbox.lease_images(db, 0, 10) == []
     db.clock += 1
     second = await leased(db, post)
     assert second.lease == first.lease + LEASE_MS
@@ -78,34 +82,184 @@ async def test_a_post_is_leased_once_and_again_when_its_lease_has_run_out(server
 async def test_no_more_is_leased_than_there_is_room_for(server, db):
     made = sorted([await make_processing(db, f"user{n}") for n in range(5)])
     with unchanged(server.client):
-        assert await outbox.lease(db, 0, 0) == []
+        assert await outbox.lease_images(db, 0, 0) == []
     found = []
     for room in (2, 2, 2):
-        found.append([due.id for due in await outbox.lease(db, 0, room)])
+        found.append([image.id for image in await outbox.lease_images(db, 0, room)])
     assert [len(ids) for ids in found] == [2, 2, 1]
     assert sorted(sum(found, [])) == made
 
 
-async def test_work_that_needs_no_room_is_leased_without_any(server, db, store):
-    await make_processing(db, "alice")
+async def test_erasing_does_not_wait_behind_posts_for_which_there_is_no_room(server, db, store):
     deleted = await make_post(db, "alice")
+    for _ in range(30):
+        await make_processing(db, "alice")
     await posts.delete(db, store, "alice", deleted)
-    assert {due.kind for due in await outbox.lease(db, 0, 0)} == {"erase", "upload"}
+    assert [due.id for due in await outbox.lease(db, 0) if due.kind == "erase"] == [deleted]
+    assert len(await outbox.lease_images(db, 0, 100)) == 30
 
 
-async def test_erasing_does_not_wait_behind_posts_for_which_there_is_no_room(server, db, store, monkeypatch):
-    monkeypatch.setattr(outbox, "MOST", 10)
-    deleted = await make_post(db, "alice")
-    oldest = [await make_processing(db, "alice") for _ in range(30)]
-    db.clock += 1
-    await posts.delete(db, store, "alice", deleted)
-    assert {due.id for due in await outbox.lease(db, 0, 0) if due.kind == "erase"} == {deleted}
-    newest = {await make_processing(db, "alice")}
-    for _ in range(3):
-        found = [due.id for due in await outbox.lease(db, 0, 10) if due.kind == "image"]
-        assert len(found) == len(set(found)) == 10 and not newest & set(found)
-        oldest = [post for post in oldest if post not in found]
-    assert oldest == [] and {due.id for due in await outbox.lease(db, 0, 10)} >= newest
+async def queued(db, author: str, count: int, partitions: int = 1) -> None:
+    for _ in range(count):
+        await make_processing(db, author, partitions)
+
+
+async def turn(db) -> str:
+    """Whose post is handed out next."""
+    (image,) = await outbox.lease_images(db, 0, 1)
+    return (await posts.read(db, image.id)).author
+
+
+async def show(db, store) -> str:
+    """Hand out one post and make its image. Its author."""
+    (image,) = await outbox.lease_images(db, 0, 1)
+    author = (await posts.read(db, image.id)).author
+    await outbox.start_image(db, image.id, image.lease)
+    await outbox.publish(db, image.id, "thumbhash")
+    return author
+
+
+@pytest.mark.parametrize("apart", [0, 1, 1000, 59_000], ids=lambda ms: f"{ms} ms")
+async def test_no_author_waits_behind_the_posts_of_another(server, db, apart):
+    """One post of alice's is under way and one is at hand, when bob's comes."""
+    await queued(db, "alice", 30)
+    for _ in range(2):
+        assert await turn(db) == "alice"
+        db.clock += apart
+    await queued(db, "bob", 1)
+    assert [await turn(db) for _ in range(3)] == ["bob", "alice", "alice"]
+
+
+async def test_turns_go_round_also_within_one_call_and_one_millisecond(server, db):
+    for author, count in (("zoe", 5), ("alice", 4), ("mallory", 6)):
+        await queued(db, author, count)
+        db.clock += 1
+    images = await outbox.lease_images(db, 0, 4)
+    images += await outbox.lease_images(db, 0, 20)
+    authors = [(await posts.read(db, image.id)).author for image in images]
+    assert authors == ["zoe", "alice", "mallory"] * 4 + ["zoe", "mallory"] + ["mallory"]
+    by_author = [[image.id for image, author in zip(images, authors, strict=True) if author == one] for one in authors]
+    assert all(ids == sorted(ids) for ids in by_author)  # the oldest post of each first
+
+
+async def test_a_post_at_a_time_gains_nothing_over_many_at_once(server, db, store):
+    """Mallory posts again the moment her post is ready, and the moment it is handed out."""
+    await queued(db, "carol", 30)
+    await queued(db, "dave", 30)
+    served = []
+    for number in range(30):
+        if "mallory" not in served[-1:]:
+            await queued(db, "mallory", 1)
+        served.append(await show(db, store))
+        db.clock += 1 + number % 3
+    assert max(served.count(one) for one in ("carol", "dave", "mallory")) <= 11
+
+
+async def test_new_users_hold_up_nobody_for_longer_than_their_head_start(server, db):
+    await queued(db, "alice", 3)
+    assert await turn(db) == "alice"
+    began = db.clock
+    for number in range(2 * posts.HEAD_START_MS // 1000):
+        db.clock += 1000
+        await queued(db, f"new{number}", 1)
+        if await turn(db) == "alice":
+            break
+    assert 0 < db.clock - began <= posts.HEAD_START_MS + 1000
+
+
+async def test_who_has_nothing_to_make_leaves_the_turns(server, db, store):
+    await make_post(db, "alice")
+    doomed = await make_processing(db, "bob")
+    await posts.delete(db, store, "bob", doomed)
+    assert await outbox.lease_images(db, 0, 1) == []
+    assert not server.client.exists(keys.turns(0), keys.making(0, "alice"), keys.making(0, "bob"))
+
+
+async def test_what_is_no_work_is_not_handed_out_and_does_not_stay(server, db):
+    """As no script leaves it: a post that is not there, and one that has failed."""
+    failed, post = await make_processing(db, "alice"), await make_processing(db, "alice")
+    await outbox.fail(db, failed, 0, "damaged", "it is damaged")
+    server.client.zadd(keys.making(0, "alice"), {NOBODY: 0, failed: 0})
+    assert [image.id for image in await outbox.lease_images(db, 0, 9)] == [post]
+    assert server.client.zrange(keys.making(0, "alice"), 0, -1) == [post]
+
+
+async def test_a_post_that_waits_for_later_does_not_hold_up_its_authors_next_one(server, db):
+    first = await make_processing(db, "alice")
+    await leased(db, first)
+    assert await outbox.lease_images(db, 0, 1) == []
+    db.clock += 5
+    second = await make_processing(db, "alice")
+    assert [image.id for image in await outbox.lease_images(db, 0, 9)] == [second]
+    db.clock = NOW + LEASE_MS
+    assert [image.id for image in await outbox.lease_images(db, 0, 9)] == [first]
+
+
+JUMPS = [90_000, 10 * LEASE_MS, 365 * DAY_MS]
+
+
+@pytest.mark.parametrize("ms", JUMPS)
+@pytest.mark.parametrize("script", ["create_post", "lease_images", "start_image"])
+async def test_a_clock_that_jumped_forward_delays_a_post_by_no_more_than_its_lease(server, db, script, ms):
+    other = await make_processing(db, "bob")
+    if script == "create_post":
+        db.clock += ms
+    post = await make_processing(db, "alice")
+    if script == "lease_images":
+        db.clock += ms
+    if script != "create_post":
+        image = await leased(db, post)
+    if script == "start_image":
+        db.clock += ms
+        await outbox.start_image(db, post, image.lease)
+    assert await outbox.lease_images(db, 0, 0) == []
+    db.clock = NOW + 1000
+    found = {image.id for image in await outbox.lease_images(db, 0, 9)}
+    db.clock += LEASE_MS
+    found |= {image.id for image in await outbox.lease_images(db, 0, 9)}
+    assert found == {post, other}
+
+
+async def test_a_clock_that_jumped_delays_no_other_post_of_the_same_author(server, db):
+    for post in [await make_post(db, "alice") for _ in range(100)]:
+        await check.make_again(db, post)
+    db.clock += 365 * DAY_MS
+    assert len(await outbox.lease_images(db, 0, 80)) == 80
+    db.clock = NOW
+    assert len(await outbox.lease_images(db, 0, 200)) == 100
+
+
+async def test_a_long_lease_is_not_taken_for_that_of_a_wrong_clock(server, db):
+    post = await make_processing(db, "alice")
+    for attempt in range(ATTEMPTS):
+        image = await leased(db, post)
+        await outbox.start_image(db, post, image.lease)
+        until = db.clock + LEASE_MS * 2**attempt
+        while db.clock < until:
+            assert await outbox.lease_images(db, 0, 9) == []
+            db.clock += LEASE_MS // 2
+
+
+async def as_before(server, author: str, post: str, score: int) -> None:
+    """Data as it was when image work stood in `due`."""
+    server.client.zrem(keys.making(0, author), post)
+    server.client.zrem(keys.turns(0), author)
+    server.client.zadd(keys.due(0), {post: score})
+
+
+async def test_image_work_of_former_data_moves_to_its_authors_by_itself(server, db):
+    made = {author: [await make_processing(db, author) for _ in range(3)] for author in ("alice", "bob")}
+    remade, failed = await make_post(db, "carol"), await make_processing(db, "dave")
+    await outbox.fail(db, failed, 0, "damaged", "it is damaged")
+    for author, ids in {**made, "carol": [remade], "dave": [failed]}.items():
+        for post in ids:
+            await as_before(server, author, post, NOW)
+    assert {due.kind for due in await outbox.lease(db, 0)} == {"upload"}
+    assert all(id.startswith("u") for id in server.client.zrange(keys.due(0), 0, -1))
+    images = await outbox.lease_images(db, 0, 99)
+    assert sorted(image.id for image in images) == sorted([*sum(made.values(), []), remade])
+    for image in images:
+        await outbox.start_image(db, image.id, image.lease)
 
 
 async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_failed(server, db):
@@ -114,15 +268,16 @@ async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_f
     for attempt in range(1, ATTEMPTS + 1):
         due = await leased(db, post)
         assert (await outbox.start_image(db, post, due.lease))[0] == attempt
-        until = int(server.client.zscore(keys.due(0), post))
+        until = int(server.client.zscore(keys.making(0, "alice"), post))
         spans.append((until - db.clock) // LEASE_MS)
         db.clock = until
     assert spans == [2**n for n in range(ATTEMPTS)]
     due = await leased(db, post)
     assert (await outbox.start_image(db, post, due.lease))[0] == 0
     row = await posts.read(db, post)
-    assert (row.status, row.code) == ("failed", "exhausted") and row.detail
-    assert server.client.zscore(keys.due(0), post) is None
+    assert (row.status, row.code) == ("failed", "exhausted")
+    assert row.detail == f"the image could not be made in {ATTEMPTS} attempts"
+    assert not server.client.exists(keys.making(0, "alice"))
     await refused(server, db, errors.Stale, outbox.start_image(db, post, due.lease))
     await refused(server, db, errors.Stale, outbox.publish(db, post, "too late"))
     await refused(server, db, errors.NotReady, comments.add(db, "bob", post, "a"))
@@ -155,7 +310,7 @@ async def test_only_the_current_attempt_fails_a_post(server, db):
         "the image is cut off",
     )
     await refused(server, db, errors.Stale, outbox.fail(db, post, 2, "damaged", "again"))
-    assert server.client.zscore(keys.due(0), post) is None
+    assert not server.client.exists(keys.making(0, "alice"))
 
 
 async def test_attempts_that_are_taken_back_do_not_count(server, db):
@@ -192,7 +347,7 @@ async def test_posts_whose_attempts_are_exhausted_are_handed_out_again(server, d
     for _ in range(ATTEMPTS + 1):
         due = await leased(db, exhausted)
         await outbox.start_image(db, exhausted, due.lease)
-        db.clock = int(server.client.zscore(keys.due(0), exhausted) or db.clock)
+        db.clock = int(server.client.zscore(keys.making(0, "alice"), exhausted) or db.clock)
     assert (await posts.read(db, exhausted)).code == "exhausted"
     server.client.hset("post:{0}:garbage", "status", "failed")
     assert await retry.retry(db) == 1
@@ -210,7 +365,7 @@ async def test_any_attempt_publishes_a_post(server, db):
     for _ in range(3):
         due = await leased(db, post)
         await outbox.start_image(db, post, due.lease)
-        db.clock = int(server.client.zscore(keys.due(0), post))
+        db.clock = int(server.client.zscore(keys.making(0, "alice"), post))
     await outbox.publish(db, post, "of the first attempt")
     assert (await posts.read(db, post)).status == "ready"
     assert [row.id for row in (await posts.feed(db, 1, 10)).posts] == [post]
@@ -248,7 +403,7 @@ def backups(store) -> Folder:
 
 async def work_off(db, store) -> None:
     """What the dispatcher does at this moment."""
-    for due in await outbox.lease(db, 0, 0):
+    for due in await outbox.lease(db, 0):
         end = outbox.end_upload if due.kind == "upload" else outbox.erase
         await end(db, store, outbox.Kept(backups(store)), due, DAY_MS)
 
@@ -311,6 +466,7 @@ async def test_a_deleted_posts_image_goes_at_once_and_its_original_after_a_day(s
     await work_off(db, store)
     assert await names(store) == []
     assert not server.client.exists(keys.due(0))
+    assert await outbox.lease_images(db, 0, 10) == []  # takes alice's turn away
     assert {key.split(":")[0] for key in contents(server.client)} <= {"gone", "upload"}
 
 
@@ -405,7 +561,7 @@ async def test_the_backup_store_is_asked_once_for_many_posts(server, db, store):
     for number in range(20):
         await posts.delete(db, store, f"user{number}", await make_post(db, f"user{number}"))
     db.clock += DAY_MS + LEASE_MS
-    due = [due for due in await outbox.lease(db, 0, 0) if due.kind == "erase"]
+    due = [due for due in await outbox.lease(db, 0) if due.kind == "erase"]
     for one in due:
         await outbox.erase(db, store, kept, one, DAY_MS)
     assert len(due) == 20 and backup.looks == 1
@@ -419,10 +575,10 @@ async def test_a_backup_that_is_removed_while_it_is_asked_for_keeps_originals_a_
     await describe(store, 1, NOW - 5000)
     db.clock += DAY_MS + LEASE_MS
     backup = Counted(backups(store), going=True)
-    await outbox.erase(db, store, outbox.Kept(backup), await leased(db, post), DAY_MS)
+    await outbox.erase(db, store, outbox.Kept(backup), await erasure(db, post), DAY_MS)
     assert await names(store) == [keys.original(post)]
     db.clock += DAY_MS
-    await outbox.erase(db, store, outbox.Kept(backup), await leased(db, post), DAY_MS)
+    await outbox.erase(db, store, outbox.Kept(backup), await erasure(db, post), DAY_MS)
     assert await names(store) == []
 
 
@@ -431,9 +587,9 @@ async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     await make_image(db, store, await leased(db, post))
     await work_off(db, store)
     await posts.delete(db, store, "alice", post)
-    stale = await leased(db, post)
+    stale = await erasure(db, post)
     db.clock += LEASE_MS
-    current = await leased(db, post)
+    current = await erasure(db, post)
     with unchanged(server.client):
         await outbox.erase(db, store, outbox.Kept(backups(store)), stale, DAY_MS)
     await outbox.erase(db, store, outbox.Kept(backups(store)), current, DAY_MS)
@@ -442,7 +598,7 @@ async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
 
 async def test_dispatchers_that_lease_at_the_same_time_share_the_work(server, db):
     made = {await make_processing(db, f"user{n}") for n in range(40)}
-    answers = await asyncio.gather(*(outbox.lease(db, 0, 3) for _ in range(20)))
+    answers = await asyncio.gather(*(outbox.lease_images(db, 0, 3) for _ in range(20)))
     found = [due.id for answer in answers for due in answer]
     assert len(found) == len(set(found)) == len(made) and set(found) == made
 

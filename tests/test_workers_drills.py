@@ -4,6 +4,7 @@ import os
 import signal
 
 import psutil
+import pytest
 from conftest import photograph, until
 from drills import images
 from drills.images import family, working
@@ -14,6 +15,11 @@ from storage import keys
 
 def test_a_backlog_is_worked_off_and_nothing_is_made_twice():
     print(images.backlog(60, converters=4, seconds=0.1))
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_a_user_waits_for_at_most_two_images_however_many_another_has_queued(partitions):
+    print(images.turns(12, 0.4, partitions))
 
 
 def test_every_image_is_made_whatever_is_killed():

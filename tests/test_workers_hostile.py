@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -21,12 +22,27 @@ from hostile import hostiles, many_scans, mutated
 
 from storage import settings
 from storage.settings import MIB
-from workers import pipeline, sandbox
+from workers import errors, pipeline, sandbox
 from workers.__main__ import MALLOC
 
 CHOSEN = settings.load({})
 GOLDENS = goldens()
 HOSTILES = hostiles()
+
+
+# What clients may read about each code, and nothing else. What is wrong in this image may follow, in words.
+WHAT = r"(: (?!.*(Error|None|object|0x|__|PIL|Pillow))[A-Za-z0-9 ,;:()'/-]+)?"
+SENTENCES = {
+    "wrong_format": re.compile("the file is not a PNG, JPEG or BMP image"),
+    "unsupported": re.compile("the file is an? [A-Za-z0-9 ()-]+, which is not supported"),
+    "too_many_pixels": re.compile(
+        r"the image has \d+ x \d+ pixels; at most \d+ million pixels and \d+ pixels a side are accepted"
+    ),
+    "too_many_scans": re.compile(r"the JPEG has \d+ scans; at most \d+ are accepted"),
+    "too_costly": re.compile("decoding the image takes too much processor time or memory" + WHAT),
+    "truncated": re.compile("the file ends before the image is complete" + WHAT),
+    "undecodable": re.compile("the image is damaged and cannot be decoded" + WHAT),
+}
 
 
 def ends(tmp_path: Path, data: bytes) -> str:
@@ -35,8 +51,8 @@ def ends(tmp_path: Path, data: bytes) -> str:
     path.write_bytes(data)
     try:
         picture = sandbox.convert(path, CHOSEN)
-    except pipeline.Unusable as fault:
-        assert fault.detail
+    except errors.Unusable as fault:
+        assert SENTENCES[fault.code].fullmatch(fault.detail), fault.detail
         return fault.code
     assert picture.jpeg.startswith(b"\xff\xd8\xff") and len(picture.thumbhash) == 24
     return "picture"
@@ -50,6 +66,27 @@ def test_an_image_made_to_harm_ends_as_it_should(name, tmp_path):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    {
+        "HTML with a PNG behind it": "the file is not a PNG, JPEG or BMP image",
+        "PNG of 30,001 x 1": "the image has 30001 x 1 pixels; at most 100 million pixels and 30000 pixels a side are "
+        "accepted",
+        "JPEG of 1,000 scans": "the JPEG has 1000 scans; at most 100 are accepted",
+        "BMP of 100 megapixels and no pixel": "the file ends before the image is complete: 0 of the 300000000"
+        " bytes of pixels are there",
+        "PNG with a wrong sum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is damaged:"
+        " its sum is wrong",
+    }.items(),
+)
+def test_a_fault_has_the_written_sentence(name, detail, tmp_path):
+    path = tmp_path / "original"
+    path.write_bytes(HOSTILES[name][0])
+    with pytest.raises(errors.Unusable) as caught:
+        sandbox.convert(path, CHOSEN)
+    assert caught.value.detail == detail
+
+
 def test_of_mutated_images_each_ends_and_none_ends_the_child_by_itself(tmp_path):
     """ChildProcessError, as of a crash or a fault nobody thought of, fails this. Seeded: always the same ones."""
     chance = random.Random(4)
@@ -58,7 +95,7 @@ def test_of_mutated_images_each_ends_and_none_ends_the_child_by_itself(tmp_path)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"600 mutated images: {dict(counted)}; the largest child of this run held {used:.0f} MiB")
     assert counted["picture"] > 100 and counted["undecodable"] > 100
-    assert counted.keys() <= {"picture", "undecodable", "truncated", "unsupported", "too_many_pixels", "wrong_format"}
+    assert counted.keys() <= {"picture", "undecodable", "truncated", "too_many_pixels", "wrong_format", "unsupported"}
     assert used < 1100
 
 
@@ -74,12 +111,12 @@ def in_child(monkeypatch, tmp_path, harm) -> str:
     """What comes of a child that does `harm` instead of decoding; what that returns is the fault's detail."""
 
     def decode(file, megapixels, side):
-        raise pipeline.Unusable("done", str(harm()))
+        raise errors.Unusable("done", str(harm()))
 
     monkeypatch.setattr(pipeline, "convert", decode)
     path = tmp_path / "original"
     path.write_bytes(b"")
-    with pytest.raises(pipeline.Unusable) as fault:
+    with pytest.raises(errors.Unusable) as fault:
         sandbox.convert(path, CHOSEN)
     return str(fault.value)
 
@@ -94,7 +131,10 @@ def refused(harm) -> str:
 
 def test_the_child_may_not_take_more_memory_than_its_images_need(monkeypatch, tmp_path):
     assert in_child(monkeypatch, tmp_path, lambda: len(bytes(900 * MIB))) == f"done: {900 * MIB}"
-    assert in_child(monkeypatch, tmp_path, lambda: bytes(1200 * MIB)).startswith("too_costly")
+    assert in_child(monkeypatch, tmp_path, lambda: bytes(1200 * MIB)) == (
+        "too_costly: decoding the image takes too much processor time or memory:"
+        " at most 50 seconds and 1081 MiB are allowed"
+    )
 
 
 def test_the_child_may_not_compute_for_ever(monkeypatch, tmp_path):
@@ -104,7 +144,10 @@ def test_the_child_may_not_compute_for_ever(monkeypatch, tmp_path):
         while True:
             pass
 
-    assert in_child(monkeypatch, tmp_path, loop).startswith("too_costly: decoding takes more than 1 seconds")
+    assert in_child(monkeypatch, tmp_path, loop) == (
+        "too_costly: decoding the image takes too much processor time or memory:"
+        " at most 1 seconds and 1081 MiB are allowed"
+    )
 
 
 def test_the_child_may_write_no_file_and_open_few(monkeypatch, tmp_path):

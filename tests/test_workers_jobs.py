@@ -1,6 +1,7 @@
 """A job is right when it is run twice, at the same time or again, and when its post goes meanwhile."""
 
 import asyncio
+import re
 import resource
 import threading
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-async def due(db, store) -> outbox.Due:
+async def due(db, store) -> outbox.Image:
     async with uploads.receiving(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
@@ -65,7 +66,7 @@ async def shown(db, store, post: str) -> None:
     await work_off(db, store)
     assert await names(store) == [keys.image(post), keys.original(post)]
     assert await store.get(keys.original(post)) == photograph()
-    assert await outbox.lease(db, 0, 10) == []
+    assert await outbox.lease(db, 0) == [] and await outbox.lease_images(db, 0, 10) == []
 
 
 async def test_two_runs_of_one_hint_at_the_same_time_are_one_attempt(db, store, due, monkeypatch):
@@ -79,9 +80,8 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
     """The second begins and ends while the first is still at it, whose lease has run out."""
 
     async def again():
-        server.client.zadd(keys.due(0), {due.id: 0}, xx=True)
         other = scripts.Redis(server.url)
-        second = await leased(other, due.id)
+        second = await handed_out(server, other, due.id)
         await other.close()
         await jobs._attempt(second.id, second.lease)
 
@@ -119,6 +119,18 @@ async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatc
     await make_image(db, store, due)
     await jobs._attempt(due.id, due.lease)
     assert begun == []
+
+
+async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, capsys):
+    whole = photograph()
+    async with uploads.receiving(db, store, "alice", 1) as image:
+        await image.write(whole[: len(whole) // 2])
+        await image.finish()
+    post, _ = await posts.create(db, "alice", image.upload, "")
+    await jobs._attempt(post, (await leased(db, post)).lease)
+    row = await posts.read(db, post)
+    assert (row.code, row.detail) == ("truncated", "the file ends before the image is complete")
+    assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", capsys.readouterr().out)
 
 
 # Failures that are not the image's
@@ -167,13 +179,14 @@ async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monke
     assert (await posts.read(db, post)).status == "ready"
 
 
-async def handed_out(server, db, post: str) -> outbox.Due:
+async def handed_out(server, db, post: str) -> outbox.Image:
     """The next hint, as if the lease of the last one had run out."""
-    server.client.zadd(keys.due(0), {post: 0}, xx=True)
+    server.client.zadd(keys.making(0, "alice"), {post: 0}, xx=True)
+    server.client.zadd(keys.turns(0), {"alice": 0}, xx=True)
     return await leased(db, post)
 
 
-async def fail_often(server, db, due: outbox.Due) -> None:
+async def fail_often(server, db, due: outbox.Image) -> None:
     for _ in range(outbox.ATTEMPTS + 2):
         await jobs._attempt(due.id, due.lease)
         assert (await posts.read(db, due.id)).status == "processing"

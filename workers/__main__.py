@@ -27,6 +27,8 @@ HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis th
 # A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in huge
 # pages. glibc asks for them from 2.35 on; for that, large blocks must not have mappings of their own.
 MALLOC = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864"
+# simplejpeg loads numpy, and numpy's OpenBLAS would start a thread for each core; decoders are forked.
+BLAS = "OPENBLAS_NUM_THREADS=1"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger("worker")
@@ -81,7 +83,7 @@ async def converting() -> None:
     It is replaced where it ends by itself: RQ's does when Redis goes away at certain moments, as after a job.
     """
     while True:
-        command = ("env", MALLOC, sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
+        command = ("env", MALLOC, BLAS, sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
         converter = await asyncio.create_subprocess_exec(*command, start_new_session=True)
         try:
             await converter.wait()

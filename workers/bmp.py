@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageFile, ImagePalette
 
 import workers.rle  # noqa: F401  registers its decoder
 from workers import colour
-from workers.errors import Unusable
+from workers.errors import unusable
 
 FILE_HEADER = 14  # bytes before the header of the image
 WINDOWS = (40, 52, 56, 108, 124)  # bytes of the headers of Windows, versions 3 (40 to 56), 4 and 5
@@ -44,12 +44,12 @@ class Bmp(ImageFile.ImageFile):
     def _open(self) -> None:
         head = self.fp.read(FILE_HEADER + max(WINDOWS))
         if len(head) < FILE_HEADER + 4:
-            raise Unusable("truncated", f"a BMP of {len(head)} bytes ends in its header")
+            raise unusable("truncated", what=f"a BMP of {len(head)} bytes ends in its header")
         offset, size = struct.unpack_from("<II", head, 10)
         if size != 12 and not 16 <= size <= 64 and size not in WINDOWS:
-            raise Unusable("undecodable", f"a BMP header of {size} bytes; they have 12, 16 to 64, 108 or 124")
+            raise unusable("undecodable", what=f"a BMP header of {size} bytes; they have 12, 16 to 64, 108 or 124")
         if len(head) < FILE_HEADER + size:
-            raise Unusable("truncated", f"a BMP of {len(head)} bytes ends in its header of {size} bytes")
+            raise unusable("truncated", what=f"a BMP of {len(head)} bytes ends in its header of {size} bytes")
         info = head[FILE_HEADER : FILE_HEADER + size].ljust(max(WINDOWS), b"\0")
         if size == 12:
             width, height, _, bits = struct.unpack_from("<4H", info, 4)
@@ -58,7 +58,7 @@ class Bmp(ImageFile.ImageFile):
             width, height, _, bits, compression, colours = struct.unpack_from("<iiHHI12xI", info, 4)
         _check_kind(size, bits, compression)
         if width <= 0 or height == 0:
-            raise Unusable("undecodable", f"a BMP of {width} x {height} pixels")
+            raise unusable("undecodable", what=f"a BMP of {width} x {height} pixels")
         self._size = width, abs(height)
         self._profile(info, size)
         direction = 1 if height < 0 else -1
@@ -109,7 +109,7 @@ class Bmp(ImageFile.ImageFile):
         try:
             masks = struct.unpack_from(f"<{count}I", head, FILE_HEADER + 40)
         except struct.error:
-            raise Unusable("truncated", f"a BMP of {len(head)} bytes ends in its colour masks") from None
+            raise unusable("truncated", what=f"a BMP of {len(head)} bytes ends in its colour masks") from None
         if size == 40:
             end += 4 * count
         masks = (*masks, 0)[:4]
@@ -117,11 +117,11 @@ class Bmp(ImageFile.ImageFile):
             masks = NO_MASKS[bits]
         told = " ".join(f"{mask:x}" for mask in masks)
         if bits == 24 and masks != NO_MASKS[24]:
-            raise Unusable("undecodable", f"a BMP of 24 bits with the colour masks {told}; it has bytes in one order")
+            raise unusable("undecodable", what=f"a BMP of 24 bits with the colour masks {told}; it has bytes in one order")
         used = 0
         for mask in masks:
             if mask >> bits or used & mask or (mask | mask - 1) + 1 & mask:
-                raise Unusable("undecodable", f"colour masks {told} that overlap, have gaps, or pass {bits} bits")
+                raise unusable("undecodable", what=f"colour masks {told} that overlap, have gaps, or pass {bits} bits")
             used |= mask
         return masks, end
 
@@ -150,7 +150,7 @@ class Bmp(ImageFile.ImageFile):
             there = max(0, self.fp.seek(0, 2) - start)
             needed = self._stride * (self.height - 1) + self._row  # the last row need not be filled up
             if there < needed:
-                raise Unusable("truncated", f"{there} of the {needed} bytes of pixels are there")
+                raise unusable("truncated", what=f"{there} of the {needed} bytes of pixels are there")
         super().load_prepare()
 
     def load_end(self) -> None:
@@ -163,23 +163,23 @@ class Bmp(ImageFile.ImageFile):
 def _check_kind(size: int, bits: int, compression: int) -> None:
     os2 = size not in WINDOWS and size != 12
     if bits == 64:
-        raise Unusable("unsupported", "a BMP of 64 bits a pixel; up to 32 are decoded")
+        raise unusable("unsupported", what="a BMP of 64 bits a pixel")
     if compression == HUFFMAN and bits == 1:
-        raise Unusable("unsupported", "a BMP with Huffman compression, as OS/2 had it, which is not decoded")
+        raise unusable("unsupported", what="a BMP with the Huffman compression of OS/2")
     if compression == RLE24 and (os2 or size == 40 and bits == 24):
-        raise Unusable("unsupported", "a BMP with RLE24 compression, as OS/2 had it, which is not decoded")
+        raise unusable("unsupported", what="a BMP with the RLE24 compression of OS/2")
     if compression in (JPEG, PNG):
         held = "JPEG" if compression == JPEG else "PNG"
-        raise Unusable("unsupported", f"a BMP that holds a {held}, as printers take it; send the {held} itself")
+        raise unusable("unsupported", what=f"a BMP that holds a {held} (send the {held} itself)")
     if compression in CMYK:
-        raise Unusable("unsupported", "a BMP of CMYK colours, as printers take it, which is not decoded")
+        raise unusable("unsupported", what="a BMP of CMYK colours")
     if bits not in BITS:
-        raise Unusable("undecodable", f"a BMP of {bits} bits a pixel; it has 1, 2, 4, 8, 16, 24 or 32")
+        raise unusable("undecodable", what=f"a BMP of {bits} bits a pixel; it has 1, 2, 4, 8, 16, 24 or 32")
     allowed = {RAW: BITS, RLE8: (8,), RLE4: (4,)}
     if not os2:
         allowed |= {BITFIELDS: (16, 24, 32), ALPHABITFIELDS: (16, 32)}
     if bits not in allowed.get(compression, ()):
-        raise Unusable("undecodable", f"a BMP of compression {compression} and {bits} bits a pixel")
+        raise unusable("undecodable", what=f"a BMP of compression {compression} and {bits} bits a pixel")
 
 
 class Masks(ImageFile.PyDecoder):

@@ -1,4 +1,4 @@
-"""Hands out what is due: image work as hints to RQ, erasing at once.
+"""Hands out what is due: image work as hints to RQ. Ends uploads and erases bytes itself.
 
 The queue may lose everything: what was leased and not settled is leased again. Nothing is handed out beyond the
 queue's room, so that no hint outlives its lease in a long queue.
@@ -6,6 +6,7 @@ queue's room, so that no hint outlives its lease in a long queue.
 
 import asyncio
 import logging
+import time
 
 import redis
 from rq import Queue, Worker
@@ -19,9 +20,12 @@ from storage.settings import Settings
 QUEUE = "images"
 JOB = "workers.jobs.make_image"
 TIMEOUT = 60  # seconds of wall clock for one attempt
-ROOM = 2  # jobs a worker: one under way, one at hand
+ROOM = 1  # jobs a worker that wait in the queue. The one under way has left it: RQ does not count that one
 PAUSE = 0.1  # seconds between two looks: what a post may wait longer than it must
-PAUSE_AWAY = 1.0  # seconds, while Redis or the store is away
+PAUSE_BUSY = 0.02  # seconds after image work was handed out: less than an image takes, so no worker waits for the next
+PAUSES_AWAY = 1.0, 10.0  # seconds, the shortest and the longest, while a partition, the queue or the store is away
+PAUSES_ENTRY = 60.0, 3600.0  # seconds, the same for one entry that fails by itself
+AWAY = (Unreachable, Unknown, objects.Unavailable, redis.RedisError)
 
 log = logging.getLogger("dispatcher")
 
@@ -48,24 +52,90 @@ def hint(hints: Queue, post: str, lease: int) -> None:
     hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
 
 
+class Trouble:
+    """What has failed: a partition, an entry, the queue. Logs the first failure of each, and when it is over."""
+
+    def __init__(self):
+        self._failures: dict[str, int] = {}
+        self._again: dict[str, float] = {}  # when to try again, by time.monotonic()
+
+    def failed(self, name: str, fault: Exception, shortest: float, longest: float) -> float:
+        """The pause in seconds until the next try, twice as long after each failure in a row."""
+        failures = self._failures.get(name, 0)
+        if not failures:
+            log.warning("%s fails, and is tried again with growing pauses: %r", name, fault)
+        self._failures[name] = failures + 1
+        pause = min(longest, shortest * 2.0 ** min(failures, 20))
+        self._again[name] = time.monotonic() + pause
+        return pause
+
+    def over(self, name: str) -> None:
+        if self._failures.pop(name, 0):
+            del self._again[name]
+            log.info("%s works again", name)
+
+    def pauses(self, name: str) -> bool:
+        return time.monotonic() < self._again.get(name, 0)
+
+
 async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
-    """Hand out what is due, until cancelled."""
+    """Hands out image work, ends uploads and erases bytes, until cancelled.
+
+    A failure delays only what failed: one entry, one partition, or the part that needs the store or the queue.
+    """
     store, kept = objects.open_store(chosen.store_url), outbox.Kept(objects.open_store(chosen.backup_store_url))
-    away = None
+    async with asyncio.TaskGroup() as parts:
+        parts.create_task(_hand_out(db, chosen, hints))
+        for partition in range(chosen.partitions):
+            parts.create_task(_clean_up(db, store, kept, partition, chosen.named_ms))
+
+
+async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
+    """Keeps the queue filled with image work of all partitions, which take turns."""
+    trouble, first = Trouble(), 0
     while True:
+        pause = PAUSE
         try:
-            for partition in range(chosen.partitions):
-                for due in await outbox.lease(db, partition, await asyncio.to_thread(room, hints, chosen.converters)):
-                    match due.kind:
-                        case "image":
-                            await asyncio.to_thread(hint, hints, due.id, due.lease)
-                        case "upload":
-                            await outbox.end_upload(db, store, kept, due, chosen.named_ms)
-                        case "erase":
-                            await outbox.erase(db, store, kept, due, chosen.named_ms)
-            away = None
-        except (Unreachable, Unknown, objects.Unavailable, redis.RedisError) as error:
-            if away is None:  # said once, not ten times a second
-                log.warning("waits: %s", error)
-            away = error
-        await asyncio.sleep(PAUSE_AWAY if away else PAUSE)
+            free = await asyncio.to_thread(room, hints, chosen.converters)
+            # Each round begins behind the partition that was served last.
+            for partition in [*range(first, chosen.partitions), *range(first)]:
+                name = f"image work of partition {partition}"
+                if not free or trouble.pauses(name):
+                    continue
+                try:
+                    images = await outbox.lease_images(db, partition, free)
+                except AWAY as fault:
+                    trouble.failed(name, fault, *PAUSES_AWAY)
+                    continue
+                trouble.over(name)
+                for image in images:
+                    await asyncio.to_thread(hint, hints, image.id, image.lease)
+                    free, first, pause = free - 1, partition + 1, PAUSE_BUSY
+            trouble.over("the queue")
+        except redis.RedisError as fault:
+            pause = trouble.failed("the queue", fault, *PAUSES_AWAY)
+        await asyncio.sleep(pause)
+
+
+async def _clean_up(db: Redis, store: objects.Folder | objects.S3, kept: outbox.Kept, partition: int, named_ms: int):
+    """Ends the uploads of a partition that are due, and erases what is due to be erased."""
+    trouble, name = Trouble(), f"cleaning up partition {partition}"
+    ends = {"upload": outbox.end_upload, "erase": outbox.erase}
+    while True:
+        pause = PAUSE
+        try:
+            for due in await outbox.lease(db, partition):
+                try:
+                    await ends[due.kind](db, store, kept, due, named_ms)
+                except (Unreachable, Unknown):
+                    raise
+                except Exception as fault:  # whatever one entry does, the others are not its fault
+                    await store.answers()  # raises Unavailable: then it is the store. The lease brings the entry back
+                    later = trouble.failed(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
+                    await outbox.postpone(db, due, int(later * 1000))
+                else:
+                    trouble.over(f"cleaning up {due.id!r}")
+            trouble.over(name)
+        except AWAY as fault:
+            pause = trouble.failed(name, fault, *PAUSES_AWAY)
+        await asyncio.sleep(pause)

@@ -15,7 +15,8 @@ from storage.errors import NoPost, Stale, Unknown, Unreachable
 from storage.objects import S3, Folder, NotFound, Unavailable, open_store
 from storage.scripts import Redis
 from storage.settings import Settings
-from workers.pipeline import Picture, Unusable
+from workers.errors import Unusable
+from workers.pipeline import Picture
 from workers.sandbox import convert
 
 AGAIN = 1.0  # seconds between two calls of a Redis that is away
@@ -83,6 +84,7 @@ async def _picture(
         try:
             return convert(path, chosen)
         except Unusable as fault:
+            print(f"image of {post}: failed, {fault}" + (f" ({fault.cause})" if fault.cause else ""), flush=True)
             await _until_heard(outbox.fail, db, post, attempt, fault.code, fault.detail)
             return None
 

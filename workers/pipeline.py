@@ -8,21 +8,19 @@ alpha, where both orders come to the same, and on the values as encoded, not in 
 """
 
 import io
-import re
 import struct
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, floor
-from mmap import ACCESS_READ, mmap
 from typing import BinaryIO
 
 from PIL import Image, ImageCms, ImageFile, features
-from PIL.JpegImagePlugin import JpegImageFile
 
 from workers import colour
 from workers.bmp import Bmp
-from workers.errors import Unusable
+from workers.errors import unusable
+from workers.jpeg import Jpeg
 from workers.png import MAGIC, Png
 from workers.thumbhash import thumbhash
 
@@ -32,13 +30,6 @@ STRIP = 64  # rows of shrunk image made at once
 Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; _check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() loads no other
-
-
-class Jpeg(JpegImageFile):
-    """The first picture of a JPEG file. Pillow's factory would load the plugin for MPO, which has several."""
-
-    def _read_dpi_from_exif(self) -> None:
-        """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
 
 
 DECODERS = {MAGIC: Png, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}
@@ -79,7 +70,6 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
     image = _open(file)
     width, height = image.size
     _check_size(width, height, megapixels, side)
-    _check_scans(file, image)
     _decode(image)
     turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
     picture = _cover(image)
@@ -105,36 +95,14 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     for magic, decoder in DECODERS.items():
         if head.startswith(magic):
             return _permanent(decoder, file)
-    raise Unusable("wrong_format", "not a PNG, JPEG or BMP")
+    raise unusable("wrong_format")
 
 
 def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
     if max(width, height) > side or width * height > megapixels * 1_000_000:
-        limits = f"at most {megapixels} megapixels and {side} pixels a side are taken"
-        raise Unusable("too_many_pixels", f"{width} x {height} pixels; {limits}")
+        raise unusable("too_many_pixels", width=width, height=height, megapixels=megapixels, side=side)
 
 
-SCANS = 100  # of a progressive JPEG; encoders write about 10
-MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # no stuffed byte, no filling, no restart
-
-
-def _check_scans(file: BinaryIO, image: ImageFile.ImageFile) -> None:
-    """Refuse a progressive JPEG of endless scans: each is a pass over all pixels, however few bytes it has.
-
-    The limit of CPU time would end it too, but only after that time, and where there is one.
-    """
-    if not image.info.get("progressive"):
-        return
-    with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        # Counts those of thumbnails and of what stands behind the picture too; but it is quick.
-        if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
-            return
-        scans, at = 0, 2
-        while (marker := MARKER.search(data, at)) and marker[1] != b"\xd9":  # EOI (ITU T.81, annex B)
-            scans += marker[1] == b"\xda"  # SOS
-            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    if scans > SCANS:
-        raise Unusable("too_many_scans", f"a JPEG of {scans} scans; at most {SCANS} are taken")
 
 
 def _decode(image: ImageFile.ImageFile) -> None:
@@ -150,8 +118,8 @@ def _permanent(read, *given):
     except BAD_DATA as fault:
         if isinstance(fault, OSError) and fault.errno is not None:  # the disk's fault, not the file's
             raise
-        detail = str(fault) or type(fault).__name__
-        raise Unusable("truncated" if "truncated" in detail.lower() else "undecodable", detail) from fault
+        cause = f"{type(fault).__name__}: {fault}"
+        raise unusable("truncated" if "truncated" in cause.lower() else "undecodable", cause) from fault
 
 
 def _orientation(exif: bytes) -> int:
@@ -170,11 +138,11 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
+SPACES = {"L": b"GRAY", "RGB": b"RGB ", "RGBX": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
 
 
 def _cover(image: Image.Image) -> Image.Image:
-    """The centre square at 600x600, in L, RGB, RGBa or CMYK."""
+    """The centre square at 600x600, in L, RGB, RGBX, RGBa or CMYK."""
     side = min(image.size)
     x, y = ((length - side) / 2 for length in image.size)
     if side >= SIDE and image.mode in SPACES and not image.has_transparency_data:
@@ -194,7 +162,7 @@ def _cover(image: Image.Image) -> Image.Image:
 
 
 def _ready(image: Image.Image) -> Image.Image:
-    """In L, RGB, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
+    """In L, RGB, RGBX, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
     if image.mode == "I;16":
         image = _narrowed(image)
     if image.has_transparency_data:

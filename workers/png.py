@@ -12,7 +12,7 @@ from mmap import ACCESS_READ, mmap
 from PIL import Image, ImageChops, ImageFile, ImagePalette
 
 from workers import colour
-from workers.errors import Unusable
+from workers.errors import unusable
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -65,13 +65,13 @@ class Png(ImageFile.ImageFile):
         kept, start = _kept(self._data)
         width, height, depth, kind, compression, filtering, interlace = struct.unpack(">IIBBBBB", kept[b"IHDR"])
         if not (0 < width < 2**31 and 0 < height < 2**31):
-            raise Unusable("undecodable", f"a PNG of {width} x {height} pixels")
+            raise unusable("undecodable", what=f"a PNG of {width} x {height} pixels")
         if (kind, depth) not in MODES:
-            raise Unusable("undecodable", f"a PNG of colour type {kind} with {depth} bits; there is no such kind")
+            raise unusable("undecodable", what=f"a PNG of colour type {kind} with {depth} bits; there is no such kind")
         methods = ("compression", compression, 0), ("filter", filtering, 0), ("interlace", interlace, 1)
         for what, method, most in methods:
             if method > most:
-                raise Unusable("undecodable", f"a PNG of {what} method {method}, which is unknown")
+                raise unusable("undecodable", what=f"a PNG of {what} method {method}, which is unknown")
         self._size = width, height
         self._mode, raw = MODES[kind, depth]
         self._wide_key = None
@@ -90,11 +90,11 @@ class Png(ImageFile.ImageFile):
     def _palette(self, palette: bytes, alphas: bytes) -> None:
         count = len(palette) // 3
         if not palette:
-            raise Unusable("undecodable", "a PNG with palette colours, and without a palette")
+            raise unusable("undecodable", what="a PNG with palette colours, and without a palette")
         if len(palette) % 3 or count > 256:
-            raise Unusable("undecodable", f"a palette of {len(palette)} bytes; it has 3 for each of up to 256 colours")
+            raise unusable("undecodable", what=f"a palette of {len(palette)} bytes; it has 3 for each of up to 256 colours")
         if len(alphas) > count:
-            raise Unusable("undecodable", f"transparency of {len(alphas)} colours for a palette of {count}")
+            raise unusable("undecodable", what=f"transparency of {len(alphas)} colours for a palette of {count}")
         self.palette = ImagePalette.raw("RGB", palette.ljust(768, b"\0"))  # indices beyond are black (13.1)
         if alphas:
             self.info["transparency"] = alphas
@@ -118,7 +118,7 @@ class Png(ImageFile.ImageFile):
         except (OSError, zlib.error) as fault:
             if getattr(fault, "errno", None) is not None:  # the disk's fault, not the file's
                 raise
-            raise Unusable("undecodable", "the compressed pixels are damaged") from fault
+            raise unusable("undecodable", what="the compressed pixels are damaged") from fault
 
     def _load_twice(self):
         """A transparent colour of 16 bits costs a second pass: Pillow decodes RGB to 8 bits, high or low ones."""
@@ -154,7 +154,7 @@ class Png(ImageFile.ImageFile):
         while there < needed and not inflater.eof:
             there += len(inflater.decompress(self.load_read(BLOCK)))
         if there < needed:
-            raise Unusable("truncated", f"the pixels inflate to {there} of {needed} bytes")
+            raise unusable("truncated", what=f"the pixels inflate to {there} of {needed} bytes")
 
     def load_seek(self, at: int) -> None:
         """Go to the chunk that begins at `at`."""
@@ -175,7 +175,7 @@ class Png(ImageFile.ImageFile):
             self._left -= len(part)
             self._at += len(part) + (0 if self._left else 4)  # behind a chunk is its sum
         if not any(parts):
-            raise Unusable("truncated", "the compressed pixels end before the last row")
+            raise unusable("truncated", what="the compressed pixels end before the last row")
         return b"".join(parts)
 
 
@@ -187,9 +187,9 @@ def _kept(data: mmap) -> tuple[dict[bytes, bytes], int]:
     kept, pixels = {}, 0
     for name, start, end in _walked(data):
         if name in (b"IHDR", b"PLTE") and name in kept:
-            raise Unusable("undecodable", f"a PNG with two {name.decode()} chunks")
+            raise unusable("undecodable", what=f"a PNG with two {name.decode()} chunks")
         if name == b"IHDR" and end - start != 13:
-            raise Unusable("undecodable", f"an IHDR chunk of {end - start} bytes; it has 13")
+            raise unusable("undecodable", what=f"an IHDR chunk of {end - start} bytes; it has 13")
         if name == b"IDAT":
             pixels = pixels or start - 8
         late = pixels if name != b"eXIf" else 0  # some programs write it last
@@ -199,7 +199,7 @@ def _kept(data: mmap) -> tuple[dict[bytes, bytes], int]:
         if not late and not early and name not in kept:
             kept[name] = data[start:end]
     if not pixels:
-        raise Unusable("undecodable", "a PNG without pixels: it has no IDAT chunk")
+        raise unusable("undecodable", what="a PNG without pixels: it has no IDAT chunk")
     return kept, pixels
 
 
@@ -212,24 +212,24 @@ def _walked(data: mmap) -> Iterator[tuple[bytes, int, int]]:
     while name != b"IEND":
         count += 1
         if count > CHUNKS:
-            raise Unusable("too_costly", f"a PNG of more than {CHUNKS} chunks")
+            raise unusable("too_costly", what=f"a PNG of more than {CHUNKS} chunks")
         if len(data) - at < 8:
-            raise Unusable("truncated", f"a PNG that ends after {len(data)} bytes, without its IEND chunk")
+            raise unusable("truncated", what=f"a PNG that ends after {len(data)} bytes, without its IEND chunk")
         size, name = struct.unpack_from(">I4s", data, at)
         start, end = at + 8, at + 8 + size
         critical = not name[0] & 0x20  # 5.4
         if not name.isalpha() or (at == len(MAGIC) and name != b"IHDR"):
-            raise Unusable("undecodable", f"at byte {at} is no {'IHDR ' if at == len(MAGIC) else ''}chunk")
+            raise unusable("undecodable", what=f"at byte {at} is no {'IHDR ' if at == len(MAGIC) else ''}chunk")
         if critical and name not in CRITICAL:
-            raise Unusable("undecodable", f"a critical chunk {name.decode()}, which is unknown")
+            raise unusable("undecodable", what=f"a critical chunk {name.decode()}, which is unknown")
         if end + 4 > len(data):
             there = max(0, len(data) - start)
             name = name.decode()
-            raise Unusable("truncated", f"the file ends in its {name} chunk: {there} of {size} bytes are there")
+            raise unusable("truncated", what=f"{there} of the {size} bytes of its {name} chunk are there")
         if critical or name in ANCILLARY:
             whole = zlib.crc32(view[at + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
             if critical and not whole:
-                raise Unusable("undecodable", f"the {name.decode()} chunk at byte {at} is damaged: its sum is wrong")
+                raise unusable("undecodable", what=f"the {name.decode()} chunk at byte {at} is damaged: its sum is wrong")
             if whole:
                 yield name, start, end
         at = end + 4

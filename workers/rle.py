@@ -3,7 +3,7 @@ that leave out rows, which the format allows."""
 
 from PIL import Image, ImageFile
 
-from workers.errors import Unusable
+from workers.errors import unusable
 
 
 class RunLength(ImageFile.PyDecoder):
@@ -18,7 +18,7 @@ class RunLength(ImageFile.PyDecoder):
         at = x = y = 0
         while y < height and not (y == height - 1 and x >= width):
             if at + 2 > len(data):
-                raise Unusable("truncated", f"the run lengths end in row {y + 1} of {height}")
+                raise unusable("truncated", what=f"the run lengths end in row {y + 1} of {height}")
             count, value = data[at : at + 2]
             at += 2
             if count:

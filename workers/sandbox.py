@@ -19,7 +19,8 @@ from pathlib import Path
 
 from storage.settings import MIB, Settings
 from workers import pipeline
-from workers.pipeline import Picture, Unusable
+from workers.errors import Unusable, unusable
+from workers.pipeline import Picture
 
 CPU = (
     50  # seconds; the slowest files of 100 megapixels took 30 where this was measured, photographs of them 3
@@ -59,13 +60,13 @@ def convert(path: Path, chosen: Settings) -> Picture:
     if not told:
         end = os.waitstatus_to_exitcode(status)
         if end == -signal.SIGXCPU:
-            raise Unusable("too_costly", f"decoding takes more than {CPU} seconds")
+            raise _too_costly(chosen, "SIGXCPU")
         raise ChildProcessError(f"the decoder ended with {end}")
     match json.loads(told):
         case {"picture": [jpeg, thumbhash, width, height, format]}:
             return Picture(b64decode(jpeg), b64decode(thumbhash), width, height, format)
-        case {"unusable": [code, detail]}:
-            raise Unusable(code, detail)
+        case {"unusable": [code, detail, cause]}:
+            raise Unusable(code, detail, cause)
         case {"error": text}:
             raise ChildProcessError(text)
 
@@ -73,19 +74,30 @@ def convert(path: Path, chosen: Settings) -> Picture:
 def _be_child(path: Path, chosen: Settings, send: int) -> None:
     with path.open("rb") as file:
         _close_all_but(file.fileno(), send)
-        limit(chosen.image_megapixels * 1_000_000 * PIXEL + SLACK)
+        limit(_memory(chosen))
         try:
             made = pipeline.convert(file, chosen.image_megapixels, chosen.image_side)
             jpeg, thumbhash = b64encode(made.jpeg).decode(), b64encode(made.thumbhash).decode()
             told = {"picture": [jpeg, thumbhash, made.width, made.height, made.format]}
         except Unusable as fault:
-            told = {"unusable": [fault.code, fault.detail]}
-        except MemoryError:
-            told = {"unusable": ["too_costly", "decoding takes too much memory"]}
+            told = {"unusable": [fault.code, fault.detail, fault.cause]}
+        except MemoryError as fault:
+            costly = _too_costly(chosen, f"MemoryError: {fault}")
+            told = {"unusable": [costly.code, costly.detail, costly.cause]}
         except Exception:
             told = {"error": traceback.format_exc()}
         with os.fdopen(send, "wb") as answer:
             answer.write(json.dumps(told).encode())
+
+
+def _memory(chosen: Settings) -> int:
+    """Bytes that a child may take beside what it has when it begins."""
+    return chosen.image_megapixels * 1_000_000 * PIXEL + SLACK
+
+
+def _too_costly(chosen: Settings, cause: str) -> Unusable:
+    allowed = f"at most {CPU} seconds and {_memory(chosen) // MIB} MiB are allowed"
+    return unusable("too_costly", cause, allowed)
 
 
 def _close_all_but(*kept: int) -> None:

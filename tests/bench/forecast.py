@@ -60,7 +60,7 @@ class System(Filling, Site):
 
     def ready(self) -> bool:
         """Every post has ended, and every chunk is erased."""
-        return not self.client.zcard("due:{0}")
+        return not self.client.zcard("due:{0}") and not self.client.zcard("turns:{0}")
 
 
 def form(image: bytes) -> dict:

@@ -1,6 +1,7 @@
 """Long forms of the workers' drills, with figures: `python -m tests.drills.images [NAME…]`, `make drill-images`.
 
 backlog   no worker runs while posts arrive; then two begin. Decoding is replaced by half a second of waiting.
+turns     one user has queued many posts when another's comes; decoding is replaced by a second of waiting.
 kills     kill -9 of workers, RQ workers, their forks and the decoders at random moments; RQ's keys deleted once.
 away      Redis is killed, or stopped, for a minute, in the midst of work.
 mutated   damaged images through the API.
@@ -28,8 +29,6 @@ from making import jpeg
 from storage import keys, posts, uploads
 from storage.objects import open_store
 
-DUE = keys.due(0)
-
 
 class Works(Site):
     """A site with a Redis of its own, whose posts are made by storage's calls."""
@@ -42,11 +41,11 @@ class Works(Site):
         db, store = connect(self.server), open_store((self.folder / "store").as_uri())
 
         async def one(number: int, data: bytes) -> str:
-            author = f"user{number % 40}"  # each may have 20 uploads open
-            async with uploads.receiving(db, store, author, 1) as image:
+            author, most = f"user{number % 40}", len(images)  # each may have 20 uploads open
+            async with uploads.receiving(db, store, author, 1, processing=most) as image:
                 await image.write(data)
                 await image.finish()
-            return (await posts.create(db, author, image.upload, ""))[0]
+            return (await posts.create(db, author, image.upload, "", processing=most))[0]
 
         made = await gather_limited(8, [one(number, data) for number, data in enumerate(images)])
         await db.close()
@@ -82,9 +81,16 @@ class Works(Site):
 
     def let_leases_pass(self) -> None:
         """What is leased is due now, as it would be by itself after some minutes. Only where nobody works under it."""
-        scores = self.server.client.zrange(DUE, 0, -1)
-        if scores:
-            self.server.client.zadd(DUE, dict.fromkeys(scores, 0), xx=True)
+        client = self.server.client
+        for name in [*client.keys(keys.making(0, "*")), keys.turns(0), keys.due(0)]:
+            members = client.zrange(name, 0, -1)
+            if members:
+                client.zadd(name, dict.fromkeys(members, 0), xx=True)
+
+    def done(self) -> bool:
+        """Every post has ended, and every chunk is erased."""
+        client = self.server.client
+        return not client.exists(keys.due(0)) and not client.keys(keys.making(0, "*"))
 
 
 def family(worker: psutil.Process) -> list[list[psutil.Process]]:
@@ -123,6 +129,30 @@ def backlog(count: int = 4000, converters: int = 16, seconds: float = 0.5) -> st
         assert ended == {"ready": count} and site.shown() == count
         assert conversions == count
     return f"{count} posts waited for 2 workers of {converters}: {dict(ended)}, {conversions} conversions, {took:.0f} s"
+
+
+def turns(count: int = 30, seconds: float = 1, partitions: int = 1) -> str:
+    """One converter; one post is under way and one at hand when another user's comes, in each partition in turn."""
+    with working(partitions=partitions) as site:
+        counted, client = site.stand_in(seconds), site.server.client
+        site.api()
+        users = {keys.partition_of_user(name, partitions): name for name in (f"user{n}" for n in range(99))}
+        with site.client("alice") as alice:
+            queued = [alice.post("/v1/posts", files={"image": jpeg(64, 48)}).json()["id"] for _ in range(count)]
+        site.start("tests.drills.standin")
+        waited = []
+        for partition in range(partitions):
+            begun = len(counted.read_text().splitlines())
+            until(lambda begun=begun: len(counted.read_text().splitlines()) > begun, what="a conversion")
+            until(lambda: client.llen("rq:queue:images"), what="the one at hand")
+            before = site.statuses(queued)["ready"]
+            with site.client(users[partition]) as other:
+                post = other.post("/v1/posts", files={"image": jpeg(64, 48)}).json()["id"]
+            until(lambda post=post: site.statuses([post])["ready"], what="the other user's image")
+            waited.append(site.statuses(queued)["ready"] - before)
+        assert max(waited) <= 2, waited
+        assert site.statuses(queued)["processing"] > 0
+    return f"{count} posts of one user stood before another's, which waited for {waited} conversions"
 
 
 def real_images(count: int) -> list[bytes]:
@@ -170,7 +200,7 @@ def kills(count: int = 200, strikes: int = 60, seed: int = 1) -> str:
                 passed += 1
         took, ended = time.monotonic() - began, site.statuses(made)
         assert ended == {"ready": count} and site.shown() == count and deleted and struck
-        until(lambda: not site.server.client.exists(DUE), what="the rest of the work")
+        until(site.done, what="the rest of the work")
         assert not list((site.folder / "store").glob("chunks/*/*"))
     return (
         f"{count} images under {struck.total()} kills {dict(struck)}, {deleted} keys of RQ deleted: {dict(ended)},"
@@ -210,7 +240,7 @@ def away(seconds: float = 60, killed: bool = True, count: int = 40) -> str:
 def mutated(count: int = 1000, seed: int = 7) -> str:
     chance, answers = random.Random(seed), Counter()
     kinds = [golden.data for golden in goldens().values() if len(golden.data) < 400_000]
-    with working(converters=2) as site:
+    with working(converters=2, processing=count) as site:
         api, worker = site.api(), site.worker()
         until(lambda: len(family(psutil.Process(worker.pid))[1]) == 2, what="the RQ workers")
         parents = family(psutil.Process(worker.pid))[:2]
@@ -236,6 +266,7 @@ def mutated(count: int = 1000, seed: int = 7) -> str:
 
 DRILLS = {
     "backlog": backlog,
+    "turns": turns,
     "kills": kills,
     "away": away,
     "stopped": lambda: away(killed=False),
