@@ -137,7 +137,8 @@ async def test_a_delete_that_fails_stops_nothing_and_is_tried_again_with_growing
             client.zadd(keys.due(0), {upload: 1})
             await eventually(lambda: client.zscore(keys.due(0), upload) > 1, "a lease")
             now = client.time()[0] * 1000
-            await eventually(lambda: client.zscore(keys.due(0), upload) != now + outbox.LEASE_MS, "a try")
+            await eventually(lambda: told(caplog, upload), "a try")
+            await eventually(lambda now=now: client.zscore(keys.due(0), upload) != now + outbox.LEASE_MS, "its pause")
             await everything_else_goes_on(client, db, store, 0)
             pauses.append(round((client.zscore(keys.due(0), upload) - now) / outbox.LEASE_MS))
         assert pauses == [1, 2, 4]

@@ -75,8 +75,8 @@ def test_an_image_made_to_harm_ends_as_it_should(name, tmp_path):
         "JPEG of 1,000 scans": "the JPEG has 1000 scans; at most 100 are accepted",
         "BMP of 100 megapixels and no pixel": "the file ends before the image is complete: 0 of the 300000000"
         " bytes of pixels are there",
-        "PNG with a wrong sum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is damaged:"
-        " its sum is wrong",
+        "PNG with a wrong sum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is"
+        " damaged: its sum is wrong",
     }.items(),
 )
 def test_a_fault_has_the_written_sentence(name, detail, tmp_path):

@@ -117,7 +117,8 @@ class Bmp(ImageFile.ImageFile):
             masks = NO_MASKS[bits]
         told = " ".join(f"{mask:x}" for mask in masks)
         if bits == 24 and masks != NO_MASKS[24]:
-            raise unusable("undecodable", what=f"a BMP of 24 bits with the colour masks {told}; it has bytes in one order")
+            what = f"a BMP of 24 bits with the colour masks {told}; it has bytes in one order"
+            raise unusable("undecodable", what=what)
         used = 0
         for mask in masks:
             if mask >> bits or used & mask or (mask | mask - 1) + 1 & mask:

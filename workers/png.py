@@ -92,7 +92,8 @@ class Png(ImageFile.ImageFile):
         if not palette:
             raise unusable("undecodable", what="a PNG with palette colours, and without a palette")
         if len(palette) % 3 or count > 256:
-            raise unusable("undecodable", what=f"a palette of {len(palette)} bytes; it has 3 for each of up to 256 colours")
+            what = f"a palette of {len(palette)} bytes; it has 3 for each of up to 256 colours"
+            raise unusable("undecodable", what=what)
         if len(alphas) > count:
             raise unusable("undecodable", what=f"transparency of {len(alphas)} colours for a palette of {count}")
         self.palette = ImagePalette.raw("RGB", palette.ljust(768, b"\0"))  # indices beyond are black (13.1)
@@ -229,7 +230,8 @@ def _walked(data: mmap) -> Iterator[tuple[bytes, int, int]]:
         if critical or name in ANCILLARY:
             whole = zlib.crc32(view[at + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
             if critical and not whole:
-                raise unusable("undecodable", what=f"the {name.decode()} chunk at byte {at} is damaged: its sum is wrong")
+                what = f"the {name.decode()} chunk at byte {at} is damaged: its sum is wrong"
+                raise unusable("undecodable", what=what)
             if whole:
                 yield name, start, end
         at = end + 4
