@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import socket
+import sys
+from contextlib import suppress
 
 from sanic import Sanic
 
@@ -45,7 +47,11 @@ def serve_one(settings, listening: socket.socket) -> None:
 
 
 def serve(settings) -> None:
-    """Fork as many processes as are set, and live as long as all of them."""
+    """Fork as many processes as are set, and serve until a signal stops them.
+
+    A process that ends by itself, whatever its status, stops the others: fewer processes would serve with part of
+    the capacity, or none at all, and nobody would notice. Raises SystemExit with status 1 then, else with 0.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("sanic.server").setLevel(logging.WARNING)
     logging.getLogger("sanic.root").setLevel(logging.WARNING)
@@ -81,7 +87,8 @@ def serve(settings) -> None:
         if not stopping:
             stopping = True
             for child in children:
-                os.kill(child, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has ended, and `wait` has just returned
+                    os.kill(child, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -89,8 +96,11 @@ def serve(settings) -> None:
     while children:
         child, code = os.wait()
         children.remove(child)
-        if code:
-            print(f"api: process {child} died ({os.waitstatus_to_exitcode(code)})", flush=True)
+        code = os.waitstatus_to_exitcode(code)
+        # One that was still starting has no handler of SIGTERM yet, and ends by it.
+        if not stopping or code not in (0, -signal.SIGTERM):
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+            print(f"api: process {child} {how}", file=sys.stderr, flush=True)
             status = 1
             stop()
     raise SystemExit(status)

@@ -1,4 +1,4 @@
-"""`make run`: all parts start, end together, and find their data again."""
+"""`make run` and the processes of the API: they start, end together, and find their data again."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, free_port, until
+from conftest import ROOT, Site, free_port, until
 from making import jpeg
 
 from api.tokens import mint
@@ -92,3 +92,38 @@ def test_a_part_that_dies_ends_all_of_it_with_its_name(start, command, name):
     assert run.honcho.returncode != 0
     assert f"{name}.1 stopped (rc=" in said
     assert not [part for part in run.parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def site(embedded, tmp_path):
+    """A site of two API processes, not started yet."""
+    site = Site(embedded.url, tmp_path / "data", workers=2)
+    yield site
+    site.close()
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """A process's status and what it wrote to stderr."""
+    said = process.communicate(timeout=30)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(signal.SIGTERM, "ended with status 0"), (signal.SIGKILL, "was ended by signal 9")],
+    ids=["in order", "by a signal"],
+)
+def test_an_api_process_that_ends_by_itself_ends_the_api_with_a_message(site, number, message):
+    api = site.api(stderr=subprocess.PIPE, text=True)
+    first, second = psutil.Process(api.pid).children()
+    first.send_signal(number)
+    status, said = ended(api)
+    assert status == 1
+    assert f"api: process {first.pid} {message}" in said
+    assert not second.is_running()
+
+
+def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
+    api = site.api(stderr=subprocess.PIPE, text=True)
+    api.terminate()
+    assert ended(api) == (0, "")
