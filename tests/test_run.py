@@ -127,3 +127,45 @@ def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
     api = site.api(stderr=subprocess.PIPE, text=True)
     api.terminate()
     assert ended(api) == (0, "")
+
+
+def test_a_second_site_on_the_same_port_is_refused_in_one_line(site, embedded, tmp_path):
+    site.api()
+    for host in ("127.0.0.1", "0.0.0.0"):
+        other = Site(embedded.url, tmp_path / "other", port=site.port, host=host)
+        site.processes.append(other.start("api", stderr=subprocess.PIPE, text=True))
+        status, said = ended(site.processes[-1])
+        assert status == 1
+        assert said == f"api: cannot listen on {host}:{site.port}: Address already in use. Set IMAGEGRAM_PORT.\n"
+    assert httpx.get(f"{site.url}/readyz").status_code == 200
+
+
+def test_of_sites_that_start_on_one_port_at_the_same_moment_one_is_served(embedded, tmp_path):
+    port = free_port()
+    sites = [Site(embedded.url, tmp_path / name, port=port, workers=2) for name in ("one", "two", "three")]
+    try:
+        started = [site.start("api", stderr=subprocess.PIPE, text=True) for site in sites]
+        until(lambda: sum(process.poll() is not None for process in started) == 2, what="two to be refused")
+        until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, what="the API")
+        refused = [ended(process) for process in started if process.poll() is not None]
+        assert [status for status, _ in refused] == [1, 1]
+        assert all(said.count("\n") == 1 and str(port) in said for _, said in refused)
+    finally:
+        for site in sites:
+            site.close()
+
+
+def test_a_port_of_0_is_one_port_for_all_processes(site):
+    site.environment["IMAGEGRAM_PORT"] = "0"
+    api = site.start("api", stdout=subprocess.PIPE, text=True)
+    port = int(api.stdout.readline().split()[1].rsplit(":", 1)[1].rstrip(","))
+    until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, what="the API")
+    for child in psutil.Process(api.pid).children():
+        assert [line.laddr.port for line in child.net_connections("tcp") if line.status == "LISTEN"] == [port]
+
+
+def test_an_address_of_another_machine_is_refused_in_one_line(site):
+    site.environment["IMAGEGRAM_HOST"] = "192.0.2.1"  # RFC 5737: no machine has it
+    status, said = ended(site.start("api", stderr=subprocess.PIPE, text=True))
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith(f"api: cannot listen on 192.0.2.1:{site.port}: ")
