@@ -130,9 +130,9 @@ def main() -> None:
     asked = parser.parse_args()
     settings = environment.load()
     if asked.command == "token":
-        print(tokens.mint(environment.signing_secret(settings), asked.user))
+        print(tokens.mint(settings, asked.user))
     elif asked.command == "welcome":
-        token = tokens.mint(environment.signing_secret(settings), "alice")
+        token = tokens.mint(settings, "alice")
         print(WELCOME.format(host=settings.host, port=settings.port, data=settings.data, token=token))
     else:
         serve(settings)

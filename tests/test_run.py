@@ -37,8 +37,7 @@ class Run:
             start_new_session=True,
         )
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
-        secret = settings.signing_secret(settings.load(environment))
-        self.user = {"Authorization": f"Bearer {mint(secret, 'alice')}"}
+        self.user = {"Authorization": f"Bearer {mint(settings.load(environment), 'alice')}"}
         self.parts = psutil.Process(self.honcho.pid).children(recursive=True)
 
     def part(self, *command: str) -> psutil.Process:
