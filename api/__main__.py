@@ -4,10 +4,13 @@ make the first call."""
 import argparse
 import ctypes
 import dataclasses
+import errno
 import logging
 import os
 import signal
 import socket
+import sys
+from contextlib import suppress
 
 from sanic import Sanic
 
@@ -27,13 +30,29 @@ Ctrl-C ends it; the data stays in {data}.
 """
 
 
-def listen(settings) -> socket.socket:
-    """Each process has its own queue of new connections on the same port, and the kernel spreads them."""
-    found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-    listening = socket.socket(found[0], socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listening.bind(found[4])
+def listen(settings) -> list[socket.socket]:
+    """One listening socket for each process, all on the same port; the kernel spreads connections over them.
+
+    SO_REUSEPORT lets every server of this user join a port, also that of another site, which would then get a share of
+    the requests. So the first socket listens without it, which fails if anybody listens there, and also if two sites
+    start at the same moment. Only then the port is opened for the other sockets. Raises SystemExit.
+    """
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        first = _listen(found[0], found[4], shared=False)
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        others = [_listen(found[0], first.getsockname(), shared=True) for _ in range(settings.api_processes - 1)]
+    except OSError as error:
+        reason = f"api: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
+        raise SystemExit(f"{reason}. Set IMAGEGRAM_PORT." if error.errno == errno.EADDRINUSE else reason) from None
+    return [first, *others]
+
+
+def _listen(family: int, address: tuple, shared: bool) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run may be in TIME_WAIT
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
+    listening.bind(address)
     listening.listen(1024)
     return listening
 
@@ -45,15 +64,18 @@ def serve_one(settings, listening: socket.socket) -> None:
 
 
 def serve(settings) -> None:
-    """Fork as many processes as are set, and live as long as all of them."""
+    """Fork as many processes as are set, and serve until a signal stops them.
+
+    A process that ends by itself, whatever its status, stops the others: fewer processes would serve with part of
+    the capacity, or none at all, and nobody would notice. Raises SystemExit with status 1 then, else with 0.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("sanic.server").setLevel(logging.WARNING)
     logging.getLogger("sanic.root").setLevel(logging.WARNING)
     environment.signing_secret(settings)  # made once, before there are several who want it
-    # Bound in the parent, so that a port that is taken is said once, and a port of 0 is one port for all.
-    first = listen(settings)
-    settings = dataclasses.replace(settings, port=first.getsockname()[1])
-    sockets = [first] + [listen(settings) for _ in range(settings.api_processes - 1)]
+    # Bound in the parent, so that a port that is taken is reported once, and a port of 0 is one port for all.
+    sockets = listen(settings)
+    settings = dataclasses.replace(settings, port=sockets[0].getsockname()[1])
     parent, children = os.getpid(), set()
     for listening in sockets:
         child = os.fork()
@@ -81,7 +103,8 @@ def serve(settings) -> None:
         if not stopping:
             stopping = True
             for child in children:
-                os.kill(child, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has ended, and `wait` has just returned
+                    os.kill(child, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -89,8 +112,11 @@ def serve(settings) -> None:
     while children:
         child, code = os.wait()
         children.remove(child)
-        if code:
-            print(f"api: process {child} died ({os.waitstatus_to_exitcode(code)})", flush=True)
+        code = os.waitstatus_to_exitcode(code)
+        # One that was still starting has no handler of SIGTERM yet, and ends by it.
+        if not stopping or code not in (0, -signal.SIGTERM):
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+            print(f"api: process {child} {how}", file=sys.stderr, flush=True)
             status = 1
             stop()
     raise SystemExit(status)
@@ -104,9 +130,9 @@ def main() -> None:
     asked = parser.parse_args()
     settings = environment.load()
     if asked.command == "token":
-        print(tokens.mint(environment.signing_secret(settings), asked.user))
+        print(tokens.mint(settings, asked.user))
     elif asked.command == "welcome":
-        token = tokens.mint(environment.signing_secret(settings), "alice")
+        token = tokens.mint(settings, "alice")
         print(WELCOME.format(host=settings.host, port=settings.port, data=settings.data, token=token))
     else:
         serve(settings)

@@ -9,7 +9,6 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api import shapes
 from api.problems import Problem
-from api.protocol import refuse_body
 from storage import posts, uploads
 from storage.errors import TooLarge
 from storage.settings import FORM_SLACK, IMAGE_BYTES, TEXT_CHARACTERS
@@ -105,7 +104,6 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     """
     ctx, form, once = request.app.ctx, Form(boundary(request)), shapes.once(request, body=None)
     if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
-        refuse_body(request)
         return post.id, post.caption, True
     partitions, processing = ctx.settings.partitions, ctx.settings.processing
     declared = shapes.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known

@@ -13,7 +13,7 @@ from sanic.handlers import ErrorHandler
 from sanic.log import error_logger
 from sanic.response import HTTPResponse
 
-from api.protocol import refuse_body
+from api.protocol import EncodedBody
 from storage import errors, objects
 
 # Every answer below /v1/uploads says it, also what the router refuses, before a blueprint is known.
@@ -58,6 +58,7 @@ SANIC = {
     exceptions.NotFound: ("nowhere", "there is nothing at this address"),
     exceptions.MethodNotAllowed: ("method", "this address does not take this method"),
     exceptions.PayloadTooLarge: ("toolarge", "the request is too large"),
+    EncodedBody: ("encoding", "a body is sent without a Content-Encoding"),
     exceptions.RequestTimeout: ("timeout", "the request did not arrive in time"),
     exceptions.ServiceUnavailable: ("stalled", "no byte arrived for too long"),
 }
@@ -111,7 +112,7 @@ def allowed(request) -> str:
 
 
 class Errors(ErrorHandler):
-    """Every error leaves as a problem; the rest of the request's body is not waited for."""
+    """Every error leaves as a problem."""
 
     def response(self, request, exception):
         response = answer_to(exception)
@@ -121,5 +122,4 @@ class Errors(ErrorHandler):
             response.headers["Tus-Resumable"] = TUS_VERSION
         if response.status == 500:
             error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
-        refuse_body(request)
         return response

@@ -8,7 +8,7 @@ as it lasts; and shapes pass that a proxy in front may read as another request.
 import re
 from time import monotonic
 
-from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
+from sanic.exceptions import BadRequest, RequestTimeout, SanicException, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
@@ -17,34 +17,42 @@ DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for cli
 LOOK = 2.0  # seconds between two looks at a connection's clock
 HEADER = 10.0  # seconds in which a request's header must be complete
 
+# Bytes of trailers after the last chunk. Nobody needs more than a checksum there, and they are dropped.
+TRAILER_BYTES = 8192
+TAKE_A_BODY = {"POST", "PATCH"}  # methods of which an address here reads the body
+
 # RFC 9112, sections 3 and 5: one space between the parts, none before a colon, no folded lines, no control characters.
+# The target is a path, or an http address (section 3.2.2), of which group 1 is what stands before the path. Group 2 is
+# a transfer coding. The quantifiers are possessive: lines that match in two ways would be tried 2^n times.
+NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+FIELD = NAME + rb"++:[^\x00-\x08\x0a-\x1f]*+"
 HEAD = re.compile(
-    rb"[!-~]+ [!-~]+ HTTP/1\.[01](?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f]*)*"
+    NAME + rb"++ (?:/|((?i:https?)://[0-9A-Za-z.:_~%!$&'()*+,;=\[\]-]++)(?=[/? ]))[!\"$-~]*+ HTTP/1\.[01]"
+    rb"(?:\r\n(?>(?i:transfer-encoding):([ \t]*+(?i:chunked)[ \t]*+)|" + FIELD + rb"))*+"
 )
+TRAILERS = re.compile(rb"(?:" + FIELD + rb"\r\n)*+")
 # What says where a body ends is read as bytes: Sanic's strings lose what Unicode takes for spaces or digits.
 # RFC 9110, section 8.6: a length has ASCII digits and nothing else.
 FRAMING = re.compile(rb"\r\n(?:content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
 FRAMED = re.compile(rb"[ \t]*(?:[0-9]{1,18}|chunked)[ \t]*")
-CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,16}[ \t]*(?:;[^\r\n]{0,64})?\r\n")  # RFC 9112, section 7.1
+# RFC 9112, section 7.1. Group 1: the size of the last chunk.
+CHUNK = re.compile(rb"\r\n(?:(0{1,16})|[0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,64})?\r\n")
 CHUNK_HEAD = 64  # bytes a chunk's size line may have, extensions and all
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def refuse_body(request) -> None:
-    """Answer now: neither invite nor drain what is left of a request's body, and close the connection afterwards.
+class EncodedBody(SanicException):
+    """A body with a Content-Encoding. To decode it would need a limit of its own against what grows a thousandfold."""
 
-    RFC 9110, section 10.1.1: a final status may be sent instead of 100, before the content was read.
-    """
-    stream = request.stream
-    if stream and stream.request_body:
-        stream.expecting_continue = False
-        stream.keep_alive = False
-        stream.request_body = None
-        stream.protocol.refused = True
+    status_code = 415
 
 
 class StrictHttp(Http):
-    """Sanic's parser; what could mean another thing to a proxy is refused, and the connection closed."""
+    """Sanic's parser; what could mean another thing to a proxy is refused, and the connection closed.
+
+    Bodies are decided here, for every method and address: a handler reads the body of a POST or PATCH after it has
+    looked at the token. A body that nobody reads is neither invited nor awaited.
+    """
 
     async def http1_request_header(self):
         # An idle timer would be reset by every byte: the header has its time as a whole.
@@ -52,8 +60,12 @@ class StrictHttp(Http):
         buffer = self.recv_buffer
         while (end := buffer.find(b"\r\n\r\n")) == -1 and len(buffer) < self.HEADER_MAX_SIZE:
             await self._receive_more()
-        if end != -1 and not HEAD.fullmatch(buffer, 0, end):
-            raise BadRequest("the request's header is malformed")
+        if end != -1:
+            head = HEAD.fullmatch(buffer, 0, end)
+            if not head:
+                raise BadRequest("the request's header is malformed")
+            if head.lastindex:
+                normalize(buffer, head)
         await super().http1_request_header()
         request = self.request
         hosts = len(request.headers.getall("host", ()))
@@ -67,8 +79,30 @@ class StrictHttp(Http):
         ):
             self.request_body = None
             raise BadRequest("the request's header is malformed")
+        if self.request_body:
+            if self.request_body is True and not self.request_bytes_left:  # Content-Length: 0
+                self.request_body, self.expecting_continue = None, False
+            elif request.method not in TAKE_A_BODY:
+                self.refuse_body()
+            elif any(
+                coding.strip().lower() not in ("", "identity")
+                for coding in request.headers.getall("content-encoding", ())
+            ):
+                # RFC 9110, section 15.5.16
+                raise EncodedBody("the body has a Content-Encoding", headers={"Accept-Encoding": "identity"})
+
+    def refuse_body(self) -> None:
+        """Neither invite nor drain what is left of the body, and close the connection after the answer.
+
+        RFC 9110, section 10.1.1: a final status may be sent instead of 100, before the content was read.
+        """
+        self.expecting_continue = self.keep_alive = False
+        self.request_body = None
+        self.protocol.refused = True
 
     def respond(self, response):
+        if self.request_body:
+            self.refuse_body()
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
         return super().respond(response)
@@ -81,12 +115,35 @@ class StrictHttp(Http):
             buffer = self.recv_buffer
             while buffer.find(b"\r\n", 3) == -1 and len(buffer) <= CHUNK_HEAD:
                 await self._receive_more()
-            if not CHUNK.match(buffer):
+            chunk = CHUNK.match(buffer)
+            if not chunk or (chunk[1] and not await self._drop_trailers(chunk.end())):
                 self.keep_alive = False
                 raise BadRequest("the body's chunks are malformed")
         if self.request_bytes > self.request_max_size:
             self.expecting_continue = False  # what is too large is not invited
         return await super().read()
+
+    async def _drop_trailers(self, start: int) -> bool:
+        """Remove the trailers, which Sanic refuses, from the buffer. Whether they are fields, and not too long.
+
+        `start` is where they begin. RFC 9112, section 7.1.2: a recipient may discard them.
+        """
+        buffer = self.recv_buffer
+        while (end := buffer.find(b"\r\n\r\n", start - 2)) == -1 and len(buffer) - start <= TRAILER_BYTES:
+            await self._receive_more()
+        if not start - 2 <= end <= start + TRAILER_BYTES or not TRAILERS.fullmatch(buffer, start, end + 2):
+            return False
+        del buffer[start : end + 2]
+        return True
+
+
+def normalize(buffer: bytearray, head: re.Match) -> None:
+    """Write a request's header as Sanic understands it: `chunked` in small letters, and a path as the target."""
+    if head[2]:
+        buffer[head.start(2) : head.end(2)] = head[2].strip().lower().rjust(len(head[2]))
+    if head[1]:
+        # RFC 9112, section 3.2.2: servers must accept an address, and section 3.2.1: an empty path is sent as "/"
+        buffer[head.start(1) : head.end(1)] = b"" if buffer[head.end(1)] == ord("/") else b"/"
 
 
 class Protocol(HttpProtocol):

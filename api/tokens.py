@@ -6,46 +6,73 @@ import time
 import jwt
 
 from api.problems import Problem
+from storage.settings import Settings, signing_secret
 
 ALGORITHM = "HS256"  # fixed: a token does not choose how it is verified (RFC 8725, section 3.1)
 SUBJECT = re.compile(r"[\x21-\x7e]{1,255}")  # visible ASCII: it stands in Redis keys and in headers
 REMEMBERED = 10_000  # tokens. When there are more, all are forgotten: simpler than an order of age
 USUAL = 1024  # characters of a token that is remembered, which bounds their memory at 10 MB
 DEVELOPMENT_SECONDS = 24 * 60 * 60
+LEEWAY = 30  # seconds the clock of who signs may differ from ours, for exp, nbf and iat (RFC 7519, section 4.1.4)
+
+# Why a token is refused, in our words: PyJWT's may quote Python's errors. A subclass stands before its base.
+REASONS = {
+    jwt.ExpiredSignatureError: "it has expired",
+    jwt.ImmatureSignatureError: "it is not valid yet",
+    jwt.InvalidAudienceError: "it is for another audience",
+    jwt.InvalidIssuerError: "it comes from another issuer",
+    jwt.MissingRequiredClaimError: "a claim is missing",
+    jwt.exceptions.InvalidSubjectError: "`sub` must be a string",
+    jwt.InvalidSignatureError: "its signature is wrong",
+    jwt.InvalidAlgorithmError: f"it is not signed with {ALGORITHM}",
+    jwt.InvalidTokenError: "it is malformed",
+}
 
 
-def mint(secret: str, user: str, seconds: int = DEVELOPMENT_SECONDS) -> str:
-    """A token for development and tests."""
-    return jwt.encode({"sub": user, "exp": int(time.time()) + seconds}, secret, ALGORITHM)
+def mint(settings: Settings, user: str, seconds: int = DEVELOPMENT_SECONDS) -> str:
+    """A token for development and tests, with the issuer and the audience that are set."""
+    claims = {"sub": user, "exp": int(time.time()) + seconds, "iss": settings.jwt_issuer, "aud": settings.jwt_audience}
+    return jwt.encode({name: value for name, value in claims.items() if value}, signing_secret(settings), ALGORITHM)
 
 
 def user(request) -> str:
     """The user whose token the request carries. Raises Problem 401.
 
-    A token that was verified is remembered until it expires: verifying it takes longer than all else of a request.
+    A verified token is remembered until it expires, leeway included: verifying it takes longer than all else of a
+    request.
     """
     ctx, carried = request.app.ctx, request.headers.get("authorization", "")
     found = ctx.verified.get(carried)
     if found and time.time() < found[1]:
         return found[0]
-    claims = _verify(carried, ctx.secret)
+    claims = _verify(carried, ctx.secret, ctx.settings)
     if len(carried) <= USUAL:
         if len(ctx.verified) >= REMEMBERED:
             ctx.verified.clear()
-        ctx.verified[carried] = claims["sub"], int(claims["exp"])
+        ctx.verified[carried] = claims["sub"], int(claims["exp"]) + LEEWAY
     return claims["sub"]
 
 
-def _verify(carried: str, secret: str) -> dict:
+def _verify(carried: str, secret: str, settings: Settings) -> dict:
     scheme, _, token = carried.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise _unauthorized("a Bearer token is needed", "")
     if not token.isascii():  # PyJWT would encode it first, which bytes that are no UTF-8 do not survive
         raise _unauthorized("the token is of no use: it is not ASCII", ', error="invalid_token"')
     try:
-        claims = jwt.decode(token.strip(), secret, [ALGORITHM], options={"require": ["exp", "sub"]})
+        claims = jwt.decode(
+            token.strip(),
+            secret,
+            [ALGORITHM],
+            issuer=settings.jwt_issuer or None,
+            audience=settings.jwt_audience or None,
+            leeway=LEEWAY,
+            # Without this, PyJWT refuses every token that names an audience where none is set.
+            options={"require": ["exp", "sub"], "verify_aud": bool(settings.jwt_audience)},
+        )
     except jwt.InvalidTokenError as error:
-        raise _unauthorized(f"the token is of no use: {error}", ', error="invalid_token"') from None
+        reason = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
+        raise _unauthorized(f"the token is of no use: {reason}", ', error="invalid_token"') from None
     if not SUBJECT.fullmatch(claims["sub"]):
         raise _unauthorized("`sub` must be 1 to 255 visible ASCII characters", ', error="invalid_token"')
     return claims

@@ -15,7 +15,6 @@ from api import shapes, tokens
 from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
 from api.problems import Problem, answer_to
-from api.protocol import refuse_body
 from storage import uploads
 from storage.errors import NoUpload, Offset, Refusal, TooLarge
 from storage.objects import Unavailable
@@ -105,7 +104,6 @@ async def create(request):
     try:
         found = await uploads.uncut(uploads.read(ctx.db, user, upload))
     except NoUpload:  # it has become a post, or was deleted, since it was made
-        refuse_body(request)
         return bare(201, answer)
     if request.headers.get("content-type") == BODY and not replayed:
         image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, length)
@@ -115,11 +113,9 @@ async def create(request):
             # Once it is created the client must learn where. What could not be written now is sent by PATCH.
             refused = answer_to(error)
             if refused.status < 500:
-                refuse_body(request)
                 refused.headers.update(answer)
                 return refused
         found = found._replace(offset=image.offset, expires=image.expires or found.expires)
-    refuse_body(request)
     return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
 
 

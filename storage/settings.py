@@ -25,6 +25,7 @@ OPEN_UPLOADS = 20  # a user may have, besides forms
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to, and as many the user's forms
 FORM_BYTES = 4 * MIB  # the least a form reserves: what it may hold in memory. So a user has up to 512 forms under way
 PROCESSING = 30  # posts of a user that may be processing, unless it is set otherwise
+SECRET_BYTES = 32  # RFC 7518, section 3.2: a key for HS256 is at least as long as its digest
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Settings:
     keep_days: int  # days of the past of which one base is kept each
     verify_every: int  # seconds between two restores on trial; each holds the data in memory twice; 0: none
     jwt_secret: str  # empty: made on first start and kept in the data folder
+    jwt_issuer: str  # `iss` of every token; empty: not checked
+    jwt_audience: str  # what `aud` of every token must name; empty: `aud` is ignored
     partitions: int  # how many partitions new posts spread over; old ones stay where they are
 
     @property
@@ -107,22 +110,43 @@ def load(environ=os.environ) -> Settings:
         keep_days=integer("KEEP_DAYS", 30, 0, 36600),
         verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
         jwt_secret=get("JWT_SECRET", ""),
+        jwt_issuer=get("JWT_ISSUER", ""),
+        jwt_audience=get("JWT_AUDIENCE", ""),
         # A partition is a number in a key's hash tag; a Cluster has no more slots than this.
         partitions=integer("PARTITIONS", 1, 1, 16384),
     )
 
 
 def signing_secret(settings: Settings) -> str:
-    """The HS256 secret: the one set, else the one kept in the data folder, made now if there is none."""
+    """The HS256 secret: the one set, else the one kept in the data folder, made now if there is none.
+
+    Raises SystemExit for a secret shorter than SECRET_BYTES.
+    """
     if settings.jwt_secret:
-        return settings.jwt_secret
+        return _long_enough(settings.jwt_secret, "IMAGEGRAM_JWT_SECRET")
     kept = settings.data / "jwt-secret"
     if not kept.exists():
         settings.data.mkdir(parents=True, exist_ok=True)
         draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
-        draft.touch(mode=0o600)
-        draft.write_text(secrets.token_urlsafe(32))
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # before it has its name: a cut of power must not leave an empty secret
         with suppress(FileExistsError):
             os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
         draft.unlink()
-    return kept.read_text()
+    folder = os.open(settings.data, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Before the first token is signed, which another secret would refuse. Also where the file was there already:
+        # the process that made it may not have come so far.
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return _long_enough(kept.read_text(), str(kept))
+
+
+def _long_enough(secret: str, where: str) -> str:
+    length = len(secret.encode())
+    if length < SECRET_BYTES:
+        raise SystemExit(f"{where} has {length} bytes: a signing secret needs at least {SECRET_BYTES}")
+    return secret

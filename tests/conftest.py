@@ -166,14 +166,14 @@ class Site:
         }
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, *command: str) -> subprocess.Popen:
-        """Start `python -m …`."""
-        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment)
+    def start(self, *command: str, **options) -> subprocess.Popen:
+        """Start `python -m …`; `options` are those of Popen."""
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **options)
         self.processes.append(process)
         return process
 
-    def api(self) -> subprocess.Popen:
-        process = self.start("api")
+    def api(self, **options) -> subprocess.Popen:
+        process = self.start("api", **options)
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
         return process
 

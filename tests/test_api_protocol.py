@@ -8,10 +8,10 @@ import time
 
 import psutil
 import pytest
-from conftest import connect, until
+from conftest import Site, connect, until
 from making import make_post
 from uploading import BODY, begin, offset, picture
-from wire import FORM, Line, dial, head
+from wire import FORM, Line, dial, exchange, head, hear, reset
 from wiretrace import chunked
 
 SECOND = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -61,7 +61,11 @@ SHAPES = {
     "a chunk ended by a line feed": (CHUNKED, b"14\r\n" + TEXT + b"\n0\r\n\r\n"),
     "a size ended by a line feed": (CHUNKED, b"14\n" + TEXT + b"\r\n0\r\n\r\n"),
     "a size line without end": (CHUNKED, b"14;" + b"a" * 200),
-    "a trailer": (CHUNKED, chunked(TEXT, end=b"0\r\nX-One: a\r\n\r\n")),
+    "a trailer that is no field": (CHUNKED, chunked(TEXT, end=b"0\r\nX-One\r\n\r\n")),
+    "a trailer with a space before its colon": (CHUNKED, chunked(TEXT, end=b"0\r\nX-One : a\r\n\r\n")),
+    "a trailer with a bare line feed": (CHUNKED, chunked(TEXT, end=b"0\r\nX-One: a\n\r\n\r\n")),
+    "trailers of 10,000 bytes": (CHUNKED, chunked(TEXT, end=b"0\r\n" + b"X: 45678\r\n" * 1000 + b"\r\n")),
+    "trailers without end": (CHUNKED, chunked(TEXT, end=b"0\r\n" + b"X: 45678\r\n" * 1000)),
     "no empty line at the end": (CHUNKED, chunked(TEXT, end=b"0\r\nGET")),
 }
 LINES = {
@@ -73,8 +77,13 @@ LINES = {
     "a target that is not ASCII": "GET /h\u00e9 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
     "a control character in the target": b"GET /heal\x01thz HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "chunks in HTTP/1.0": b"POST /healthz HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a method with a bracket": b"G(T /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
 }
+TARGETS = ["x:443", "?x", "x", "*", "http:///", "http:///healthz", "http://", "http:/healthz", "http://a@b/healthz"]
+TARGETS += ["ftp://localhost/healthz", "localhost/healthz", "/healthz#x", "http://localhost/healthz#x", "\\healthz"]
+for method in ("GET", "POST", "CONNECT", "OPTIONS"):
+    LINES |= {f"{method} {target}": head(method, target) for target in TARGETS}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +142,121 @@ def test_a_right_request_in_chunks_is_taken_and_the_connection_kept(serving, pos
     last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     answers = closed_with(serving, asked + body + last)
     assert [answer[:3] for answer in answers] == [b"201", b"200"]
+
+
+def test_an_address_as_target_is_taken_for_its_path(serving):
+    for target in ("http://localhost/healthz", "HTTPS://[::1]:8443/healthz?a=b", "http://user-s.example:80/healthz"):
+        answer = exchange(serving.port, head("GET", target))
+        assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
+    assert exchange(serving.port, head("GET", "http://localhost?a=b")).json()["code"] == "nowhere"
+    listed = [exchange(serving.port, head("GET", f"{host}/v1/posts?limit=1")) for host in ("", "http://localhost")]
+    assert listed[0].headers["etag"] == listed[1].headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("header", "end"),
+    [
+        ("Transfer-Encoding: ChUnKeD", b"0\r\n\r\n"),
+        ("transfer-encoding:CHUNKED \t", b"0\r\n\r\n"),
+        ("Transfer-Encoding: chunked", b"0\r\nX-One: a\r\n\r\n"),
+        ("Transfer-Encoding: chunked", b'00;a="b"\r\nX-One: a\r\nContent-Length: 5\r\nX-Two:\r\n\r\n'),
+        ("Transfer-Encoding: chunked", b"0\r\n" + b"X: 45678\r\n" * 700 + b"\r\n"),
+    ],
+)
+def test_chunks_in_any_case_and_trailers_are_taken_and_the_connection_kept(serving, post, header, end):
+    token = f"Authorization: Bearer {serving.token('alice')}"
+    asked = head("POST", f"/v1/posts/{post}/comments", token, header) + chunked(b'{"text": "in chunks"}', end=end)
+    last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert [answer[:3] for answer in closed_with(serving, asked + last)] == [b"201", b"200"]
+    with dial(serving.port) as line:  # byte by byte
+        for byte in asked:
+            line.sendall(bytes([byte]))
+        assert hear(line).status == 201
+
+
+BODILESS = [
+    ("GET", "/v1/posts", b"200"),
+    ("GET", "/nowhere", b"404"),
+    ("OPTIONS", "/v1/uploads", b"204"),
+    ("OPTIONS", "/v1/posts", b"405"),
+    ("HEAD", "/v1/uploads/x", b"401"),
+    ("DELETE", "/v1/posts/x", b"401"),
+    ("DELETE", "/v1/posts/x/comments/1-0", b"401"),
+    ("DELETE", "/v1/uploads/x", b"401"),
+    ("PUT", "/v1/posts", b"405"),
+    ("BREW", "/v1/posts", b"405"),
+]
+TUS = "Tus-Resumable: 1.0.0"
+
+
+@pytest.mark.parametrize(("method", "target", "status"), BODILESS)
+def test_a_body_that_no_method_takes_is_ignored_and_the_connection_closed(serving, method, target, status):
+    for body, *headers in [
+        (SECOND, f"Content-Length: {len(SECOND)}"),
+        (chunked(SECOND), "Transfer-Encoding: chunked"),
+        (b"", "Content-Length: 1000000", "Expect: 100-continue"),
+        (b"gz", "Content-Length: 2", "Content-Encoding: gzip"),
+    ]:
+        answers = closed_with(serving, head(method, target, TUS, *headers) + body)
+        assert [answer[:3] for answer in answers] == [status]
+    empty = head(method, target, TUS, "Content-Length: 0", "Expect: 100-continue")
+    last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert [answer[:3] for answer in closed_with(serving, empty + last)] == [status, b"200"]
+
+
+async def test_a_body_that_trickles_holds_no_connection_whatever_the_method(serving):
+    """100 of DELETE, 10 of each other, all at once; POST, which is refused before its body, is the measure."""
+    alice = f"Authorization: Bearer {serving.token('alice')}"
+    upload = await asyncio.to_thread(begin, serving, 100)
+    override = head("POST", f"/v1/uploads/{upload}", alice, TUS, "X-HTTP-Method-Override: DELETE", "Content-Length: 99")
+    crowd = [Bad("401", head("POST", "/v1/posts", FORM, "Content-Length: 1000"), b"x", 0.3) for _ in range(10)]
+    crowd += [Bad("401", head("DELETE", "/v1/posts/x", "Content-Length: 1000"), b"x", 0.3) for _ in range(100)]
+    crowd += [Bad("204", override, b"x", 0.3)]
+    for method, target, status in BODILESS:
+        asked = head(method, target, TUS, "Transfer-Encoding: chunked")
+        crowd += [Bad(status.decode(), asked, b"1\r\nx\r\n", 0.3) for _ in range(10)]
+    await asyncio.gather(*(bad.run(serving.port, 10) for bad in crowd))
+    assert all(bad.lasted is not None for bad in crowd), [bad.beginning for bad in crowd if bad.lasted is None][:1]
+    posts, others = ([bad.lasted for bad in part] for part in (crowd[:10], crowd[10:]))
+    assert max(others) < max(posts) + 1
+    for bad in crowd:
+        assert bad.answer.startswith(f"HTTP/1.1 {bad.name}".encode()), (bad.beginning, bad.answer)
+
+
+def test_a_delete_does_its_work_without_its_body(serving):
+    upload = begin(serving, 100)
+    asked = head("DELETE", f"/v1/uploads/{upload}", f"Authorization: Bearer {serving.token('alice')}", TUS)
+    answers = closed_with(serving, asked.replace(b"\r\n\r\n", b"\r\nContent-Length: 99\r\n\r\n"))
+    assert [answer[:3] for answer in answers] == [b"204"]
+    assert not serving.server.client.exists(f"upload:{{0}}:{upload}")
+
+
+def test_what_a_client_sends_wrong_leaves_nothing_in_the_log(embedded, tmp_path):
+    """Every request of this file that is malformed or has a body that nobody reads, once."""
+    site = Site(embedded.url, tmp_path / "data")
+    with (tmp_path / "log").open("w+") as log:
+        try:
+            site.api(stderr=log)
+            token = f"Authorization: Bearer {site.token('alice')}"
+            for headers, body in SHAPES.values():
+                headers = [header.encode().decode("latin-1") for header in headers]
+                closed_with(site, head("POST", "/v1/posts/x/comments", token, *headers) + body + SECOND)
+            for line in LINES.values():
+                closed_with(site, line)
+            for method, target, _ in BODILESS:
+                closed_with(site, head(method, target, TUS, "Content-Length: 9") + b"{}")
+                closed_with(site, head(method, target, TUS, "Transfer-Encoding: chunked") + chunked(TEXT))
+            encoded = head("POST", "/v1/posts", token, FORM, "Content-Encoding: gzip", "Content-Length: 9")
+            assert [answer[:3] for answer in closed_with(site, encoded)] == [b"415"]
+            form = head("POST", "/v1/posts", token, FORM, "Content-Length: 9") + b"--f"
+            for beginning in (b"GET / HT", form, encoded):
+                with dial(site.port) as line:
+                    line.sendall(beginning)
+                    reset(line)
+        finally:
+            site.close()
+        log.seek(0)
+        assert log.read() == ""
 
 
 def refused(site) -> dict[str, tuple[bytes, bytes]]:

@@ -64,6 +64,26 @@ def test_a_long_json_body_is_refused_also_without_its_length(standing):
     standing.refused(start + b"%x\r\n" % 70_000 + b" " * 70_000 + b"\r\n0\r\n\r\n", 413, "toolarge")
 
 
+CODINGS = ["gzip", "br", "GZIP", "x-own", "identity, gzip", "gzip\r\nContent-Encoding: identity"]
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_body_with_an_encoding_is_refused(standing, coding):
+    token = f"Authorization: Bearer {standing.token('alice')}"
+    for target in ("/v1/posts", "/v1/posts/{post}/comments", "/v1/uploads"):
+        asked = head("POST", standing.filled(target), token, f"Content-Encoding: {coding}", "Content-Length: 9")
+        answer = standing.refused(asked + b"123456789", 415, "encoding")
+        assert answer.headers["accept-encoding"] == "identity"
+
+
+def test_a_body_with_the_encoding_identity_is_taken(standing):
+    with standing.client("bob") as client:
+        target, headers = standing.filled("/v1/posts/{post}/comments"), {"Content-Encoding": "identity"}
+        made = client.post(target, json={"text": "plain"}, headers=headers)
+        assert made.status_code == 201
+        assert client.delete(made.headers["Location"]).status_code == 204
+
+
 def test_the_longest_comment_is_taken_however_it_is_written(standing):
     with standing.client("bob") as client:
         for text in ("😀" * 2200, "\0" * 2199 + "x", "\u202e" * 2200):

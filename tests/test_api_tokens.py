@@ -2,12 +2,17 @@
 
 import base64
 import json
+import os
+import subprocess
 import time
 
 import jwt
 import pytest
-from conftest import SECRET
-from wire import head, request
+from conftest import NOBODY, SECRET, Site
+from wire import Line, exchange, head, request
+
+from api.tokens import LEEWAY, mint
+from storage import settings
 
 
 def test_a_sub_with_braces_and_colons_is_a_user_like_any_other(standing):
@@ -50,7 +55,7 @@ def unsigned(claims: dict, algorithm: str) -> str:
 
 
 TOKENS = {
-    "expired": lambda: signed(claims(exp=int(time.time()) - 1)),
+    "expired": lambda: signed(claims(exp=int(time.time()) - LEEWAY)),
     "without exp": lambda: signed({"sub": "alice"}),
     "without sub": lambda: signed({"exp": int(time.time()) + 600}),
     "with a number as sub": lambda: signed(claims(sub=7)),
@@ -69,6 +74,7 @@ TOKENS = {
     "with no number as exp": lambda: signed(claims(exp=float("nan"))),
     "with a list as exp": lambda: signed(claims(exp=[1])),
     "that is not valid yet": lambda: signed(claims(nbf=int(time.time()) + 600)),
+    "issued in the future": lambda: signed(claims(iat=int(time.time()) + LEEWAY + 10)),
     "signed with another secret": lambda: signed(claims(), "another secret, which is long enough too"),
     "signed with an empty secret": lambda: unsigned(claims(), "HS256"),
     "signed with HS512": lambda: signed(claims(), algorithm="HS512"),
@@ -104,3 +110,105 @@ def test_nobody_writes_without_a_token(standing, header):
         headers = [header] if header else []
         answer = standing.refused(head(method, standing.filled(target), *headers), 401, "unauthorized")
         assert answer.headers["www-authenticate"] == 'Bearer realm="imagegram"'
+
+
+def asks(site, token: str) -> int:
+    """The status of a DELETE with this token: 404 where the token is good."""
+    return exchange(site.port, request("DELETE", f"/v1/posts/{NOBODY}", token)).status
+
+
+def test_clocks_may_differ_by_30_seconds(standing):
+    now = int(time.time())
+    for claim in ("nbf", "iat"):
+        assert asks(standing, signed(claims(**{claim: now + LEEWAY}))) == 404
+    assert asks(standing, signed(claims(exp=now - LEEWAY + 5))) == 404
+
+
+async def test_a_token_that_is_remembered_expires_with_its_leeway_and_not_before(standing):
+    ends = int(time.time()) + 2
+    async with Line(standing.port, signed(claims(exp=ends - LEEWAY))) as line:
+        seen, status = set(), 404
+        while status == 404:
+            began = time.time()
+            status = (await line.ask("DELETE", f"/v1/posts/{NOBODY}")).status
+            seen.add(status)
+            assert began < ends if status == 404 else time.time() >= ends
+            assert began < ends + 10
+    assert seen == {404, 401}
+
+
+def test_an_audience_is_ignored_where_none_is_set(standing):
+    for audience in ("others", ["a", "b"], 7, None):
+        assert asks(standing, signed(claims(aud=audience, iss="anybody"))) == 404
+
+
+def test_issuer_and_audience_are_checked_where_they_are_set(embedded, tmp_path):
+    site = Site(embedded.url, tmp_path, jwt_issuer="https://login", jwt_audience="imagegram")
+    right = {"iss": "https://login", "aud": "imagegram"}
+    try:
+        site.api()
+        assert asks(site, signed(claims(**right))) == 404
+        assert asks(site, signed(claims(**right | {"aud": ["other", "imagegram"]}))) == 404
+        assert asks(site, mint(settings.load(site.environment), "alice")) == 404
+        for wrong in ({"iss": "https://log"}, {"iss": ""}, {"aud": "other"}, {"aud": []}, {"aud": {"imagegram": 1}}):
+            assert asks(site, signed(claims(**right | wrong))) == 401, wrong
+        for name in right:
+            assert asks(site, signed(claims(**{name: right[name]}))) == 401
+    finally:
+        site.close()
+
+
+def test_a_refused_token_is_told_why_in_our_words(standing):
+    for token, reason in {
+        TOKENS["expired"](): "it has expired",
+        TOKENS["signed with another secret"](): "its signature is wrong",
+        TOKENS["without sub"](): "a claim is missing",
+        TOKENS["with a number as sub"](): "`sub` must be a string",
+        "/w.e30.e30": "it is malformed",
+    }.items():
+        answer = exchange(standing.port, request("DELETE", f"/v1/posts/{NOBODY}", token))
+        assert answer.json()["detail"] == f"the token is of no use: {reason}"
+
+
+def test_a_short_secret_is_refused_in_one_line(embedded, tmp_path):
+    site = Site(embedded.url, tmp_path, jwt_secret="x" * 31)
+    refused = site.start("api", stderr=subprocess.PIPE, text=True)
+    said = refused.communicate(timeout=30)[1]
+    assert (refused.returncode, said.count("\n")) == (1, 1)
+    assert said.startswith("IMAGEGRAM_JWT_SECRET has 31 bytes: ") and "xxx" not in said
+
+
+@pytest.mark.parametrize("kept", ["", "x" * 31])
+def test_a_kept_secret_that_is_short_is_refused_and_not_replaced(tmp_path, kept):
+    (tmp_path / "jwt-secret").write_text(kept)
+    with pytest.raises(SystemExit, match=f"jwt-secret has {len(kept)} bytes: "):
+        settings.signing_secret(settings.load({"IMAGEGRAM_DATA": str(tmp_path)}))
+    assert (tmp_path / "jwt-secret").read_text() == kept
+
+
+def test_a_secret_of_32_bytes_is_long_enough_also_in_fewer_characters():
+    for secret in ("x" * 32, "é" * 16):
+        assert settings.signing_secret(settings.load({"IMAGEGRAM_JWT_SECRET": secret})) == secret
+
+
+def test_a_secret_is_durable_before_it_is_used(tmp_path, monkeypatch):
+    """The system calls in their order, which are carried out all the same."""
+    done, fsync, link = [], os.fsync, os.link
+
+    def synced(descriptor: int) -> None:
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size > 0))
+        fsync(descriptor)
+
+    def linked(draft, kept) -> None:
+        done.append(("link", str(draft), str(kept)))
+        link(draft, kept)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    folder = tmp_path / "data"
+    secret = settings.signing_secret(settings.load({"IMAGEGRAM_DATA": str(folder)}))
+    draft = done[0][1]
+    assert done == [("fsync", draft, True), ("link", draft, f"{folder}/jwt-secret"), ("fsync", str(folder), True)]
+    assert [(path.name, path.read_text(), path.stat().st_mode & 0o777) for path in folder.iterdir()] == [
+        ("jwt-secret", secret, 0o600)
+    ]

@@ -11,6 +11,7 @@ import pytest
 
 from api.app import create
 from api.problems import SANIC, STATUS
+from api.protocol import TAKE_A_BODY
 from storage import errors, keys, settings
 from workers import dispatcher
 from workers.errors import SENTENCES
@@ -195,8 +196,12 @@ def test_every_setting_that_is_named_anywhere_exists():
             assert name in known, (path.name, name)
 
 
-def test_every_route_is_in_the_readme_and_the_other_way_round(tmp_path):
-    app = create(settings.load({"IMAGEGRAM_DATA": str(tmp_path)}))
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    return create(settings.load({"IMAGEGRAM_DATA": str(tmp_path_factory.mktemp("data"))}))
+
+
+def test_every_route_is_in_the_readme_and_the_other_way_round(app):
     served = set()
     for route in app.router.routes:
         path = "/" + re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path).replace("{name}", "{post}.jpg")
@@ -208,6 +213,14 @@ def test_every_route_is_in_the_readme_and_the_other_way_round(tmp_path):
             path = named or path
             told.add((method, path))
     assert told == served
+
+
+def test_a_route_reads_a_body_only_where_it_can_look_at_the_token_first(app):
+    """Sanic reads the body before it calls a handler that does not stream."""
+    for route in app.router.routes:
+        if route.methods & TAKE_A_BODY:
+            assert hasattr(route.handler, "is_stream"), route.path
+        assert route.methods <= TAKE_A_BODY | {"GET", "HEAD", "OPTIONS", "DELETE"}, route.path
 
 
 def test_the_api_page_tells_of_every_address(tmp_path):

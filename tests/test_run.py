@@ -1,4 +1,4 @@
-"""`make run`: all parts start, end together, and find their data again."""
+"""`make run` and the processes of the API: they start, end together, and find their data again."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, free_port, until
+from conftest import ROOT, Site, free_port, until
 from making import jpeg
 
 from api.tokens import mint
@@ -37,8 +37,7 @@ class Run:
             start_new_session=True,
         )
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
-        secret = settings.signing_secret(settings.load(environment))
-        self.user = {"Authorization": f"Bearer {mint(secret, 'alice')}"}
+        self.user = {"Authorization": f"Bearer {mint(settings.load(environment), 'alice')}"}
         self.parts = psutil.Process(self.honcho.pid).children(recursive=True)
 
     def part(self, *command: str) -> psutil.Process:
@@ -92,3 +91,80 @@ def test_a_part_that_dies_ends_all_of_it_with_its_name(start, command, name):
     assert run.honcho.returncode != 0
     assert f"{name}.1 stopped (rc=" in said
     assert not [part for part in run.parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def site(embedded, tmp_path):
+    """A site of two API processes, not started yet."""
+    site = Site(embedded.url, tmp_path / "data", workers=2)
+    yield site
+    site.close()
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """A process's status and what it wrote to stderr."""
+    said = process.communicate(timeout=30)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(signal.SIGTERM, "ended with status 0"), (signal.SIGKILL, "was ended by signal 9")],
+    ids=["in order", "by a signal"],
+)
+def test_an_api_process_that_ends_by_itself_ends_the_api_with_a_message(site, number, message):
+    api = site.api(stderr=subprocess.PIPE, text=True)
+    first, second = psutil.Process(api.pid).children()
+    first.send_signal(number)
+    status, said = ended(api)
+    assert status == 1
+    assert f"api: process {first.pid} {message}" in said
+    assert not second.is_running()
+
+
+def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
+    api = site.api(stderr=subprocess.PIPE, text=True)
+    api.terminate()
+    assert ended(api) == (0, "")
+
+
+def test_a_second_site_on_the_same_port_is_refused_in_one_line(site, embedded, tmp_path):
+    site.api()
+    for host in ("127.0.0.1", "0.0.0.0"):
+        other = Site(embedded.url, tmp_path / "other", port=site.port, host=host)
+        site.processes.append(other.start("api", stderr=subprocess.PIPE, text=True))
+        status, said = ended(site.processes[-1])
+        assert status == 1
+        assert said == f"api: cannot listen on {host}:{site.port}: Address already in use. Set IMAGEGRAM_PORT.\n"
+    assert httpx.get(f"{site.url}/readyz").status_code == 200
+
+
+def test_of_sites_that_start_on_one_port_at_the_same_moment_one_is_served(embedded, tmp_path):
+    port = free_port()
+    sites = [Site(embedded.url, tmp_path / name, port=port, workers=2) for name in ("one", "two", "three")]
+    try:
+        started = [site.start("api", stderr=subprocess.PIPE, text=True) for site in sites]
+        until(lambda: sum(process.poll() is not None for process in started) == 2, what="two to be refused")
+        until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, what="the API")
+        refused = [ended(process) for process in started if process.poll() is not None]
+        assert [status for status, _ in refused] == [1, 1]
+        assert all(said.count("\n") == 1 and str(port) in said for _, said in refused)
+    finally:
+        for site in sites:
+            site.close()
+
+
+def test_a_port_of_0_is_one_port_for_all_processes(site):
+    site.environment["IMAGEGRAM_PORT"] = "0"
+    api = site.start("api", stdout=subprocess.PIPE, text=True)
+    port = int(api.stdout.readline().split()[1].rsplit(":", 1)[1].rstrip(","))
+    until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, what="the API")
+    for child in psutil.Process(api.pid).children():
+        assert [line.laddr.port for line in child.net_connections("tcp") if line.status == "LISTEN"] == [port]
+
+
+def test_an_address_of_another_machine_is_refused_in_one_line(site):
+    site.environment["IMAGEGRAM_HOST"] = "192.0.2.1"  # RFC 5737: no machine has it
+    status, said = ended(site.start("api", stderr=subprocess.PIPE, text=True))
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith(f"api: cannot listen on 192.0.2.1:{site.port}: ")

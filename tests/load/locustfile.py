@@ -13,7 +13,7 @@ from PIL import Image
 from api.tokens import mint
 from storage import settings
 
-SECRET = settings.signing_secret(settings.load())
+SETTINGS = settings.load()
 WEIGHTS = {"feed": 7100, "comment": 2700, "uncomment": 80, "upload": 28}  # of 10,000 requests
 
 
@@ -31,7 +31,7 @@ class Person(HttpUser):
     wait_time = between(0.2, 0.8)
 
     def on_start(self):
-        self.client.headers["Authorization"] = f"Bearer {mint(SECRET, f'load-{secrets.token_hex(4)}')}"
+        self.client.headers["Authorization"] = f"Bearer {mint(SETTINGS, f'load-{secrets.token_hex(4)}')}"
         self.posts: list[str] = []
         self.said: list[str] = []  # addresses of own comments
         self.upload()
