@@ -14,9 +14,9 @@ routes = Blueprint("comments")
 async def add(request, post: str):
     user = tokens.user(request)
     await shapes.receive(request)
-    text = shapes.text(shapes.fields(request).get("text"), "text")
+    text = shapes.string(shapes.fields(request).get("text"), "text")
     if not text.strip():
-        raise shapes.invalid("text must not be blank")
+        raise shapes.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
         request.app.ctx.db, user, post, text, shapes.once(request, request.body)
     )

@@ -30,8 +30,8 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     """Make a post of a finished upload, or find the post that it has become."""
     await shapes.receive(request)
     fields = shapes.fields(request)
-    upload = shapes.text(fields.get("upload"), "upload")
-    caption = shapes.text(fields.get("caption", ""), "caption")
+    upload = shapes.string(fields.get("upload"), "upload")
+    caption = shapes.string(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
     post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body))
     if how == posts.MADE:

@@ -28,8 +28,8 @@ VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
 
 
-def invalid(detail: str) -> Problem:
-    return Problem(422, "invalid", detail)
+def invalid(detail: str, **where: str) -> Problem:
+    return Problem(422, "invalid", detail, where=where)
 
 
 # Requests
@@ -47,7 +47,7 @@ def _arguments(query: str) -> dict[str, str]:
 def limit(request) -> int:
     text = arguments(request).get("limit", str(LIMIT))
     if not COUNT.fullmatch(text) or not 1 <= int(text) <= MOST:
-        raise invalid(f"limit is a whole number from 1 to {MOST}")
+        raise invalid(f"limit is a whole number from 1 to {MOST}", parameter="limit")
     return int(text)
 
 
@@ -60,7 +60,7 @@ def _opened(cursor: str) -> str:
 
 
 def _no_cursor() -> Problem:
-    return invalid("this cursor was not given by this list")
+    return invalid("this cursor was not given by this list", parameter="cursor")
 
 
 def place(request) -> Place | None:
@@ -95,7 +95,7 @@ def once(request, body: bytes | None) -> keys.Once | None:
     if key is None:
         return None
     if not VISIBLE.fullmatch(key):
-        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters")
+        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters", header="Idempotency-Key")
     return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
@@ -121,15 +121,17 @@ def fields(request) -> dict:
     except orjson.JSONDecodeError as error:
         raise Problem(400, "malformed", f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise invalid("the body must be a JSON object")
+        raise invalid("the body must be a JSON object", pointer="#")
     return body
 
 
-def text(value, name: str) -> str:
+def string(value, name: str, **where: str) -> str:
+    """A member `name` that must be a string. `where` is its place, by default in a JSON body. Raises Problem 422."""
+    where = where or {"pointer": f"#/{name}"}
     if not isinstance(value, str):
-        raise invalid(f"{name} must be a string")
+        raise invalid(f"{name} must be a string", **where)
     if len(value) > TEXT_CHARACTERS:
-        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters")
+        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters", **where)
     return value
 
 

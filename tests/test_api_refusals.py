@@ -6,7 +6,8 @@ import json
 import pytest
 from conftest import NOBODY, connect
 from making import make_post
-from wire import Line, head, request
+from uploading import begin
+from wire import FORM, Line, dial, form, head, hear, request
 
 from storage import comments
 
@@ -71,6 +72,56 @@ def test_the_longest_comment_is_taken_however_it_is_written(standing):
             assert made.status_code == 201
             assert client.get(made.headers["Location"]).json()["text"] == text
             assert client.delete(made.headers["Location"]).status_code == 204
+
+
+CAPTION = {"parameter": "caption"}
+WRONG = {
+    "a body that is no object": ("POST", "/v1/posts/{post}/comments", "application/json", b"[]", {"pointer": "#"}),
+    "no text": ("POST", "/v1/posts/{post}/comments", "application/json", b"{}", {"pointer": "#/text"}),
+    "a blank text": ("POST", "/v1/posts/{post}/comments", "application/json", b'{"text": " "}', {"pointer": "#/text"}),
+    "no upload": ("POST", "/v1/posts", "application/json", b"{}", {"pointer": "#/upload"}),
+    "a caption that is a number": (
+        "POST", "/v1/posts", "application/json", b'{"upload": "u", "caption": 1}', {"pointer": "#/caption"},
+    ),
+    "an empty upload": ("POST", "/v1/posts", "application/json", b'{"upload": "{empty}"}', {"pointer": "#/upload"}),
+    "a limit": ("GET", "/v1/posts?limit=0", None, None, {"parameter": "limit"}),
+    "a cursor": ("GET", "/v1/posts/{post}/comments?cursor=x", None, None, {"parameter": "cursor"}),
+    "a form's unknown field": ("POST", "/v1/posts", FORM, form(("x" * 99, None, b"")), {"parameter": "x" * 64}),
+    "a form's second caption": (
+        "POST", "/v1/posts", FORM, form(("caption", None, b"a"), ("caption", None, b"b")), CAPTION,
+    ),
+    "a form's long caption": ("POST", "/v1/posts", FORM, form(("caption", None, b"a" * 9999)), CAPTION),
+    "a form without an image": ("POST", "/v1/posts", FORM, form(("caption", None, b"a")), {"parameter": "image"}),
+    "a form's empty image": ("POST", "/v1/posts", FORM, form(("image", "a.jpg", b"")), {"parameter": "image"}),
+    "a form that is cut off": ("POST", "/v1/posts", FORM, form(end=False) + b"--frontier", {}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_422_names_the_part_of_the_request_that_is_wrong(standing, case):
+    method, target, kind, body, where = WRONG[case]
+    headers = [f"Authorization: Bearer {standing.token('alice')}"]
+    if body is not None:
+        if b"{empty}" in body:
+            body = body.replace(b"{empty}", begin(standing, 0, "alice").encode())
+        headers += [f"Content-Type: {kind.removeprefix('Content-Type: ')}", f"Content-Length: {len(body)}"]
+    with dial(standing.port) as line:
+        line.sendall(head(method, standing.filled(target), *headers) + (body or b""))
+        problem = hear(line).json()
+    assert problem["errors"] == [{**where, "detail": problem["detail"]}]
+
+
+def test_a_422_names_the_idempotency_key(standing):
+    target = standing.filled("/v1/posts/{post}/comments")
+    with standing.client("bob") as client:
+        for key, text in (("", "a"), ("reused", "a"), ("reused", "b")):
+            answer = client.post(target, json={"text": text}, headers={"Idempotency-Key": key})
+            if answer.status_code == 201:
+                location = answer.headers["Location"]
+                continue
+            assert answer.status_code == 422
+            assert answer.json()["errors"] == [{"header": "Idempotency-Key", "detail": answer.json()["detail"]}]
+        assert client.delete(location).status_code == 204
 
 
 # What is asked for
