@@ -14,8 +14,8 @@ routes = Blueprint("comments")
 async def add(request, post: str):
     user = tokens.user(request)
     await shapes.receive(request)
-    text = shapes.string(shapes.fields(request).get("text"), "text")
-    if not text.strip():
+    text = shapes.text(shapes.fields(request).get("text"), "text")
+    if not shapes.SEEN.search(text):
         raise shapes.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
         request.app.ctx.db, user, post, text, shapes.once(request, request.body)

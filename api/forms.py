@@ -141,6 +141,6 @@ async def receive(request, form: Form, image: uploads.Appender) -> str:
     if "image" not in form.names:
         raise damaged("the form has no image", parameter="image")
     try:
-        return shapes.string(caption.decode(), "caption", parameter="caption")
+        return shapes.text(caption.decode(), "caption", parameter="caption")
     except UnicodeDecodeError:
         raise damaged("caption is not UTF-8", parameter="caption") from None

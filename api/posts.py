@@ -31,7 +31,7 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     await shapes.receive(request)
     fields = shapes.fields(request)
     upload = shapes.string(fields.get("upload"), "upload")
-    caption = shapes.string(fields.get("caption", ""), "caption")
+    caption = shapes.text(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
     post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body))
     if how == posts.MADE:

@@ -25,6 +25,17 @@ PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long 
 RENDERED = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
 USUAL = 500  # characters of caption and comments up to which it is
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+# Control characters (general category Cc) but tab and newline, LF or CRLF. Browsers' forms send newlines as CRLF.
+CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+# Anything that can be seen: neither white space nor, by Unicode 16.0, of the property Default_Ignorable_Code_Point
+# (soft hyphen, zero-width characters, bidirectional controls, Hangul fillers, variation selectors, tags), nor one of
+# the others that fonts show as nothing: U+13430 to 13440 and FFF9 to FFFB are formats (Cf, Mn), 2800 is Braille
+# without a dot, 16FE4 a Khitan filler, 1D159 a note without a head. The other formats are signs that are seen.
+SEEN = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U00013440\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
 
 
@@ -132,6 +143,19 @@ def string(value, name: str, **where: str) -> str:
         raise invalid(f"{name} must be a string", **where)
     if len(value) > TEXT_CHARACTERS:
         raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters", **where)
+    return value
+
+
+def text(value, name: str, **where: str) -> str:
+    """A text that people wrote, unchanged. Raises Problem 422, also for control characters."""
+    string(value, name, **where)
+    # isprintable() is true of most texts, and takes a fifth of the search's time.
+    if not value.isprintable() and (found := CONTROL.search(value)):
+        detail = (
+            f"{name} has the control character U+{ord(found[0]):04X} at position {found.start()};"
+            " only tab and newline are taken"
+        )
+        raise Problem(422, "control", detail, where=where or {"pointer": f"#/{name}"})
     return value
 
 

@@ -2,13 +2,17 @@
 
 import base64
 import json
+import sys
+import unicodedata
 
 import pytest
 from conftest import NOBODY, connect
-from making import make_post
+from making import jpeg, make_post
+from state import unchanged
 from uploading import begin
 from wire import FORM, Line, dial, form, head, hear, request
 
+from api import shapes
 from storage import comments
 
 
@@ -67,11 +71,110 @@ def test_a_long_json_body_is_refused_also_without_its_length(standing):
 
 def test_the_longest_comment_is_taken_however_it_is_written(standing):
     with standing.client("bob") as client:
-        for text in ("😀" * 2200, "\0" * 2199 + "x", "\u202e" * 2200):
+        for text in ("😀" * 2200, "\t" * 2199 + "x", "\u202e" * 2199 + "x"):
             made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
             assert made.status_code == 201
             assert client.get(made.headers["Location"]).json()["text"] == text
             assert client.delete(made.headers["Location"]).status_code == 204
+
+
+# Every control character but tab and newline. A carriage return is one where no line feed follows.
+CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"]
+
+
+@pytest.mark.parametrize("character", CONTROLS, ids=lambda character: f"U+{ord(character):04X}")
+def test_a_text_with_a_control_character_is_refused(standing, character):
+    body = json.dumps({"text": f"one{character}two"}).encode()
+    target = standing.filled("/v1/posts/{post}/comments")
+    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "control")
+    assert answer.json()["errors"][0]["pointer"] == "#/text"
+    assert f"U+{ord(character):04X} at position 3" in answer.json()["detail"]
+
+
+def test_a_caption_with_a_control_character_is_refused_in_a_form_and_in_json(standing):
+    with standing.client("bob") as client:
+        upload = begin(standing, 10, "bob")
+        caption = b'{"upload": "%b", "caption": "a\\u0085"}' % upload.encode()
+        answer = standing.refused(request("POST", "/v1/posts", standing.token("bob"), caption), 422, "control")
+        assert answer.json()["errors"][0]["pointer"] == "#/caption"
+        assert client.delete(f"/v1/uploads/{upload}", headers={"Tus-Resumable": "1.0.0"}).status_code == 204
+        kind = {"Content-Type": "multipart/form-data; boundary=frontier"}
+        body = form(("image", "a.jpg", jpeg()), ("caption", None, b"a\rb"))
+        with unchanged(standing.server.client, standing.folder):
+            refused = client.post("/v1/posts", content=body, headers=kind)
+        assert (refused.status_code, refused.json()["code"]) == (422, "control")
+        assert refused.json()["errors"][0]["parameter"] == "caption"
+
+
+BLANK = {
+    "a zero-width space": "\u200b",
+    "a joiner": "\u200d",
+    "a byte order mark": "\ufeff",
+    "a blank Braille pattern": "\u2800",
+    "a soft hyphen": "\u00ad",
+    "Hangul fillers": "\u115f\u1160\u3164\uffa0",
+    "variation selectors": "\ufe0f\U000e0100\u180b",
+    "tags": "\U000e0041\U000e007f",
+    "a combining grapheme joiner": "\u034f",
+    "a word joiner and an invisible sign": "\u2060\u2062",
+    "bidirectional controls": "\u202e\u2066\u2069\u061c\u200e",
+    "interlinear annotations": "\ufff9\ufffa\ufffb",
+    "a musical beam and a note without a head": "\U0001d173\U0001d159",
+    "separators": "\u2028\u2029\u3000\u1680\u205f",
+    "all sorts, with white space": " \t\r\n\u200b\u2003\u2800\ufeff ",
+}
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_a_comment_that_cannot_be_seen_is_blank(standing, blank):
+    body = json.dumps({"text": BLANK[blank]}).encode()
+    target = standing.filled("/v1/posts/{post}/comments")
+    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "invalid")
+    assert "blank" in answer.json()["detail"]
+
+
+def test_every_format_and_space_of_unicode_is_invisible_but_the_signs_that_are_seen():
+    """Python's Unicode data has the categories. It does not have Default_Ignorable_Code_Point."""
+    seen = [
+        code
+        for code in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code)) in ("Cf", "Zs", "Zl", "Zp") and shapes.SEEN.search(chr(code))
+    ]
+    # Arabic, Syriac and Kaithi signs that enclose or precede digits (Prepended_Concatenation_Mark)
+    assert seen == [*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD]
+
+
+UNCHANGED = {
+    "emoji of joiners and selectors": "👩\u200d👩\u200d👧\ufe0f ❤\ufe0f 1\ufe0f\u20e3",
+    "a flag of tags": "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "a non-joiner": "می\u200cخواهم",
+    "white space around and newlines of all sorts": "  a\tb\nc\r\nd\u2028e\u2029f\u00a0 ",
+    "composed, decomposed and compatible": "e\u0301 \u00e9 \ufb01 \u2126",
+    "a mark on nothing": "\u0301",
+    "noncharacters and private use": "\ufdd0\uffff\U0010ffff\ue000",
+    "markup": "<b>&amp; \\u0041 {0} %s",
+}
+
+
+@pytest.mark.parametrize("sort", UNCHANGED)
+def test_a_text_comes_back_as_it_was_sent(standing, sort):
+    text = UNCHANGED[sort]
+    with standing.client("bob") as client:
+        made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
+        assert made.status_code == 201, made.text
+        assert made.json()["text"] == client.get(made.headers["Location"]).json()["text"] == text
+        assert client.delete(made.headers["Location"]).status_code == 204
+        sent = client.post("/v1/posts", files={"image": jpeg()}, data={"caption": text})
+        assert sent.json()["caption"] == client.get(sent.headers["Location"]).json()["caption"] == text
+        assert client.delete(sent.headers["Location"]).status_code == 204
+
+
+def test_a_caption_may_be_blank(standing):
+    with standing.client("bob") as client:
+        for caption in ("", " ", "\u200b"):
+            sent = client.post("/v1/posts", files={"image": jpeg()}, data={"caption": caption})
+            assert (sent.status_code, sent.json()["caption"]) == (201, caption)
+            assert client.delete(sent.headers["Location"]).status_code == 204
 
 
 CAPTION = {"parameter": "caption"}
