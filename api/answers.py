@@ -1,6 +1,6 @@
 """JSON that can be asked for again: made once for all who wait, with a strong ETag for each encoding.
 
-ETags and If-None-Match: RFC 9110, sections 8.8.3 and 13.1.2; Accept-Encoding: section 12.5.3.
+ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2; Accept-Encoding: section 12.5.3.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
 BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
 UNSAFE = str.maketrans("", "", "\r\n\0")  # what would end a header
+TAG = re.compile(r'[ \t,]*(W/)?("[^"\x00-\x20\x7f]*")[ \t]*(?=,|$)')
 CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
@@ -64,10 +65,10 @@ class Answer:
 
     async def respond(self, request) -> Shared:
         """200 in the best encoding the client takes, or 304 if it has that already."""
-        coding = best(request.headers.get("accept-encoding", "")) if len(self.body) >= SMALL else ""
+        coding = best(joined(request, "accept-encoding")) if len(self.body) >= SMALL else ""
         tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
-        known = request.headers.get("if-none-match")
-        if known and (known == "*" or tag in known):
+        known = joined(request, "if-none-match")
+        if known and (known == tag or names(known, tag)):
             return Shared(self._head(304, coding, tag), 304)
         return Shared(self._head(200, coding, tag), 200, await self._in(coding) if coding else self.body)
 
@@ -107,6 +108,26 @@ def shared(make):
 
 def made(body, headers: dict[str, str] | None = None) -> Answer:
     return Answer(orjson.dumps(body), headers)
+
+
+def joined(request, name: str) -> str:
+    """A header that is a list: its lines are one list (RFC 9110, section 5.3). Empty without one."""
+    lines = request.headers.getall(name, None)
+    return ", ".join(lines) if lines else ""
+
+
+def names(listed: str, *tags: str, weakly: bool = True) -> bool:
+    """Whether a list of entity tags has one of `tags`, which are strong, or is `*`, which is any.
+
+    If-None-Match is compared weakly, If-Match is not (RFC 9110, section 8.8.3.2). A malformed list has none.
+    """
+    if listed == "*":
+        return True
+    end, has = 0, False
+    while found := TAG.match(listed, end):
+        end = found.end()
+        has = has or (found[2] in tags and (weakly or not found[1]))
+    return has and not listed[end:].strip(" \t,")
 
 
 def encode(coding: str, body: bytes) -> bytes:

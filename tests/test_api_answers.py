@@ -100,6 +100,53 @@ def test_what_the_client_has_is_not_sent_again(serving, pages, page, coding):
         assert hear(line).status == 200
 
 
+LISTS = {
+    '"{tag}"': 304,
+    'W/"{tag}"': 304,
+    '"other", "{tag}"': 304,
+    '"other","{tag}"': 304,
+    ', "a,b" ,\t, W/"{tag}" ,': 304,
+    "*": 304,
+    '"other"': 200,
+    "{tag}": 200,
+    '"x{tag}"': 200,
+    '"{tag}x"': 200,
+    "\"'{tag}'\"": 200,
+    '"other {tag}"': 200,
+    'w/"{tag}"': 200,
+    'W/ "{tag}"': 200,
+    '"{tag}': 200,
+    '"{tag}" nonsense': 200,
+    'nonsense "{tag}"': 200,
+    '"other" "{tag}"': 200,
+    '"{tag}", *': 200,
+    ",": 200,
+    "": 200,
+}
+
+
+@pytest.mark.parametrize("page", ["feed", "image"])
+@pytest.mark.parametrize("known", LISTS)
+def test_if_none_match_is_a_list_of_tags_that_are_compared_in_whole(serving, pages, page, known):
+    tag = get(serving, pages[page]).headers["etag"].strip('"')
+    answer = get(serving, pages[page], "If-None-Match: " + known.format(tag=tag))
+    assert answer.status == LISTS[known]
+
+
+@pytest.mark.parametrize("page", ["feed", "image"])
+def test_several_lines_of_a_header_are_one_list(serving, pages, page):
+    tag = get(serving, pages[page]).headers["etag"]
+    for lines in (('"a"', tag), (tag, '"a"'), ('"a", "b"', '"c"', f"W/{tag}")):
+        assert get(serving, pages[page], *(f"If-None-Match: {line}" for line in lines)).status == 304
+    assert get(serving, pages[page], 'If-None-Match: "a"', 'If-None-Match: "b"').status == 200
+
+
+@pytest.mark.parametrize("lines", [("gzip;q=0.5", "br"), ("identity;q=0.1", "deflate, br")])
+def test_several_lines_of_accept_encoding_are_one_list(serving, pages, lines):
+    answer = get(serving, pages["feed"], *(f"Accept-Encoding: {line}" for line in lines))
+    assert answer.headers["content-encoding"] == "br"
+
+
 @pytest.mark.parametrize("page", JSON)
 def test_the_validator_of_one_encoding_does_not_hold_for_another(serving, pages, page):
     brotlied = get(serving, pages[page], "Accept-Encoding: br").headers["etag"]
