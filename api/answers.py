@@ -13,6 +13,7 @@ import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
+READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's headers, and Sanic leaves the body out
 SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
 BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time

@@ -4,7 +4,7 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import shapes, tokens
-from api.answers import Answer, made, shared
+from api.answers import READ, Answer, made, shared
 from storage import comments
 
 routes = Blueprint("comments")
@@ -23,7 +23,7 @@ async def add(request, post: str):
     return shapes.created(shapes.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 
-@routes.get("/v1/posts/<post>/comments")
+@routes.route("/v1/posts/<post>/comments", methods=READ)
 @shared
 async def page(request, post: str) -> Answer:
     limit = shapes.limit(request)
@@ -31,7 +31,7 @@ async def page(request, post: str) -> Answer:
     return shapes.page(request.path, limit, tuple(found.comments), found.more, shapes.encoded_comment, "{row.id}")
 
 
-@routes.get("/v1/posts/<post>/comments/<comment>")
+@routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
 @shared
 async def read(request, post: str, comment: str) -> Answer:
     return made(shapes.comment(await comments.read(request.app.ctx.db, post, comment)))

@@ -8,7 +8,7 @@ import re
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api.answers import Shared, encoded_head, joined, names
+from api.answers import READ, Shared, encoded_head, joined, names
 from api.problems import problem
 from storage import posts
 from storage.errors import NoImage
@@ -26,7 +26,7 @@ HEADERS = {
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
-@routes.route("/v1/images/<name:.+\\.jpg>", methods=["GET", "HEAD"])
+@routes.route("/v1/images/<name:.+\\.jpg>", methods=READ)
 async def image(request, name: str):
     post = name.removesuffix(".jpg")
     try:

@@ -4,7 +4,7 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import shapes, tokens
-from api.answers import Answer, made, shared
+from api.answers import READ, Answer, made, shared
 from api.forms import publish
 from api.problems import Problem
 from storage import changes, posts
@@ -42,7 +42,7 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     return shapes.new_post(post, user, row.caption), True
 
 
-@routes.get("/v1/posts")
+@routes.route("/v1/posts", methods=READ)
 @shared
 async def feed(request) -> Answer:
     db, after, limit = request.app.ctx.db, shapes.place(request), shapes.limit(request)
@@ -52,7 +52,7 @@ async def feed(request) -> Answer:
     return shapes.page(request.path, limit, found.posts, found.more, shapes.encoded_post, place, links)
 
 
-@routes.get("/v1/changes")
+@routes.route("/v1/changes", methods=READ)
 @shared
 async def changed(request) -> Answer:
     ctx, since = request.app.ctx, shapes.arguments(request).get("since")
@@ -63,7 +63,7 @@ async def changed(request) -> Answer:
     return made({"items": items, "next": str(found.token), "more": found.more})
 
 
-@routes.get("/v1/posts/<post>")
+@routes.route("/v1/posts/<post>", methods=READ)
 @shared
 async def read(request, post: str) -> Answer:
     row = await posts.read(request.app.ctx.db, post)

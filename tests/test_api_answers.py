@@ -48,16 +48,20 @@ def pages(serving):
             made.append(post)
         await open_store((serving.folder / "store").as_uri()).put(f"images/{made[0]}.jpg", jpeg(600, 600))
         commented = (await posts.feed(db, 1, 1)).posts[0].id
+        comment = (await comments.page(db, commented, 1)).comments[0].id
         await db.close()
-        return made[0], commented
+        return made[0], commented, comment
 
-    post, commented = asyncio.run(fill())
+    post, commented, comment = asyncio.run(fill())
     return {
         "feed": "/v1/posts",
         "post": f"/v1/posts/{post}",
         "comments": f"/v1/posts/{commented}/comments",
         "changes": "/v1/changes?since=" + f"{serving.server.client.time()[0] // 3600},0.0",
         "image": f"/v1/images/{post}.jpg",
+        "comment": f"/v1/posts/{commented}/comments/{comment}",
+        "healthz": "/healthz",
+        "readyz": "/readyz",
     }
 
 
@@ -98,6 +102,38 @@ def test_what_the_client_has_is_not_sent_again(serving, pages, page, coding):
             assert "content-length" not in answer.headers and "content-encoding" not in answer.headers
         line.sendall(head("GET", "/healthz"))
         assert hear(line).status == 200
+
+
+def told(answer) -> dict[str, str]:
+    """Headers without what differs from one answer to the next."""
+    return {name: value for name, value in answer.headers.items() if name not in ("date", "request-id")}
+
+
+@pytest.mark.parametrize("page", [*JSON, "image", "comment", "healthz", "readyz"])
+def test_head_gets_the_headers_of_get_and_no_body(serving, pages, page):
+    """And the connection goes on with the next answer, so no body came behind them."""
+    with dial(serving.port) as line:
+        for coding in ("br", "gzip", "identity"):
+            asked = [f"Accept-Encoding: {coding}"]
+            got = get(serving, pages[page], *asked)
+            assert got.status == 200 and int(got.headers["content-length"]) == len(got.body) > 0
+            tag = got.headers.get("etag")
+            for condition in [[], [f"If-None-Match: {tag}"]] if tag else [[]]:
+                got = get(serving, pages[page], *asked, *condition)
+                line.sendall(head("HEAD", pages[page], *asked, *condition))
+                looked = hear(line, "HEAD")
+                assert (looked.status, looked.body) == (got.status, b"")
+                assert told(looked) == told(got)
+
+
+def test_head_of_what_is_not_there_gets_the_headers_of_the_problem(serving, pages):
+    with dial(serving.port) as line:
+        for target, status in ((pages["post"] + "0", 404), ("/v1/posts?limit=0", 422), ("/nowhere", 404)):
+            got = get(serving, target)
+            line.sendall(head("HEAD", target))
+            looked = hear(line, "HEAD")
+            assert (looked.status, looked.body) == (got.status, b"") and got.status == status
+            assert told(looked) == told(got)
 
 
 LISTS = {

@@ -251,6 +251,22 @@ ADDRESSES = [
     ("GET", "/v1/posts/{post}/likes", 404, "nowhere"),
     ("GET", "/v1/posts/{post}/comments/{comment}/likes", 404, "nowhere"),
     ("POST", "/v1/nothing", 404, "nowhere"),
+    ("GET", "/v1/posts/", 404, "nowhere"),
+    ("GET", "/v1/posts/?limit=1", 404, "nowhere"),
+    ("GET", "/v1/posts//", 404, "nowhere"),
+    ("GET", "//v1/posts", 404, "nowhere"),
+    ("GET", "/v1//posts", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/", 404, "nowhere"),
+    ("DELETE", "/v1/posts/{post}/", 404, "nowhere"),
+    ("POST", "/v1/posts/", 404, "nowhere"),
+    ("POST", "/v1/posts/{post}/comments/", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/comments/{comment}/", 404, "nowhere"),
+    ("GET", "/v1/changes/", 404, "nowhere"),
+    ("GET", "/v1/images/{post}.jpg/", 404, "nowhere"),
+    ("POST", "/v1/uploads/", 404, "nowhere"),
+    ("DELETE", "/v1/uploads/x/", 404, "nowhere"),
+    ("OPTIONS", "/v1/uploads/", 404, "nowhere"),
+    ("GET", "/healthz/", 404, "nowhere"),
 ]
 
 
@@ -260,15 +276,15 @@ def test_what_is_not_there_or_not_theirs_is_refused(standing, method, target, st
 
 
 METHODS = [
-    ("PUT", "/v1/posts", {"GET", "POST"}),
-    ("DELETE", "/v1/posts", {"GET", "POST"}),
-    ("PATCH", "/v1/posts/{post}", {"GET", "DELETE"}),
-    ("POST", "/v1/posts/{post}", {"GET", "DELETE"}),
-    ("PUT", "/v1/posts/{post}/comments", {"GET", "POST"}),
-    ("POST", "/v1/posts/{post}/comments/{comment}", {"GET", "DELETE"}),
+    ("PUT", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("DELETE", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("PATCH", "/v1/posts/{post}", {"GET", "HEAD", "DELETE"}),
+    ("POST", "/v1/posts/{post}", {"GET", "HEAD", "DELETE"}),
+    ("PUT", "/v1/posts/{post}/comments", {"GET", "HEAD", "POST"}),
+    ("POST", "/v1/posts/{post}/comments/{comment}", {"GET", "HEAD", "DELETE"}),
     ("DELETE", "/v1/images/{post}.jpg", {"GET", "HEAD"}),
-    ("BREW", "/v1/posts", {"GET", "POST"}),
-    ("POST", "/healthz", {"GET"}),
+    ("BREW", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("POST", "/healthz", {"GET", "HEAD"}),
 ]
 
 
