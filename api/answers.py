@@ -6,8 +6,11 @@ ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2; 
 import asyncio
 import re
 import zlib
+from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
+from random import getrandbits
+from time import time
 
 import brotli
 import orjson
@@ -17,32 +20,52 @@ READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's heade
 SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
 BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
-UNSAFE = str.maketrans("", "", "\r\n\0")  # what would end a header
+SENT_ID = re.compile(r"[\x21-\x7e]{1,64}")
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace id, parent id, flags; later versions add more
+TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 TAG = re.compile(r'[ \t,]*(W/)?("[^"\x00-\x20\x7f]*")[ \t]*(?=,|$)')
 CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
 class Shared(BaseHTTPResponse):
-    """A response with headers that were encoded together. What is set on it besides follows them.
+    """A response with headers that were encoded together. What is set on it besides, which
+    are Sanic's own, follows them unchecked.
 
-    Sanic encodes each header of each response, which costs as much as half of its other work.
+    Sanic encodes each header of each response, which costs as much as half of its other work. Here `headers` is a
+    plain dict, which is three times as fast as Sanic's multidict: no name is set twice.
     """
 
     __slots__ = ("_head",)
 
     def __init__(self, head: tuple[bytes, bytes], status: int = 200, body: bytes = b""):
-        super().__init__()
+        self.asgi, self.content_type, self.stream, self._cookies = False, None, None, None
+        self.headers = {}
         self.body, self.status, self._head = body, status, head
 
     @property
     def processed_headers(self):
-        return self._head, *map(encoded_header, self.headers.items())
+        # As in `encoded_head`, one header that goes on over the next lines.
+        lines = f"{date(int(time()))}\r\nRequest-Id: {request_id(self.stream.request)}"
+        for name, value in self.headers.items():  # Sanic's own: a length and words
+            lines += f"\r\n{name}: {value}"
+        return self._head, (b"Date", lines.encode())
 
 
-@lru_cache(4096)  # lengths and "keep-alive", for the most part
-def encoded_header(header: tuple[str, str | int]) -> tuple[bytes, bytes]:
-    name, value = header
-    return name.encode("ascii"), f"{value}".translate(UNSAFE).encode()
+@lru_cache(2)
+def date(second: int) -> str:
+    """An HTTP date (RFC 9110, section 5.6.7)."""
+    return formatdate(second, usegmt=True)
+
+
+def request_id(request) -> str:
+    """The Request-Id that was sent, the trace id of a `traceparent`, or a new one."""
+    sent = request.headers.get("request-id")
+    if sent and SENT_ID.fullmatch(sent):
+        return sent
+    parent = request.headers.get("traceparent")
+    if parent and (found := TRACE.fullmatch(parent)):
+        return found[1]
+    return f"{getrandbits(64):016x}"  # Python seeds its generator anew in each forked process
 
 
 def encoded_head(headers: dict[str, str]) -> tuple[bytes, bytes]:

@@ -4,8 +4,11 @@ import asyncio
 import gzip
 import json
 import random
+import re
 import secrets
+import time
 from base64 import b64encode
+from email.utils import parsedate_to_datetime
 
 import brotli
 import pytest
@@ -134,6 +137,78 @@ def test_head_of_what_is_not_there_gets_the_headers_of_the_problem(serving, page
             looked = hear(line, "HEAD")
             assert (looked.status, looked.body) == (got.status, b"") and got.status == status
             assert told(looked) == told(got)
+
+
+REQUESTS = {
+    "a page": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "a page that is known": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n{more}\r\n", 304),
+    "a page's head": (b"HEAD /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "health": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "tus' options": (b"OPTIONS /v1/uploads HTTP/1.1\r\nHost: x\r\n{more}\r\n", 204),
+    "nowhere": (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n{more}\r\n", 404),
+    "no token": (b"POST /v1/posts HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n{more}\r\n", 401),
+    "no such method": (b"BREW /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 405),
+    "an unknown expectation": (b"POST /v1/posts HTTP/1.1\r\nHost:x\r\nExpect:x\r\nContent-Length: 5\r\n\r\n12345", 417),
+    "no host": (b"GET /v1/posts HTTP/1.1\r\n{more}\r\n", 400),
+    "no request": (b"no sense\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_answer_has_its_time_and_an_id(serving, case):
+    asked, status = REQUESTS[case]
+    before = int(time.time())
+    first, second = (exchange(serving.port, asked.replace(b"{more}", b"")) for _ in range(2))
+    for answer in (first, second):
+        assert answer.status == status
+        assert answer.headers["date"].endswith(" GMT")
+        assert before <= parsedate_to_datetime(answer.headers["date"]).timestamp() <= time.time()
+        assert re.fullmatch(r"[\x21-\x7e]{1,64}", answer.headers["request-id"])
+    assert first.headers["request-id"] != second.headers["request-id"]
+    if b"{more}" in asked:
+        answer = exchange(serving.port, asked.replace(b"{more}", b"Request-Id: mine/7\r\n"))
+        assert answer.headers["request-id"] == "mine/7"
+
+
+def test_a_comment_a_post_and_an_image_have_their_time_and_an_id(serving, pages):
+    with serving.client("alice") as alice:
+        target = pages["comments"]
+        made = alice.post(target, json={"text": "a"}, headers={"Request-Id": "one"})
+        gone = alice.delete(made.headers["Location"], headers={"Request-Id": "two"})
+        sent = alice.post("/v1/posts", files={"image": jpeg()}, headers={"Request-Id": "three"})
+        image = alice.get(pages["image"], headers={"Request-Id": "four"})
+        part = alice.get(pages["image"], headers={"Request-Id": "five", "Range": "bytes=0-9"})
+    answers = (made, gone, sent, image, part)
+    assert [answer.status_code for answer in answers] == [201, 204, 201, 200, 206]
+    assert [answer.headers["request-id"] for answer in answers] == ["one", "two", "three", "four", "five"]
+    assert all("date" in answer.headers for answer in answers)
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+TRACE = PARENT.split("-")[1]
+IDS = {
+    "an id": (["Request-Id: " + "x" * 64], "x" * 64),
+    "an id and a trace": (["Request-Id: x", f"traceparent: {PARENT}"], "x"),
+    "a trace": ([f"Traceparent: {PARENT}"], TRACE),
+    "a trace of a later version": ([f"traceparent: cc{PARENT[2:]}-more"], TRACE),
+    "an id that is too long, and a trace": (["Request-Id: " + "x" * 65, f"traceparent: {PARENT}"], TRACE),
+    "an id that is too long": (["Request-Id: " + "x" * 65], None),
+    "an empty id": (["Request-Id:"], None),
+    "an id with a space": (["Request-Id: a b"], None),
+    "an id that is not ASCII": (["Request-Id: \xe9"], None),
+    "a trace of no version": ([f"traceparent: ff{PARENT[2:]}"], None),
+    "a trace of zeros": ([f"traceparent: {PARENT.replace(TRACE, '0' * 32)}"], None),
+    "a trace in capitals": ([f"traceparent: {PARENT.upper()}"], None),
+    "a trace that is cut off": ([f"traceparent: {PARENT[:-1]}"], None),
+}
+
+
+@pytest.mark.parametrize("page", ["feed", "nowhere"])
+@pytest.mark.parametrize("case", IDS)
+def test_the_id_of_an_answer_is_the_one_sent_or_the_traces(serving, pages, page, case):
+    headers, known = IDS[case]
+    given = get(serving, pages.get(page, "/nowhere"), *headers).headers["request-id"]
+    assert given == known if known else re.fullmatch("[0-9a-f]{16}", given)
 
 
 LISTS = {
