@@ -47,6 +47,7 @@ STATUS = {
     errors.NoImage: 404,
     errors.Forbidden: 403,
     errors.NotReady: 409,
+    errors.Failed: 409,
     errors.Incomplete: 409,
     errors.Offset: 409,
     errors.Stale: 409,

@@ -20,6 +20,10 @@ class NotReady(Refusal):
     word = "NOTREADY"
 
 
+class Failed(Refusal):
+    word = "FAILED"
+
+
 class NoComment(Refusal):
     word = "NOCOMMENT"
 

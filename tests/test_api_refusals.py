@@ -7,13 +7,13 @@ import unicodedata
 
 import pytest
 from conftest import NOBODY, connect
-from making import jpeg, make_post
+from making import jpeg, make_post, make_processing
 from state import unchanged
 from uploading import begin
 from wire import FORM, Line, dial, form, head, hear, request
 
 from api import shapes
-from storage import comments
+from storage import comments, outbox
 
 
 def cursor(text: str) -> str:
@@ -359,6 +359,15 @@ def test_an_id_of_any_shape_is_a_comment_that_is_not_there(standing, id):
 def test_a_post_that_is_not_ready_takes_no_comment(standing):
     target = standing.filled("/v1/posts/{processing}/comments")
     standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "notready")
+
+
+async def test_a_post_whose_image_failed_takes_no_comment(standing):
+    db = connect(standing.server)
+    failed = await make_processing(db, "alice")
+    await outbox.fail(db, failed, 0, "undecodable", "it is damaged")
+    await db.close()
+    target = f"/v1/posts/{failed}/comments"
+    standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "failed")
 
 
 def test_an_address_beyond_ascii_is_a_bad_request(standing):

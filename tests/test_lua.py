@@ -199,7 +199,7 @@ async def test_a_comment_is_refused_where_there_is_no_ready_post(server, db, sto
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, "damaged", "it is damaged")
     await refused(server, db, errors.NotReady, comments.add(db, "bob", processing, "a"))
-    await refused(server, db, errors.NotReady, comments.add(db, "bob", failed, "a"))
+    await refused(server, db, errors.Failed, comments.add(db, "bob", failed, "a"))
     await refused(server, db, errors.NoPost, comments.add(db, "bob", NOBODY, "a"))
     await refused(server, db, errors.NoPost, comments.add(db, "bob", "u" + NOBODY, "a"))
     deleted = await make_post(db, "alice")
