@@ -96,6 +96,10 @@ class Answer:
             return Shared(self._head(304, coding, tag), 304)
         return Shared(self._head(200, coding, tag), 200, await self._in(coding) if coding else self.body)
 
+    def matches(self, listed: str) -> bool:
+        """Whether If-Match lists this body in any encoding. Compared strongly, so no weak tag does."""
+        return names(listed, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weakly=False)
+
     def _head(self, status: int, coding: str, tag: str) -> tuple[bytes, bytes]:
         head = self._heads.get((status, coding))
         if head is None:

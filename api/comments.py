@@ -4,8 +4,9 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import shapes, tokens
-from api.answers import READ, Answer, made, shared
+from api.answers import READ, Answer, joined, made, shared
 from storage import comments
+from storage.errors import Precondition
 
 routes = Blueprint("comments")
 
@@ -34,11 +35,20 @@ async def page(request, post: str) -> Answer:
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
 @shared
 async def read(request, post: str, comment: str) -> Answer:
-    return made(shapes.comment(await comments.read(request.app.ctx.db, post, comment)))
+    return answer(await comments.read(request.app.ctx.db, post, comment))
+
+
+def answer(row: comments.Comment) -> Answer:
+    return made(shapes.comment(row))
 
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
-    user = tokens.user(request)
-    await comments.delete(request.app.ctx.db, user, post, comment)
+    user, db, wanted = tokens.user(request), request.app.ctx.db, joined(request, "if-match")
+    if wanted and wanted != "*":
+        # A comment never changes, so what is compared here is what is deleted below.
+        row = await comments.read(db, post, comment)
+        if row.author == user and not answer(row).matches(wanted):
+            raise Precondition("If-Match lists none of the comment's ETags")
+    await comments.delete(db, user, post, comment)
     return empty()

@@ -53,6 +53,7 @@ STATUS = {
     errors.Stale: 409,
     errors.Expired: 410,
     errors.Outdated: 410,
+    errors.Precondition: 412,
     errors.TooLarge: 413,
     errors.Format: 415,
     errors.Empty: 422,

@@ -56,6 +56,10 @@ class Empty(Refusal):
     word = "EMPTY"
 
 
+class Precondition(Refusal):
+    word = "PRECONDITION"
+
+
 class TooLarge(Refusal):
     word = "TOOLARGE"
 

@@ -10,7 +10,7 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import unchanged
 from uploading import begin
-from wire import FORM, Line, dial, form, head, hear, request
+from wire import FORM, Line, dial, exchange, form, head, hear, request
 
 from api import shapes
 from storage import comments, outbox
@@ -225,6 +225,58 @@ def test_a_422_names_the_idempotency_key(standing):
             assert answer.status_code == 422
             assert answer.json()["errors"] == [{"header": "Idempotency-Key", "detail": answer.json()["detail"]}]
         assert client.delete(location).status_code == 204
+
+
+# If-Match
+
+
+def etags(site, target: str) -> list[str]:
+    """The ETag of each encoding."""
+    asked = [head("GET", target, f"Accept-Encoding: {coding}") for coding in ("identity", "br", "gzip")]
+    return [exchange(site.port, one).headers["etag"] for one in asked]
+
+
+@pytest.mark.parametrize("encoding", range(3))
+def test_a_delete_with_if_match_happens_only_to_what_was_seen(standing, encoding):
+    with standing.client("alice") as alice:
+        post = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "x" * 300}).headers["Location"]
+        tag = etags(standing, post)[encoding]
+        weak, part, unquoted = f"W/{tag}", f'"x{tag[1:]}', tag.strip('"')
+        for listed in ('"other"', weak, part, unquoted, f'"other", {weak}', f"{tag} nonsense"):
+            asked = head("DELETE", post, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {listed}")
+            standing.refused(asked, 412, "precondition")
+        asked = head("DELETE", post, f"Authorization: Bearer {standing.token('bob')}", 'If-Match: "other"')
+        standing.refused(asked, 403, "forbidden")
+        bearer = f"Authorization: Bearer {standing.token('alice')}"
+        asked = head("DELETE", post, bearer, 'If-Match: "a"', f"If-Match: {tag}")
+        assert exchange(standing.port, asked).status == 204
+        standing.refused(asked, 404, "nopost")
+
+
+def test_a_comment_is_deleted_with_if_match(standing):
+    comments = standing.filled("/v1/posts/{post}/comments")
+    with standing.client("bob") as bob:
+        for listed in ("*", None):
+            comment = bob.post(comments, json={"text": "a"}).headers["Location"]
+            tag = etags(standing, comment)[0]
+            bearer = f"Authorization: Bearer {standing.token('bob')}"
+            standing.refused(head("DELETE", comment, bearer, 'If-Match: "other"'), 412, "precondition")
+            asked = head("DELETE", comment, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {tag}")
+            standing.refused(asked, 403, "forbidden")
+            assert bob.delete(comment, headers={"If-Match": listed or tag}).status_code == 204
+            standing.refused(head("DELETE", comment, bearer, f"If-Match: {listed or tag}"), 404, "nocomment")
+
+
+def test_a_comment_that_came_meanwhile_keeps_its_post(standing):
+    """And one that went: with it the post is as it was, and its first ETag counts again."""
+    target = standing.filled("/v1/posts/{post}")
+    bearer = f"Authorization: Bearer {standing.token('alice')}"
+    before = etags(standing, target)[0]
+    with standing.client("bob") as bob:
+        comment = bob.post(f"{target}/comments", json={"text": "a"}).headers["Location"]
+        standing.refused(head("DELETE", target, bearer, f"If-Match: {before}"), 412, "precondition")
+        assert bob.delete(comment).status_code == 204
+    assert etags(standing, target)[0] == before
 
 
 # What is asked for

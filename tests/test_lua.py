@@ -191,6 +191,29 @@ async def test_no_upload_is_shorter_than_nothing_and_no_chunk_goes_back(server, 
             await work
 
 
+# Posts
+
+
+async def test_a_post_that_has_changed_since_it_was_seen_is_not_deleted(server, db, store):
+    post = await make_processing(db, "alice")
+    seen = [(await posts.read(db, post)).seen()]
+    await outbox.publish(db, post, "thumbhash")
+    seen.append((await posts.read(db, post)).seen())
+    first, _ = await comments.add(db, "bob", post, "first")
+    seen.append((await posts.read(db, post)).seen())
+    await comments.add(db, "bob", post, "second")
+    seen.append((await posts.read(db, post)).seen())
+    await comments.delete(db, "bob", post, first.id)
+    assert len(set(seen)) == 4
+    for one in seen:
+        await refused(server, db, errors.Precondition, posts.delete(db, store, "alice", post, seen=one))
+        await refused(server, db, errors.Forbidden, posts.delete(db, store, "bob", post, seen=one))
+    now = (await posts.read(db, post)).seen()
+    assert now not in seen
+    await posts.delete(db, store, "alice", post, seen=now)
+    await refused(server, db, errors.NoPost, posts.delete(db, store, "alice", post, seen=now))
+
+
 # Comments
 
 
