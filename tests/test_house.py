@@ -134,9 +134,11 @@ def test_every_code_is_on_the_api_page_with_its_status():
     for path in sorted((ROOT / "api").glob("*.py")):
         for status, code in re.findall(r"""roblem\(\s*(\d{3}),\s*"(\w+)\"""", path.read_text()):
             known.add((code, status))
+    front = (ROOT / "deploy" / "nginx.conf").read_text()  # what nginx answers by itself
+    known |= {(code, status) for status, code in re.findall(r'"status":(\d+),.*"code":"(\w+)"', front)}
     told = set()
-    for status, codes, *_ in rows(API, "## Errors"):
-        told |= {(code, status) for code in re.findall(r"`(\w+)`", codes)}
+    for statuses, codes, *_ in rows(API, "## Errors"):
+        told |= {(code, status) for code in re.findall(r"`(\w+)`", codes) for status in statuses.split(", ")}
     assert told == known
 
 
