@@ -197,6 +197,7 @@ def test_every_route_is_in_the_readme_and_the_other_way_round(tmp_path):
             path = named or path
             told.add((method, path))
     assert told == served
+    assert {("HEAD", path) for method, path in served if method == "GET"} <= served, "HEAD on every GET"
 
 
 def test_the_api_page_tells_of_every_address(tmp_path):
