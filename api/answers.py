@@ -1,46 +1,71 @@
 """JSON that can be asked for again: made once for all who wait, with a strong ETag for each encoding.
 
-ETags and If-None-Match: RFC 9110, sections 8.8.3 and 13.1.2; Accept-Encoding: section 12.5.3.
+ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2; Accept-Encoding: section 12.5.3.
 """
 
 import asyncio
 import re
 import zlib
+from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
+from random import getrandbits
+from time import time
 
 import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
+READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's headers, and Sanic leaves the body out
 SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
 BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
-UNSAFE = str.maketrans("", "", "\r\n\0")  # what would end a header
+SENT_ID = re.compile(r"[\x21-\x7e]{1,64}")
+# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace id, parent id, flags; later versions add more
+TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+TAG = re.compile(r'[ \t,]*(W/)?("[^"\x00-\x20\x7f]*")[ \t]*(?=,|$)')
 CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
 class Shared(BaseHTTPResponse):
-    """A response with headers that were encoded together. What is set on it besides follows them.
+    """A response with headers that were encoded together. What is set on it besides, which
+    are Sanic's own, follows them unchecked.
 
-    Sanic encodes each header of each response, which costs as much as half of its other work.
+    Sanic encodes each header of each response, which costs as much as half of its other work. Here `headers` is a
+    plain dict, which is three times as fast as Sanic's multidict: no name is set twice.
     """
 
     __slots__ = ("_head",)
 
     def __init__(self, head: tuple[bytes, bytes], status: int = 200, body: bytes = b""):
-        super().__init__()
+        self.asgi, self.content_type, self.stream, self._cookies = False, None, None, None
+        self.headers = {}
         self.body, self.status, self._head = body, status, head
 
     @property
     def processed_headers(self):
-        return self._head, *map(encoded_header, self.headers.items())
+        # As in `encoded_head`, one header that goes on over the next lines.
+        lines = f"{date(int(time()))}\r\nRequest-Id: {request_id(self.stream.request)}"
+        for name, value in self.headers.items():  # Sanic's own: a length and words
+            lines += f"\r\n{name}: {value}"
+        return self._head, (b"Date", lines.encode())
 
 
-@lru_cache(4096)  # lengths and "keep-alive", for the most part
-def encoded_header(header: tuple[str, str | int]) -> tuple[bytes, bytes]:
-    name, value = header
-    return name.encode("ascii"), f"{value}".translate(UNSAFE).encode()
+@lru_cache(2)
+def date(second: int) -> str:
+    """An HTTP date (RFC 9110, section 5.6.7)."""
+    return formatdate(second, usegmt=True)
+
+
+def request_id(request) -> str:
+    """The Request-Id that was sent, the trace id of a `traceparent`, or a new one."""
+    sent = request.headers.get("request-id")
+    if sent and SENT_ID.fullmatch(sent):
+        return sent
+    parent = request.headers.get("traceparent")
+    if parent and (found := TRACE.fullmatch(parent)):
+        return found[1]
+    return f"{getrandbits(64):016x}"  # Python seeds its generator anew in each forked process
 
 
 def encoded_head(headers: dict[str, str]) -> tuple[bytes, bytes]:
@@ -64,12 +89,16 @@ class Answer:
 
     async def respond(self, request) -> Shared:
         """200 in the best encoding the client takes, or 304 if it has that already."""
-        coding = best(request.headers.get("accept-encoding", "")) if len(self.body) >= SMALL else ""
+        coding = best(joined(request, "accept-encoding")) if len(self.body) >= SMALL else ""
         tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
-        known = request.headers.get("if-none-match")
-        if known and (known == "*" or tag in known):
+        known = joined(request, "if-none-match")
+        if known and (known == tag or names(known, tag)):
             return Shared(self._head(304, coding, tag), 304)
         return Shared(self._head(200, coding, tag), 200, await self._in(coding) if coding else self.body)
+
+    def matches(self, listed: str) -> bool:
+        """Whether If-Match lists this body in any encoding. Compared strongly, so no weak tag does."""
+        return names(listed, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weakly=False)
 
     def _head(self, status: int, coding: str, tag: str) -> tuple[bytes, bytes]:
         head = self._heads.get((status, coding))
@@ -107,6 +136,26 @@ def shared(make):
 
 def made(body, headers: dict[str, str] | None = None) -> Answer:
     return Answer(orjson.dumps(body), headers)
+
+
+def joined(request, name: str) -> str:
+    """A header that is a list: its lines are one list (RFC 9110, section 5.3). Empty without one."""
+    lines = request.headers.getall(name, None)
+    return ", ".join(lines) if lines else ""
+
+
+def names(listed: str, *tags: str, weakly: bool = True) -> bool:
+    """Whether a list of entity tags has one of `tags`, which are strong, or is `*`, which is any.
+
+    If-None-Match is compared weakly, If-Match is not (RFC 9110, section 8.8.3.2). A malformed list has none.
+    """
+    if listed == "*":
+        return True
+    end, has = 0, False
+    while found := TAG.match(listed, end):
+        end = found.end()
+        has = has or (found[2] in tags and (weakly or not found[1]))
+    return has and not listed[end:].strip(" \t,")
 
 
 def encode(coding: str, body: bytes) -> bytes:

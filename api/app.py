@@ -15,7 +15,14 @@ IDLE = 30  # seconds without a byte after which a connection goes
 
 
 def create(settings: Settings) -> Sanic:
-    app = Sanic("imagegram", error_handler=Errors(), configure_logging=False, dumps=orjson.dumps, loads=orjson.loads)
+    app = Sanic(
+        "imagegram",
+        error_handler=Errors(),
+        configure_logging=False,
+        dumps=orjson.dumps,
+        loads=orjson.loads,
+        strict_slashes=True,
+    )
     app.config.update(
         ACCESS_LOG=False,
         FALLBACK_ERROR_FORMAT="text",

@@ -4,8 +4,9 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import shapes, tokens
-from api.answers import Answer, made, shared
+from api.answers import READ, Answer, joined, made, shared
 from storage import comments
+from storage.errors import Precondition
 
 routes = Blueprint("comments")
 
@@ -15,15 +16,15 @@ async def add(request, post: str):
     user = tokens.user(request)
     await shapes.receive(request)
     text = shapes.text(shapes.fields(request).get("text"), "text")
-    if not text.strip():
-        raise shapes.invalid("text must not be blank")
+    if not shapes.SEEN.search(text):
+        raise shapes.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
         request.app.ctx.db, user, post, text, shapes.once(request, request.body)
     )
     return shapes.created(shapes.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 
-@routes.get("/v1/posts/<post>/comments")
+@routes.route("/v1/posts/<post>/comments", methods=READ)
 @shared
 async def page(request, post: str) -> Answer:
     limit = shapes.limit(request)
@@ -31,14 +32,23 @@ async def page(request, post: str) -> Answer:
     return shapes.page(request.path, limit, tuple(found.comments), found.more, shapes.encoded_comment, "{row.id}")
 
 
-@routes.get("/v1/posts/<post>/comments/<comment>")
+@routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
 @shared
 async def read(request, post: str, comment: str) -> Answer:
-    return made(shapes.comment(await comments.read(request.app.ctx.db, post, comment)))
+    return answer(await comments.read(request.app.ctx.db, post, comment))
+
+
+def answer(row: comments.Comment) -> Answer:
+    return made(shapes.comment(row))
 
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
-    user = tokens.user(request)
-    await comments.delete(request.app.ctx.db, user, post, comment)
+    user, db, wanted = tokens.user(request), request.app.ctx.db, joined(request, "if-match")
+    if wanted and wanted != "*":
+        # A comment never changes, so what is compared here is what is deleted below.
+        row = await comments.read(db, post, comment)
+        if row.author == user and not answer(row).matches(wanted):
+            raise Precondition("If-Match lists none of the comment's ETags")
+    await comments.delete(db, user, post, comment)
     return empty()

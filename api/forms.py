@@ -10,14 +10,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from api import shapes
 from api.problems import Problem
 from storage import posts, uploads
-from storage.errors import TooLarge
+from storage.errors import Empty, TooLarge
 from storage.settings import FORM_SLACK, IMAGE_BYTES, TEXT_CHARACTERS
 
+NAME_CHARACTERS = 64  # of a field's name, which a problem repeats
 CAPTION_BYTES = 4 * TEXT_CHARACTERS  # UTF-8 has up to 4 bytes a character
 
 
-def damaged(detail: str) -> Problem:
-    return Problem(422, "form", detail)
+def damaged(detail: str, **where: str) -> Problem:
+    return Problem(422, "form", detail, where=where)
 
 
 class Form:
@@ -68,11 +69,11 @@ class Form:
 
     def _on_headers(self):
         kind, options = parse_options_header(self._disposition)
-        self._field = options.get(b"name", b"").decode("utf-8", "replace")
+        self._field = options.get(b"name", b"").decode("utf-8", "replace")[:NAME_CHARACTERS]
         if kind != b"form-data" or self._field not in ("image", "caption"):
-            raise damaged(f"a form has the fields image and caption, not {self._field!r}")
+            raise damaged(f"a form has the fields image and caption, not {self._field!r}", parameter=self._field)
         if self._field in self.names:
-            raise damaged(f"a form has one {self._field}")
+            raise damaged(f"a form has one {self._field}", parameter=self._field)
         self.names.add(self._field)
 
     def _on_data(self, data, start, end):
@@ -109,7 +110,10 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     declared = shapes.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
     async with uploads.receiving(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
         caption = await receive(request, form, image)
-        await image.finish()
+        try:
+            await image.finish()
+        except Empty as error:  # of JSON that names an upload it is another member that is wrong
+            raise Problem(422, "empty", str(error), where={"parameter": "image"}) from None
         post, how = await posts.create(ctx.db, user, image.upload, caption, once, processing)
     if how == posts.REPLAYED:
         await uploads.discard(ctx.db, ctx.objects, user, image.upload)
@@ -128,14 +132,14 @@ async def receive(request, form: Form, image: uploads.Appender) -> str:
             if field == "image":
                 await image.write(data)
             elif len(caption) + len(data) > CAPTION_BYTES:
-                raise shapes.invalid(f"caption may have up to {TEXT_CHARACTERS} characters")
+                raise shapes.invalid(f"caption may have up to {TEXT_CHARACTERS} characters", parameter="caption")
             else:
                 caption += data
     if not form.ended:
         raise damaged("the form has no end")
     if "image" not in form.names:
-        raise damaged("the form has no image")
+        raise damaged("the form has no image", parameter="image")
     try:
-        return shapes.text(caption.decode(), "caption")
+        return shapes.text(caption.decode(), "caption", parameter="caption")
     except UnicodeDecodeError:
-        raise damaged("caption is not UTF-8") from None
+        raise damaged("caption is not UTF-8", parameter="caption") from None

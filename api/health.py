@@ -5,26 +5,29 @@ import asyncio
 from sanic import Blueprint
 from sanic.response import json
 
+from api.answers import READ
 from api.shapes import time
 from storage import ship
 from storage.objects import Unavailable
 
 PATIENCE = 1.0  # seconds the store has for its answer: whoever asks has seldom more than two for his
+UNKEPT = {"Cache-Control": "no-store"}
 
 routes = Blueprint("health")
 
 
-@routes.get("/healthz")
+@routes.route("/healthz", methods=READ)
 async def healthz(request):
-    return json({"status": "ok"})
+    return json({"status": "ok"}, headers=UNKEPT)
 
 
-@routes.get("/readyz")
+@routes.route("/readyz", methods=READ)
 async def readyz(request):
     """Redis decides. Without the store reading the feed and commenting work, without a backup all does."""
     ctx = request.app.ctx
     await ctx.db.ping()
-    return json({"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)})
+    told = {"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)}
+    return json(told, headers=UNKEPT)
 
 
 async def store(objects) -> str:

@@ -8,7 +8,7 @@ import re
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api.answers import Shared, encoded_head
+from api.answers import READ, Shared, encoded_head, joined, names
 from api.problems import problem
 from storage import posts
 from storage.errors import NoImage
@@ -26,7 +26,7 @@ HEADERS = {
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
-@routes.route("/v1/images/<name:.+\\.jpg>", methods=["GET", "HEAD"])
+@routes.route("/v1/images/<name:.+\\.jpg>", methods=READ)
 async def image(request, name: str):
     post = name.removesuffix(".jpg")
     try:
@@ -35,8 +35,7 @@ async def image(request, name: str):
         return await missing(request, post)
     # Strong: the id names the bytes, which never change; the length tells apart what a restore made anew.
     headers = {**HEADERS, "ETag": f'"{post}-{len(data):x}"'}
-    known = request.headers.get("if-none-match", "")
-    if known == "*" or headers["ETag"] in known:
+    if names(joined(request, "if-none-match"), headers["ETag"]):
         return empty(304, headers)
     asked = RANGE.fullmatch(request.headers.get("range", ""))
     if asked and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:

@@ -4,10 +4,11 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import shapes, tokens
-from api.answers import Answer, made, shared
+from api.answers import READ, Answer, joined, made, shared
 from api.forms import publish
 from api.problems import Problem
 from storage import changes, posts
+from storage.errors import Precondition
 
 routes = Blueprint("posts")
 
@@ -30,7 +31,7 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     """Make a post of a finished upload, or find the post that it has become."""
     await shapes.receive(request)
     fields = shapes.fields(request)
-    upload = shapes.text(fields.get("upload"), "upload")
+    upload = shapes.string(fields.get("upload"), "upload")
     caption = shapes.text(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
     processing = request.app.ctx.settings.processing
@@ -43,7 +44,7 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     return shapes.new_post(post, user, row.caption), True
 
 
-@routes.get("/v1/posts")
+@routes.route("/v1/posts", methods=READ)
 @shared
 async def feed(request) -> Answer:
     db, after, limit = request.app.ctx.db, shapes.place(request), shapes.limit(request)
@@ -53,7 +54,7 @@ async def feed(request) -> Answer:
     return shapes.page(request.path, limit, found.posts, found.more, shapes.encoded_post, place, links)
 
 
-@routes.get("/v1/changes")
+@routes.route("/v1/changes", methods=READ)
 @shared
 async def changed(request) -> Answer:
     ctx, since = request.app.ctx, shapes.arguments(request).get("since")
@@ -64,16 +65,25 @@ async def changed(request) -> Answer:
     return made({"items": items, "next": str(found.token), "more": found.more})
 
 
-@routes.get("/v1/posts/<post>")
+@routes.route("/v1/posts/<post>", methods=READ)
 @shared
 async def read(request, post: str) -> Answer:
-    row = await posts.read(request.app.ctx.db, post)
+    return answer(await posts.read(request.app.ctx.db, post))
+
+
+def answer(row: posts.Post) -> Answer:
     return Answer(shapes.encoded_post(row), {"Retry-After": "1"} if row.status == "processing" else None)
 
 
 @routes.delete("/v1/posts/<post>")
 async def delete(request, post: str):
     user = tokens.user(request)
-    ctx = request.app.ctx
-    await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.named_ms)
+    ctx, wanted, seen = request.app.ctx, joined(request, "if-match"), ""
+    if wanted and wanted != "*":  # any is all that `delete` takes anyway
+        row = await posts.read(ctx.db, post)
+        # Somebody else's is refused as that: a precondition counts where all else is well (RFC 9110, section 13.2.1).
+        if row.author == user and not answer(row).matches(wanted):
+            raise Precondition("the post has changed: If-Match lists none of its ETags")
+        seen = row.seen()
+    await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.named_ms, seen)
     return empty()

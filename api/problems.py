@@ -20,12 +20,24 @@ from storage import errors, objects
 TUS_VERSION = "1.0.0"
 
 
-class Problem(Exception):
-    """A request that is refused before storage is asked."""
+# The part of a request that is wrong: {"pointer": "#/text"}, {"parameter": "limit"} or {"header": "Idempotency-Key"}
+Where = dict[str, str]
 
-    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None):
+
+class Problem(Exception):
+    """A request that is refused before storage is asked. A 422 says in `where` which part of the request is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        headers: dict[str, str] | None = None,
+        where: Where | None = None,
+    ):
         super().__init__(detail)
         self.status, self.code, self.detail, self.headers = status, code, detail, headers or {}
+        self.where = where
 
 
 STATUS = {
@@ -35,11 +47,13 @@ STATUS = {
     errors.NoImage: 404,
     errors.Forbidden: 403,
     errors.NotReady: 409,
+    errors.Failed: 409,
     errors.Incomplete: 409,
     errors.Offset: 409,
     errors.Stale: 409,
     errors.Expired: 410,
     errors.Outdated: 410,
+    errors.Precondition: 412,
     errors.TooLarge: 413,
     errors.Format: 415,
     errors.Empty: 422,
@@ -50,6 +64,7 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
+WHERE = {errors.Empty: {"pointer": "#/upload"}, errors.Reused: {"header": "Idempotency-Key"}}
 # Retry-After, seconds: Redis is back in a second or not soon, disks are cleared in minutes. A refusal may know better.
 AGAIN = {503: "1", 507: "60"}
 
@@ -64,15 +79,21 @@ SANIC = {
 }
 
 
-def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> HTTPResponse:
+def problem(
+    status: int, code: str, detail: str, headers: dict[str, str] | None = None, where: Where | None = None
+) -> HTTPResponse:
+    """A problem as a response. `type` is relative (RFC 9457, section 3.1.1): the code's entry on the docs page."""
     body = {
-        "type": "about:blank",
+        "type": f"/docs#{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         "code": code,
     }
-    headers = dict(headers or {})
+    if status == 422:
+        body["errors"] = [{**(where or {}), "detail": detail}]
+    # Without it a cache may keep a 404 or a 410 for as long as it likes (RFC 9111, section 4.2.2).
+    headers = {"Cache-Control": "no-store", **(headers or {})}
     if status in AGAIN:
         headers.setdefault("Retry-After", AGAIN[status])
     return HTTPResponse(orjson.dumps(body), status, headers, "application/problem+json")
@@ -82,10 +103,11 @@ def answer_to(exception: Exception) -> HTTPResponse:
     """The response to an error, whoever raised it."""
     match exception:
         case Problem():
-            return problem(exception.status, exception.code, exception.detail, exception.headers)
+            return problem(exception.status, exception.code, exception.detail, exception.headers, exception.where)
         case errors.Refusal():
+            kind = type(exception)
             headers = {} if exception.again is None else {"Retry-After": str(exception.again)}
-            return problem(STATUS[type(exception)], exception.word.lower(), str(exception), headers)
+            return problem(STATUS[kind], exception.word.lower(), str(exception), headers, WHERE.get(kind))
         case objects.Full():
             return problem(507, "full", str(exception))
         case objects.Unavailable():

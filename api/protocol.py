@@ -6,11 +6,13 @@ as it lasts; and shapes pass that a proxy in front may read as another request.
 """
 
 import re
-from time import monotonic
+from time import monotonic, time
 
 from sanic.exceptions import BadRequest, RequestTimeout, SanicException, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
+
+from api.answers import Shared, date, request_id
 
 LINGER = 1.0  # seconds in which a refused client may read why it was refused
 DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
@@ -105,6 +107,9 @@ class StrictHttp(Http):
             self.refuse_body()
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
+        if not isinstance(response, Shared):  # which writes them itself, for a fifth of the time
+            response.headers["Date"] = date(int(time()))
+            response.headers["Request-Id"] = request_id(self.request)
         return super().respond(response)
 
     async def read(self) -> bytes | None:

@@ -25,11 +25,22 @@ PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long 
 RENDERED = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
 USUAL = 500  # characters of caption and comments up to which it is
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+# Control characters (general category Cc) but tab and newline, LF or CRLF. Browsers' forms send newlines as CRLF.
+CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+# Anything that can be seen: neither white space nor, by Unicode 16.0, of the property Default_Ignorable_Code_Point
+# (soft hyphen, zero-width characters, bidirectional controls, Hangul fillers, variation selectors, tags), nor one of
+# the others that fonts show as nothing: U+13430 to 13440 and FFF9 to FFFB are formats (Cf, Mn), 2800 is Braille
+# without a dot, 16FE4 a Khitan filler, 1D159 a note without a head. The other formats are signs that are seen.
+SEEN = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U00013440\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # as far as a double, which a zset's score is, counts exactly
 
 
-def invalid(detail: str) -> Problem:
-    return Problem(422, "invalid", detail)
+def invalid(detail: str, **where: str) -> Problem:
+    return Problem(422, "invalid", detail, where=where)
 
 
 # Requests
@@ -47,7 +58,7 @@ def _arguments(query: str) -> dict[str, str]:
 def limit(request) -> int:
     text = arguments(request).get("limit", str(LIMIT))
     if not COUNT.fullmatch(text) or not 1 <= int(text) <= MOST:
-        raise invalid(f"limit is a whole number from 1 to {MOST}")
+        raise invalid(f"limit is a whole number from 1 to {MOST}", parameter="limit")
     return int(text)
 
 
@@ -60,7 +71,7 @@ def _opened(cursor: str) -> str:
 
 
 def _no_cursor() -> Problem:
-    return invalid("this cursor was not given by this list")
+    return invalid("this cursor was not given by this list", parameter="cursor")
 
 
 def place(request) -> Place | None:
@@ -95,7 +106,7 @@ def once(request, body: bytes | None) -> keys.Once | None:
     if key is None:
         return None
     if not VISIBLE.fullmatch(key):
-        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters")
+        raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters", header="Idempotency-Key")
     return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
@@ -121,15 +132,30 @@ def fields(request) -> dict:
     except orjson.JSONDecodeError as error:
         raise Problem(400, "malformed", f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
-        raise invalid("the body must be a JSON object")
+        raise invalid("the body must be a JSON object", pointer="#")
     return body
 
 
-def text(value, name: str) -> str:
+def string(value, name: str, **where: str) -> str:
+    """A member `name` that must be a string. `where` is its place, by default in a JSON body. Raises Problem 422."""
+    where = where or {"pointer": f"#/{name}"}
     if not isinstance(value, str):
-        raise invalid(f"{name} must be a string")
+        raise invalid(f"{name} must be a string", **where)
     if len(value) > TEXT_CHARACTERS:
-        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters")
+        raise invalid(f"{name} may have up to {TEXT_CHARACTERS} characters", **where)
+    return value
+
+
+def text(value, name: str, **where: str) -> str:
+    """A text that people wrote, unchanged. Raises Problem 422, also for control characters."""
+    string(value, name, **where)
+    # isprintable() is true of most texts, and takes a fifth of the search's time.
+    if not value.isprintable() and (found := CONTROL.search(value)):
+        detail = (
+            f"{name} has the control character U+{ord(found[0]):04X} at position {found.start()};"
+            " only tab and newline are taken"
+        )
+        raise Problem(422, "control", detail, where=where or {"pointer": f"#/{name}"})
     return value
 
 

@@ -12,6 +12,8 @@ from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
 from api import shapes, tokens
+from api.answers import READ
+from api.answers import READ
 from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
 from api.problems import Problem, answer_to
@@ -119,7 +121,7 @@ async def create(request):
     return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
 
 
-@routes.get("/v1/uploads")
+@routes.route("/v1/uploads", methods=READ)
 async def opened(request):
     """Not a call of tus: it needs no Tus-Resumable."""
     ctx = request.app.ctx

@@ -15,7 +15,7 @@
 -- ARGV[6] request   digest of the request
 -- ARGV[7] keep      ms the idempotency key is kept
 -- Returns {comment id, repeated 0|1}
--- Refuses REUSED NOPOST NOTREADY
+-- Refuses REUSED NOPOST NOTREADY FAILED
 -- The id is later than any the stream ever had, also when the clock went back or the last comment was deleted.
 -- The score is counted, never incremented: it cannot drift.
 local post, comments, latest, feed, changes, gone, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
@@ -36,6 +36,9 @@ end
 local status = redis.call('HGET', post, 'status')
 if not status then
   return redis.error_reply('NOPOST no such post')
+end
+if status == 'failed' then
+  return redis.error_reply('FAILED no image could be made for this post: it takes no comments')
 end
 if status ~= 'ready' then
   return redis.error_reply('NOTREADY the image of this post is not ready')

@@ -38,7 +38,7 @@ async def add(
 ) -> tuple[Comment, bool]:
     """Add a comment. Returns it, and whether its idempotency key was used before.
 
-    Raises Reused, NoPost, NotReady.
+    Raises Reused, NoPost, NotReady, Failed.
     """
     named = _named(post)
     if once:

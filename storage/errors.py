@@ -20,6 +20,10 @@ class NotReady(Refusal):
     word = "NOTREADY"
 
 
+class Failed(Refusal):
+    word = "FAILED"
+
+
 class NoComment(Refusal):
     word = "NOCOMMENT"
 
@@ -50,6 +54,10 @@ class Incomplete(Refusal):
 
 class Empty(Refusal):
     word = "EMPTY"
+
+
+class Precondition(Refusal):
+    word = "PRECONDITION"
 
 
 class TooLarge(Refusal):

@@ -31,6 +31,10 @@ class Post(NamedTuple):
     detail: str | None
     latest: tuple[tuple[str, str, str], ...]
 
+    def seen(self) -> str:
+        """What tells this row from the post's others, for `delete`: what readers see changes only with it."""
+        return f"{self.status} {self.comment_count} {self.latest[0][0] if self.latest else '-'}"
+
 
 def of_row(row: list) -> Post:
     return Post(*row[:-1], tuple(tuple(orjson.loads(entry)) for entry in row[-1]))
@@ -142,11 +146,13 @@ def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Aw
     )
 
 
-async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS) -> None:
-    """Delete a post with its comments, and the image that was served.
+async def delete(
+    db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS, seen: str = ""
+) -> None:
+    """Delete a post with its comments, and the image that was served; with `seen` only if it is still that Post.
 
     Its original goes when no backup can name it any more, in `named_ms` at the earliest. Should this process die in
-    between, the outbox erases the image. Raises NoPost, Forbidden.
+    between, the outbox erases the image. Raises NoPost, Forbidden, Precondition.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -159,6 +165,7 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_
         author,
         named_ms,
         max(TOLD_MS, named_ms + DAY_MS),
+        seen,
     )
     await erase_image(objects, post)
 

@@ -265,7 +265,12 @@ class Standing(Site):
         assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
         problem = answer.json()
         assert (problem["status"], problem["code"]) == (status, code)
-        assert set(problem) == {"type", "title", "status", "detail", "code"}
+        assert set(problem) - {"errors"} == {"type", "title", "status", "detail", "code"}
+        assert problem["type"] == f"/docs#{code}"
+        assert answer.headers["cache-control"] == "no-store"
+        assert ("errors" in problem) == (status == 422)
+        for error in problem.get("errors", ()):
+            assert error["detail"] == problem["detail"]
         return answer
 
 

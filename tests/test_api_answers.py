@@ -4,8 +4,11 @@ import asyncio
 import gzip
 import json
 import random
+import re
 import secrets
+import time
 from base64 import b64encode
+from email.utils import parsedate_to_datetime
 
 import brotli
 import pytest
@@ -48,16 +51,20 @@ def pages(serving):
             made.append(post)
         await open_store((serving.folder / "store").as_uri()).put(f"images/{made[0]}.jpg", jpeg(600, 600))
         commented = (await posts.feed(db, 1, 1)).posts[0].id
+        comment = (await comments.page(db, commented, 1)).comments[0].id
         await db.close()
-        return made[0], commented
+        return made[0], commented, comment
 
-    post, commented = asyncio.run(fill())
+    post, commented, comment = asyncio.run(fill())
     return {
         "feed": "/v1/posts",
         "post": f"/v1/posts/{post}",
         "comments": f"/v1/posts/{commented}/comments",
         "changes": "/v1/changes?since=" + f"{serving.server.client.time()[0] // 3600},0.0",
         "image": f"/v1/images/{post}.jpg",
+        "comment": f"/v1/posts/{commented}/comments/{comment}",
+        "healthz": "/healthz",
+        "readyz": "/readyz",
     }
 
 
@@ -98,6 +105,157 @@ def test_what_the_client_has_is_not_sent_again(serving, pages, page, coding):
             assert "content-length" not in answer.headers and "content-encoding" not in answer.headers
         line.sendall(head("GET", "/healthz"))
         assert hear(line).status == 200
+
+
+def told(answer) -> dict[str, str]:
+    """Headers without what differs from one answer to the next."""
+    return {name: value for name, value in answer.headers.items() if name not in ("date", "request-id")}
+
+
+@pytest.mark.parametrize("page", [*JSON, "image", "comment", "healthz", "readyz"])
+def test_head_gets_the_headers_of_get_and_no_body(serving, pages, page):
+    """And the connection goes on with the next answer, so no body came behind them."""
+    with dial(serving.port) as line:
+        for coding in ("br", "gzip", "identity"):
+            asked = [f"Accept-Encoding: {coding}"]
+            got = get(serving, pages[page], *asked)
+            assert got.status == 200 and int(got.headers["content-length"]) == len(got.body) > 0
+            tag = got.headers.get("etag")
+            for condition in [[], [f"If-None-Match: {tag}"]] if tag else [[]]:
+                got = get(serving, pages[page], *asked, *condition)
+                line.sendall(head("HEAD", pages[page], *asked, *condition))
+                looked = hear(line, "HEAD")
+                assert (looked.status, looked.body) == (got.status, b"")
+                assert told(looked) == told(got)
+
+
+def test_head_of_what_is_not_there_gets_the_headers_of_the_problem(serving, pages):
+    with dial(serving.port) as line:
+        for target, status in ((pages["post"] + "0", 404), ("/v1/posts?limit=0", 422), ("/nowhere", 404)):
+            got = get(serving, target)
+            line.sendall(head("HEAD", target))
+            looked = hear(line, "HEAD")
+            assert (looked.status, looked.body) == (got.status, b"") and got.status == status
+            assert told(looked) == told(got)
+
+
+REQUESTS = {
+    "a page": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "a page that is known": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n{more}\r\n", 304),
+    "a page's head": (b"HEAD /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "health": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
+    "tus' options": (b"OPTIONS /v1/uploads HTTP/1.1\r\nHost: x\r\n{more}\r\n", 204),
+    "nowhere": (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n{more}\r\n", 404),
+    "no token": (b"POST /v1/posts HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n{more}\r\n", 401),
+    "no such method": (b"BREW /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 405),
+    "an unknown expectation": (b"POST /v1/posts HTTP/1.1\r\nHost:x\r\nExpect:x\r\nContent-Length: 5\r\n\r\n12345", 417),
+    "no host": (b"GET /v1/posts HTTP/1.1\r\n{more}\r\n", 400),
+    "no request": (b"no sense\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_answer_has_its_time_and_an_id(serving, case):
+    asked, status = REQUESTS[case]
+    before = int(time.time())
+    first, second = (exchange(serving.port, asked.replace(b"{more}", b"")) for _ in range(2))
+    for answer in (first, second):
+        assert answer.status == status
+        assert answer.headers["date"].endswith(" GMT")
+        assert before <= parsedate_to_datetime(answer.headers["date"]).timestamp() <= time.time()
+        assert re.fullmatch(r"[\x21-\x7e]{1,64}", answer.headers["request-id"])
+    assert first.headers["request-id"] != second.headers["request-id"]
+    if b"{more}" in asked:
+        answer = exchange(serving.port, asked.replace(b"{more}", b"Request-Id: mine/7\r\n"))
+        assert answer.headers["request-id"] == "mine/7"
+
+
+def test_a_comment_a_post_and_an_image_have_their_time_and_an_id(serving, pages):
+    with serving.client("alice") as alice:
+        target = pages["comments"]
+        made = alice.post(target, json={"text": "a"}, headers={"Request-Id": "one"})
+        gone = alice.delete(made.headers["Location"], headers={"Request-Id": "two"})
+        sent = alice.post("/v1/posts", files={"image": jpeg()}, headers={"Request-Id": "three"})
+        image = alice.get(pages["image"], headers={"Request-Id": "four"})
+        part = alice.get(pages["image"], headers={"Request-Id": "five", "Range": "bytes=0-9"})
+    answers = (made, gone, sent, image, part)
+    assert [answer.status_code for answer in answers] == [201, 204, 201, 200, 206]
+    assert [answer.headers["request-id"] for answer in answers] == ["one", "two", "three", "four", "five"]
+    assert all("date" in answer.headers for answer in answers)
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+TRACE = PARENT.split("-")[1]
+IDS = {
+    "an id": (["Request-Id: " + "x" * 64], "x" * 64),
+    "an id and a trace": (["Request-Id: x", f"traceparent: {PARENT}"], "x"),
+    "a trace": ([f"Traceparent: {PARENT}"], TRACE),
+    "a trace of a later version": ([f"traceparent: cc{PARENT[2:]}-more"], TRACE),
+    "an id that is too long, and a trace": (["Request-Id: " + "x" * 65, f"traceparent: {PARENT}"], TRACE),
+    "an id that is too long": (["Request-Id: " + "x" * 65], None),
+    "an empty id": (["Request-Id:"], None),
+    "an id with a space": (["Request-Id: a b"], None),
+    "an id that is not ASCII": (["Request-Id: \xe9"], None),
+    "a trace of no version": ([f"traceparent: ff{PARENT[2:]}"], None),
+    "a trace of zeros": ([f"traceparent: {PARENT.replace(TRACE, '0' * 32)}"], None),
+    "a trace in capitals": ([f"traceparent: {PARENT.upper()}"], None),
+    "a trace that is cut off": ([f"traceparent: {PARENT[:-1]}"], None),
+}
+
+
+@pytest.mark.parametrize("page", ["feed", "nowhere"])
+@pytest.mark.parametrize("case", IDS)
+def test_the_id_of_an_answer_is_the_one_sent_or_the_traces(serving, pages, page, case):
+    headers, known = IDS[case]
+    given = get(serving, pages.get(page, "/nowhere"), *headers).headers["request-id"]
+    assert given == known if known else re.fullmatch("[0-9a-f]{16}", given)
+
+
+LISTS = {
+    '"{tag}"': 304,
+    'W/"{tag}"': 304,
+    '"other", "{tag}"': 304,
+    '"other","{tag}"': 304,
+    ', "a,b" ,\t, W/"{tag}" ,': 304,
+    "*": 304,
+    '"other"': 200,
+    "{tag}": 200,
+    '"x{tag}"': 200,
+    '"{tag}x"': 200,
+    "\"'{tag}'\"": 200,
+    '"other {tag}"': 200,
+    'w/"{tag}"': 200,
+    'W/ "{tag}"': 200,
+    '"{tag}': 200,
+    '"{tag}" nonsense': 200,
+    'nonsense "{tag}"': 200,
+    '"other" "{tag}"': 200,
+    '"{tag}", *': 200,
+    ",": 200,
+    "": 200,
+}
+
+
+@pytest.mark.parametrize("page", ["feed", "image"])
+@pytest.mark.parametrize("known", LISTS)
+def test_if_none_match_is_a_list_of_tags_that_are_compared_in_whole(serving, pages, page, known):
+    tag = get(serving, pages[page]).headers["etag"].strip('"')
+    answer = get(serving, pages[page], "If-None-Match: " + known.format(tag=tag))
+    assert answer.status == LISTS[known]
+
+
+@pytest.mark.parametrize("page", ["feed", "image"])
+def test_several_lines_of_a_header_are_one_list(serving, pages, page):
+    tag = get(serving, pages[page]).headers["etag"]
+    for lines in (('"a"', tag), (tag, '"a"'), ('"a", "b"', '"c"', f"W/{tag}")):
+        assert get(serving, pages[page], *(f"If-None-Match: {line}" for line in lines)).status == 304
+    assert get(serving, pages[page], 'If-None-Match: "a"', 'If-None-Match: "b"').status == 200
+
+
+@pytest.mark.parametrize("lines", [("gzip;q=0.5", "br"), ("identity;q=0.1", "deflate, br")])
+def test_several_lines_of_accept_encoding_are_one_list(serving, pages, lines):
+    answer = get(serving, pages["feed"], *(f"Accept-Encoding: {line}" for line in lines))
+    assert answer.headers["content-encoding"] == "br"
 
 
 @pytest.mark.parametrize("page", JSON)

@@ -2,13 +2,18 @@
 
 import base64
 import json
+import sys
+import unicodedata
 
 import pytest
 from conftest import NOBODY, connect
-from making import make_post
-from wire import Line, head, request
+from making import jpeg, make_post, make_processing
+from state import unchanged
+from uploading import begin
+from wire import FORM, Line, dial, exchange, form, head, hear, request
 
-from storage import comments
+from api import shapes
+from storage import comments, outbox
 
 
 def cursor(text: str) -> str:
@@ -86,11 +91,212 @@ def test_a_body_with_the_encoding_identity_is_taken(standing):
 
 def test_the_longest_comment_is_taken_however_it_is_written(standing):
     with standing.client("bob") as client:
-        for text in ("😀" * 2200, "\0" * 2199 + "x", "\u202e" * 2200):
+        for text in ("😀" * 2200, "\t" * 2199 + "x", "\u202e" * 2199 + "x"):
             made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
             assert made.status_code == 201
             assert client.get(made.headers["Location"]).json()["text"] == text
             assert client.delete(made.headers["Location"]).status_code == 204
+
+
+# Every control character but tab and newline. A carriage return is one where no line feed follows.
+CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"]
+
+
+@pytest.mark.parametrize("character", CONTROLS, ids=lambda character: f"U+{ord(character):04X}")
+def test_a_text_with_a_control_character_is_refused(standing, character):
+    body = json.dumps({"text": f"one{character}two"}).encode()
+    target = standing.filled("/v1/posts/{post}/comments")
+    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "control")
+    assert answer.json()["errors"][0]["pointer"] == "#/text"
+    assert f"U+{ord(character):04X} at position 3" in answer.json()["detail"]
+
+
+def test_a_caption_with_a_control_character_is_refused_in_a_form_and_in_json(standing):
+    with standing.client("bob") as client:
+        upload = begin(standing, 10, "bob")
+        caption = b'{"upload": "%b", "caption": "a\\u0085"}' % upload.encode()
+        answer = standing.refused(request("POST", "/v1/posts", standing.token("bob"), caption), 422, "control")
+        assert answer.json()["errors"][0]["pointer"] == "#/caption"
+        assert client.delete(f"/v1/uploads/{upload}", headers={"Tus-Resumable": "1.0.0"}).status_code == 204
+        kind = {"Content-Type": "multipart/form-data; boundary=frontier"}
+        body = form(("image", "a.jpg", jpeg()), ("caption", None, b"a\rb"))
+        with unchanged(standing.server.client, standing.folder):
+            refused = client.post("/v1/posts", content=body, headers=kind)
+        assert (refused.status_code, refused.json()["code"]) == (422, "control")
+        assert refused.json()["errors"][0]["parameter"] == "caption"
+
+
+BLANK = {
+    "a zero-width space": "\u200b",
+    "a joiner": "\u200d",
+    "a byte order mark": "\ufeff",
+    "a blank Braille pattern": "\u2800",
+    "a soft hyphen": "\u00ad",
+    "Hangul fillers": "\u115f\u1160\u3164\uffa0",
+    "variation selectors": "\ufe0f\U000e0100\u180b",
+    "tags": "\U000e0041\U000e007f",
+    "a combining grapheme joiner": "\u034f",
+    "a word joiner and an invisible sign": "\u2060\u2062",
+    "bidirectional controls": "\u202e\u2066\u2069\u061c\u200e",
+    "interlinear annotations": "\ufff9\ufffa\ufffb",
+    "a musical beam and a note without a head": "\U0001d173\U0001d159",
+    "separators": "\u2028\u2029\u3000\u1680\u205f",
+    "all sorts, with white space": " \t\r\n\u200b\u2003\u2800\ufeff ",
+}
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_a_comment_that_cannot_be_seen_is_blank(standing, blank):
+    body = json.dumps({"text": BLANK[blank]}).encode()
+    target = standing.filled("/v1/posts/{post}/comments")
+    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "invalid")
+    assert "blank" in answer.json()["detail"]
+
+
+def test_every_format_and_space_of_unicode_is_invisible_but_the_signs_that_are_seen():
+    """Python's Unicode data has the categories. It does not have Default_Ignorable_Code_Point."""
+    seen = [
+        code
+        for code in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code)) in ("Cf", "Zs", "Zl", "Zp") and shapes.SEEN.search(chr(code))
+    ]
+    # Arabic, Syriac and Kaithi signs that enclose or precede digits (Prepended_Concatenation_Mark)
+    assert seen == [*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD]
+
+
+UNCHANGED = {
+    "emoji of joiners and selectors": "👩\u200d👩\u200d👧\ufe0f ❤\ufe0f 1\ufe0f\u20e3",
+    "a flag of tags": "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "a non-joiner": "می\u200cخواهم",
+    "white space around and newlines of all sorts": "  a\tb\nc\r\nd\u2028e\u2029f\u00a0 ",
+    "composed, decomposed and compatible": "e\u0301 \u00e9 \ufb01 \u2126",
+    "a mark on nothing": "\u0301",
+    "noncharacters and private use": "\ufdd0\uffff\U0010ffff\ue000",
+    "markup": "<b>&amp; \\u0041 {0} %s",
+}
+
+
+@pytest.mark.parametrize("sort", UNCHANGED)
+def test_a_text_comes_back_as_it_was_sent(standing, sort):
+    text = UNCHANGED[sort]
+    with standing.client("bob") as client:
+        made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
+        assert made.status_code == 201, made.text
+        assert made.json()["text"] == client.get(made.headers["Location"]).json()["text"] == text
+        assert client.delete(made.headers["Location"]).status_code == 204
+        sent = client.post("/v1/posts", files={"image": jpeg()}, data={"caption": text})
+        assert sent.json()["caption"] == client.get(sent.headers["Location"]).json()["caption"] == text
+        assert client.delete(sent.headers["Location"]).status_code == 204
+
+
+def test_a_caption_may_be_blank(standing):
+    with standing.client("bob") as client:
+        for caption in ("", " ", "\u200b"):
+            sent = client.post("/v1/posts", files={"image": jpeg()}, data={"caption": caption})
+            assert (sent.status_code, sent.json()["caption"]) == (201, caption)
+            assert client.delete(sent.headers["Location"]).status_code == 204
+
+
+CAPTION = {"parameter": "caption"}
+WRONG = {
+    "a body that is no object": ("POST", "/v1/posts/{post}/comments", "application/json", b"[]", {"pointer": "#"}),
+    "no text": ("POST", "/v1/posts/{post}/comments", "application/json", b"{}", {"pointer": "#/text"}),
+    "a blank text": ("POST", "/v1/posts/{post}/comments", "application/json", b'{"text": " "}', {"pointer": "#/text"}),
+    "no upload": ("POST", "/v1/posts", "application/json", b"{}", {"pointer": "#/upload"}),
+    "a caption that is a number": (
+        "POST", "/v1/posts", "application/json", b'{"upload": "u", "caption": 1}', {"pointer": "#/caption"},
+    ),
+    "an empty upload": ("POST", "/v1/posts", "application/json", b'{"upload": "{empty}"}', {"pointer": "#/upload"}),
+    "a limit": ("GET", "/v1/posts?limit=0", None, None, {"parameter": "limit"}),
+    "a cursor": ("GET", "/v1/posts/{post}/comments?cursor=x", None, None, {"parameter": "cursor"}),
+    "a form's unknown field": ("POST", "/v1/posts", FORM, form(("x" * 99, None, b"")), {"parameter": "x" * 64}),
+    "a form's second caption": (
+        "POST", "/v1/posts", FORM, form(("caption", None, b"a"), ("caption", None, b"b")), CAPTION,
+    ),
+    "a form's long caption": ("POST", "/v1/posts", FORM, form(("caption", None, b"a" * 9999)), CAPTION),
+    "a form without an image": ("POST", "/v1/posts", FORM, form(("caption", None, b"a")), {"parameter": "image"}),
+    "a form's empty image": ("POST", "/v1/posts", FORM, form(("image", "a.jpg", b"")), {"parameter": "image"}),
+    "a form that is cut off": ("POST", "/v1/posts", FORM, form(end=False) + b"--frontier", {}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_422_names_the_part_of_the_request_that_is_wrong(standing, case):
+    method, target, kind, body, where = WRONG[case]
+    headers = [f"Authorization: Bearer {standing.token('alice')}"]
+    if body is not None:
+        if b"{empty}" in body:
+            body = body.replace(b"{empty}", begin(standing, 0, "alice").encode())
+        headers += [f"Content-Type: {kind.removeprefix('Content-Type: ')}", f"Content-Length: {len(body)}"]
+    with dial(standing.port) as line:
+        line.sendall(head(method, standing.filled(target), *headers) + (body or b""))
+        problem = hear(line).json()
+    assert problem["errors"] == [{**where, "detail": problem["detail"]}]
+
+
+def test_a_422_names_the_idempotency_key(standing):
+    target = standing.filled("/v1/posts/{post}/comments")
+    with standing.client("bob") as client:
+        for key, text in (("", "a"), ("reused", "a"), ("reused", "b")):
+            answer = client.post(target, json={"text": text}, headers={"Idempotency-Key": key})
+            if answer.status_code == 201:
+                location = answer.headers["Location"]
+                continue
+            assert answer.status_code == 422
+            assert answer.json()["errors"] == [{"header": "Idempotency-Key", "detail": answer.json()["detail"]}]
+        assert client.delete(location).status_code == 204
+
+
+# If-Match
+
+
+def etags(site, target: str) -> list[str]:
+    """The ETag of each encoding."""
+    asked = [head("GET", target, f"Accept-Encoding: {coding}") for coding in ("identity", "br", "gzip")]
+    return [exchange(site.port, one).headers["etag"] for one in asked]
+
+
+@pytest.mark.parametrize("encoding", range(3))
+def test_a_delete_with_if_match_happens_only_to_what_was_seen(standing, encoding):
+    with standing.client("alice") as alice:
+        post = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "x" * 300}).headers["Location"]
+        tag = etags(standing, post)[encoding]
+        weak, part, unquoted = f"W/{tag}", f'"x{tag[1:]}', tag.strip('"')
+        for listed in ('"other"', weak, part, unquoted, f'"other", {weak}', f"{tag} nonsense"):
+            asked = head("DELETE", post, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {listed}")
+            standing.refused(asked, 412, "precondition")
+        asked = head("DELETE", post, f"Authorization: Bearer {standing.token('bob')}", 'If-Match: "other"')
+        standing.refused(asked, 403, "forbidden")
+        bearer = f"Authorization: Bearer {standing.token('alice')}"
+        asked = head("DELETE", post, bearer, 'If-Match: "a"', f"If-Match: {tag}")
+        assert exchange(standing.port, asked).status == 204
+        standing.refused(asked, 404, "nopost")
+
+
+def test_a_comment_is_deleted_with_if_match(standing):
+    comments = standing.filled("/v1/posts/{post}/comments")
+    with standing.client("bob") as bob:
+        for listed in ("*", None):
+            comment = bob.post(comments, json={"text": "a"}).headers["Location"]
+            tag = etags(standing, comment)[0]
+            bearer = f"Authorization: Bearer {standing.token('bob')}"
+            standing.refused(head("DELETE", comment, bearer, 'If-Match: "other"'), 412, "precondition")
+            asked = head("DELETE", comment, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {tag}")
+            standing.refused(asked, 403, "forbidden")
+            assert bob.delete(comment, headers={"If-Match": listed or tag}).status_code == 204
+            standing.refused(head("DELETE", comment, bearer, f"If-Match: {listed or tag}"), 404, "nocomment")
+
+
+def test_a_comment_that_came_meanwhile_keeps_its_post(standing):
+    """And one that went: with it the post is as it was, and its first ETag counts again."""
+    target = standing.filled("/v1/posts/{post}")
+    bearer = f"Authorization: Bearer {standing.token('alice')}"
+    before = etags(standing, target)[0]
+    with standing.client("bob") as bob:
+        comment = bob.post(f"{target}/comments", json={"text": "a"}).headers["Location"]
+        standing.refused(head("DELETE", target, bearer, f"If-Match: {before}"), 412, "precondition")
+        assert bob.delete(comment).status_code == 204
+    assert etags(standing, target)[0] == before
 
 
 # What is asked for
@@ -117,6 +323,22 @@ ADDRESSES = [
     ("GET", "/v1/posts/{post}/likes", 404, "nowhere"),
     ("GET", "/v1/posts/{post}/comments/{comment}/likes", 404, "nowhere"),
     ("POST", "/v1/nothing", 404, "nowhere"),
+    ("GET", "/v1/posts/", 404, "nowhere"),
+    ("GET", "/v1/posts/?limit=1", 404, "nowhere"),
+    ("GET", "/v1/posts//", 404, "nowhere"),
+    ("GET", "//v1/posts", 404, "nowhere"),
+    ("GET", "/v1//posts", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/", 404, "nowhere"),
+    ("DELETE", "/v1/posts/{post}/", 404, "nowhere"),
+    ("POST", "/v1/posts/", 404, "nowhere"),
+    ("POST", "/v1/posts/{post}/comments/", 404, "nowhere"),
+    ("GET", "/v1/posts/{post}/comments/{comment}/", 404, "nowhere"),
+    ("GET", "/v1/changes/", 404, "nowhere"),
+    ("GET", "/v1/images/{post}.jpg/", 404, "nowhere"),
+    ("POST", "/v1/uploads/", 404, "nowhere"),
+    ("DELETE", "/v1/uploads/x/", 404, "nowhere"),
+    ("OPTIONS", "/v1/uploads/", 404, "nowhere"),
+    ("GET", "/healthz/", 404, "nowhere"),
 ]
 
 
@@ -126,15 +348,15 @@ def test_what_is_not_there_or_not_theirs_is_refused(standing, method, target, st
 
 
 METHODS = [
-    ("PUT", "/v1/posts", {"GET", "POST"}),
-    ("DELETE", "/v1/posts", {"GET", "POST"}),
-    ("PATCH", "/v1/posts/{post}", {"GET", "DELETE"}),
-    ("POST", "/v1/posts/{post}", {"GET", "DELETE"}),
-    ("PUT", "/v1/posts/{post}/comments", {"GET", "POST"}),
-    ("POST", "/v1/posts/{post}/comments/{comment}", {"GET", "DELETE"}),
+    ("PUT", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("DELETE", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("PATCH", "/v1/posts/{post}", {"GET", "HEAD", "DELETE"}),
+    ("POST", "/v1/posts/{post}", {"GET", "HEAD", "DELETE"}),
+    ("PUT", "/v1/posts/{post}/comments", {"GET", "HEAD", "POST"}),
+    ("POST", "/v1/posts/{post}/comments/{comment}", {"GET", "HEAD", "DELETE"}),
     ("DELETE", "/v1/images/{post}.jpg", {"GET", "HEAD"}),
-    ("BREW", "/v1/posts", {"GET", "POST"}),
-    ("POST", "/healthz", {"GET"}),
+    ("BREW", "/v1/posts", {"GET", "HEAD", "POST"}),
+    ("POST", "/healthz", {"GET", "HEAD"}),
 ]
 
 
@@ -209,6 +431,15 @@ def test_an_id_of_any_shape_is_a_comment_that_is_not_there(standing, id):
 def test_a_post_that_is_not_ready_takes_no_comment(standing):
     target = standing.filled("/v1/posts/{processing}/comments")
     standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "notready")
+
+
+async def test_a_post_whose_image_failed_takes_no_comment(standing):
+    db = connect(standing.server)
+    failed = await make_processing(db, "alice")
+    await outbox.fail(db, failed, 0, "undecodable", "it is damaged")
+    await db.close()
+    target = f"/v1/posts/{failed}/comments"
+    standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "failed")
 
 
 def test_an_address_beyond_ascii_is_a_bad_request(standing):

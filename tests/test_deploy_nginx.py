@@ -1,10 +1,13 @@
 """The front of docker-compose, as it stands in deploy/, run by Debian's nginx on loopback."""
 
 import asyncio
+import json
 import re
 import shutil
+import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -19,13 +22,15 @@ DEPLOY = ROOT / "deploy"
 
 
 class Front:
-    def __init__(self, site, folder):
+    def __init__(self, site, folder, patience: str = "40s"):
+        """`patience`: how long nginx waits for the API's answer. A site that gives none makes it answer by itself."""
         self.site, self.port, self.tls_port = site, free_port(), free_port()
         self.url, self.token = f"http://127.0.0.1:{self.port}", site.token
         conf = (DEPLOY / "nginx.conf").read_text()
         for ours, here in {
             "server api:8000;": f"server 127.0.0.1:{site.port};",
             "listen 8080;": f"listen 127.0.0.1:{self.port};",
+            "proxy_read_timeout 40s;": f"proxy_read_timeout {patience};",
         }.items():
             assert conf.count(ours) == 1
             conf = conf.replace(ours, here)
@@ -39,11 +44,19 @@ class Front:
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"  # where Debian has it, and not every PATH looks
         command = [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
         self.process = subprocess.Popen(command)
-        until(lambda: exchange(self.port, head("GET", "/healthz")).status == 200, what="nginx")
+        until(lambda: exchange(self.port, head("GET", "/healthz")).status in (200, 504), what="nginx")
 
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(10)
+
+
+class Silent:
+    """Where a site listens that answers nothing, and then nobody does."""
+
+    def __init__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port, self.token = self.socket.getsockname()[1], None
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +115,89 @@ def test_a_form_passes_and_is_refused_as_by_the_api(front):
         line.sendall(asked)
         refused = hear(line)
     assert (refused.status, refused.json()["code"]) == (413, "toolarge"), "the API's word, not nginx's"
+
+
+def problem(answer, status: int, code: str) -> None:
+    """What nginx answers by itself is a problem like the API's."""
+    assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert answer.headers["cache-control"] == "no-store"
+    assert len(answer.headers["request-id"]) == 32 and "date" in answer.headers
+    told = answer.json()
+    assert set(told) == {"type", "title", "status", "detail", "code"}
+    assert (told["status"], told["code"], told["type"]) == (status, code, f"/docs#{code}")
+
+
+REFUSED = {
+    "no host": (b"GET /v1/posts HTTP/1.1\r\n\r\n", 400, "bad_request"),
+    "no request": (b"no sense\r\n\r\n", 400, "bad_request"),
+    "no method": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad_request"),
+    "no path": (head("CONNECT", "x:443"), 400, "bad_request"),
+    "a path above the root": (head("GET", "/../x"), 400, "bad_request"),
+    "a length and chunks": (head("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked"), 400, "bad_request"),
+    "an unknown encoding": (head("POST", "/v1/posts", "Transfer-Encoding: gzip"), 400, "bad_request"),
+    "an unknown version": (b"GET / HTTP/3.0\r\nHost: x\r\n\r\n", 400, "bad_request"),
+    "a body that is too large": (head("POST", "/v1/posts", "Content-Length: 999999999"), 413, "toolarge"),
+    "an address that is too long": (head("GET", "/" + "a" * 9000), 414, "toolarge"),
+    "a header that is too large": (head("GET", "/v1/posts", "X: " + "a" * 9000), 413, "toolarge"),
+    "a method of none": (head("TRACE", "/v1/posts"), 405, "method"),
+    "the address of nginx' own errors": (head("GET", "/problem"), 404, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_nginx_refuses_by_itself_is_a_problem(front, case):
+    asked, status, code = REFUSED[case]
+    answer = exchange(front.port, asked)
+    problem(answer, status, code)
+    assert ("allow" in answer.headers) == (status == 405)
+    assert "tus-resumable" not in answer.headers
+
+
+def test_plain_http_on_the_port_of_tls_is_a_problem(front):
+    problem(exchange(front.tls_port, head("GET", "/v1/posts")), 400, "bad_request")
+
+
+def test_an_api_that_gives_no_answer_is_a_problem_and_its_answer_unknown(tmp_path):
+    tmp_path.chmod(0o755)
+    silent = Silent()
+    front = Front(silent, tmp_path, patience="1s")
+    try:
+        late = exchange(front.port, head("GET", "/v1/posts"))
+        silent.socket.close()
+        for answer, status in ((late, 504), (exchange(front.port, head("POST", "/v1/posts")), 502)):
+            problem(answer, status, "unknown")
+            assert answer.headers["retry-after"] == "1"
+        looked = exchange(front.port, head("HEAD", "/v1/uploads/x"))
+        assert (looked.status, looked.body, looked.headers["tus-resumable"]) == (502, b"", "1.0.0")
+    finally:
+        front.close()
+
+
+def test_a_flood_from_one_address_is_limited_and_open_uploads_and_others_are_not(front):
+    """From 127.0.0.2: 2,000 requests at once and 200 a second are let through."""
+    upload = begin(front, 10)
+    tus = (f"Authorization: Bearer {front.token('alice')}", "Tus-Resumable: 1.0.0", "Connection: close")
+    flood = head("GET", "/healthz") * 900 + head("HEAD", f"/v1/uploads/{upload}", *tus)
+
+    def send(_) -> bytes:
+        with socket.create_connection(("127.0.0.1", front.port), 60, ("127.0.0.2", 0)) as line:
+            line.sendall(flood)
+            return b"".join(iter(lambda: line.recv(65536), b""))
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        streams = [stream.split(b"HTTP/1.1 ")[1:] for stream in threads.map(send, range(4))]
+    took = time.monotonic() - began
+    answers = [answer for stream in streams for answer in stream[:-1]]
+    passed = [answer for answer in answers if answer.startswith(b"200 ")]
+    limited = [answer for answer in answers if answer.startswith(b"429 ")]
+    assert len(answers) == len(passed) + len(limited) == 3600
+    assert 2000 <= len(passed) <= 2001 + 200 * (took + 1) and limited
+    top, _, body = limited[-1].partition(b"\r\n\r\n")
+    assert b"\r\nRetry-After: 1" in top and b"\r\nContent-Type: application/problem+json" in top
+    assert json.loads(body)["code"] == "limited"
+    assert [stream[-1][:3] for stream in streams] == [b"200"] * 4, "what belongs to an open upload passes"
+    assert exchange(front.port, head("GET", "/healthz")).status == 200, "another address has its own count"
 
 
 def test_the_connection_to_the_api_is_kept(front):

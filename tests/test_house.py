@@ -136,9 +136,11 @@ def test_every_code_is_on_the_api_page_with_its_status():
     for path in sorted((ROOT / "api").glob("*.py")):
         for status, code in re.findall(r"""roblem\(\s*(\d{3}),\s*"(\w+)\"""", path.read_text()):
             known.add((code, status))
+    front = (ROOT / "deploy" / "nginx.conf").read_text()  # what nginx answers by itself
+    known |= {(code, status) for status, code in re.findall(r'"status":(\d+),.*"code":"(\w+)"', front)}
     told = set()
-    for status, codes, *_ in rows(API, "## Errors"):
-        told |= {(code, status) for code in re.findall(r"`(\w+)`", codes)}
+    for statuses, codes, *_ in rows(API, "## Errors"):
+        told |= {(code, status) for code in re.findall(r"`(\w+)`", codes) for status in statuses.split(", ")}
     assert told == known
 
 
@@ -213,6 +215,7 @@ def test_every_route_is_in_the_readme_and_the_other_way_round(app):
             path = named or path
             told.add((method, path))
     assert told == served
+    assert {("HEAD", path) for method, path in served if method == "GET"} <= served, "HEAD on every GET"
 
 
 def test_a_route_reads_a_body_only_where_it_can_look_at_the_token_first(app):

@@ -196,6 +196,29 @@ async def test_no_upload_is_shorter_than_nothing_and_no_chunk_goes_back(server, 
             await work
 
 
+# Posts
+
+
+async def test_a_post_that_has_changed_since_it_was_seen_is_not_deleted(server, db, store):
+    post = await make_processing(db, "alice")
+    seen = [(await posts.read(db, post)).seen()]
+    await outbox.publish(db, post, "thumbhash")
+    seen.append((await posts.read(db, post)).seen())
+    first, _ = await comments.add(db, "bob", post, "first")
+    seen.append((await posts.read(db, post)).seen())
+    await comments.add(db, "bob", post, "second")
+    seen.append((await posts.read(db, post)).seen())
+    await comments.delete(db, "bob", post, first.id)
+    assert len(set(seen)) == 4
+    for one in seen:
+        await refused(server, db, errors.Precondition, posts.delete(db, store, "alice", post, seen=one))
+        await refused(server, db, errors.Forbidden, posts.delete(db, store, "bob", post, seen=one))
+    now = (await posts.read(db, post)).seen()
+    assert now not in seen
+    await posts.delete(db, store, "alice", post, seen=now)
+    await refused(server, db, errors.NoPost, posts.delete(db, store, "alice", post, seen=now))
+
+
 # Comments
 
 
@@ -204,7 +227,7 @@ async def test_a_comment_is_refused_where_there_is_no_ready_post(server, db, sto
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, "damaged", "it is damaged")
     await refused(server, db, errors.NotReady, comments.add(db, "bob", processing, "a"))
-    await refused(server, db, errors.NotReady, comments.add(db, "bob", failed, "a"))
+    await refused(server, db, errors.Failed, comments.add(db, "bob", failed, "a"))
     await refused(server, db, errors.NoPost, comments.add(db, "bob", NOBODY, "a"))
     await refused(server, db, errors.NoPost, comments.add(db, "bob", "u" + NOBODY, "a"))
     deleted = await make_post(db, "alice")

@@ -280,7 +280,7 @@ async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_f
     assert not server.client.exists(keys.making(0, "alice"))
     await refused(server, db, errors.Stale, outbox.start_image(db, post, due.lease))
     await refused(server, db, errors.Stale, outbox.publish(db, post, "too late"))
-    await refused(server, db, errors.NotReady, comments.add(db, "bob", post, "a"))
+    await refused(server, db, errors.Failed, comments.add(db, "bob", post, "a"))
     assert not (await posts.feed(db, 1, 10)).posts
 
 
