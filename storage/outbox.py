@@ -22,6 +22,12 @@ LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the 
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
 ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
+# A job that was running when its post was deleted or failed may store a JPEG afterwards and be killed before it can
+# erase it. So the JPEG is erased every LOOK_MS until no such job can be running any more.
+LOOK_MS = 30_000
+# The longest that a job can run: RQ ends it after 60 s (workers.dispatcher.TIMEOUT). Where that does not work, RQ kills
+# it 60 s later, and looks every 30 s.
+JOB_MS = 150_000
 MOST = 500  # due entries, or users with image work, looked at in one script: about 1 ms of Redis' time
 
 
@@ -32,7 +38,7 @@ class Due(NamedTuple):
     id: str  # as it stands in `due`; nothing has checked it
     lease: int  # the score it has under this lease, ms since 1970
     kind: str  # upload or erase
-    revision: int  # of a post's deletion, ms since 1970; else 0
+    ended: int  # when its post was deleted (the revision) or failed, ms since 1970; else 0
 
 
 class Image(NamedTuple):
@@ -53,7 +59,7 @@ async def lease(db: Redis, partition: int) -> list[Due]:
         keys.post_prefix(partition),
         keys.making_prefix(partition),
     )
-    return [Due(partition, id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+    return [Due(partition, id, lease, kind, int(float(ended))) for id, lease, kind, ended in rows]
 
 
 async def lease_images(db: Redis, partition: int, room: int) -> list[Image]:
@@ -79,7 +85,7 @@ async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None
     """
     attempt, upload = await db.call(
         "start_image",
-        [keys.post(post)],
+        [keys.post(post), keys.due(keys.partition_of_post(post))],
         db.clock,
         post,
         lease,
@@ -142,15 +148,20 @@ class Kept:
 
 
 async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
-    """Erase what a deleted post left: its image now, its original when no backup can name it any more.
+    """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
 
-    Raises NoPost for an entry that is no post id, Unavailable.
+    The image is erased at once and until no job can store it again. The original is erased when no kept backup can
+    name it any more. Raises NoPost for an entry that is no post id, Unavailable.
     """
     keys.partition_of_post(due.id)
     await objects.delete([keys.image(due.id)])
     now = due.lease - LEASE_MS
-    deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
-    if now < deleted + named_ms:
+    deleted = due.ended or now - named_ms  # at the latest, where the deletion is not told of any more
+    if now < due.ended + JOB_MS:
+        await _settle(db, due, now + LOOK_MS)
+    elif await _there(db, due.id):  # it has failed: its bytes stay until its author deletes it
+        await _settle(db, due, "")
+    elif now < deleted + named_ms:
         await _settle(db, due, deleted + named_ms)
     elif await kept.names(deleted):
         await _settle(db, due, now + DAY_MS)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import lru_cache
 from heapq import merge
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import orjson
 
 from storage import keys
-from storage.objects import S3, Folder, NotFound
+from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis
 from storage.settings import DAY_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
@@ -145,8 +146,8 @@ def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Aw
 async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS) -> None:
     """Delete a post with its comments, and the image that was served.
 
-    Its original goes when no backup can name it any more, in `named_ms` at the earliest. Should this process die in
-    between, the outbox erases the image. Raises NoPost, Forbidden.
+    The outbox erases its original when no backup can name it any more, `named_ms` from now at the earliest. It also
+    erases the image if the store is away now or this process dies. Raises NoPost, Forbidden.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -160,7 +161,8 @@ async def delete(db: Redis, objects: Folder | S3, author: str, post: str, named_
         named_ms,
         max(TOLD_MS, named_ms + DAY_MS),
     )
-    await erase_image(objects, post)
+    with suppress(Unavailable):  # the post is deleted all the same
+        await erase_image(objects, post)
 
 
 async def image(objects: Folder | S3, post: str) -> bytes:
