@@ -196,7 +196,8 @@ async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
         await asyncio.gather(*(_fit(db, objects, name) for name in names))
     found = await check(db, objects)
     for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too
-        await db.call("begin_epoch", [keys.epoch(partition)], secrets.token_hex(4))
+        named = [keys.epoch(partition), keys.restored(partition)]
+        await db.call("begin_epoch", named, db.clock, secrets.token_hex(4))
     return found
 
 

@@ -563,6 +563,86 @@ async def test_the_bytes_of_a_deleted_post_outlive_every_backup_that_may_name_it
     assert await names(store) == []
 
 
+HOUR_MS = 3_600_000
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["ready", "failed"])
+async def test_what_a_deleted_post_left_outlives_the_younger_backups_of_a_timeline_that_a_restore_left(
+    server, db, store, failed
+):
+    """The post was deleted here. It lived on in a timeline that was left later, and whose backup is still kept."""
+    post, _ = await stored_post(db, store)
+    due = await leased(db, post)
+    if failed:
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    else:
+        await make_image(db, store, due)
+    await work_off(db, store)
+    await posts.delete(db, store, "alice", post)
+    gone = server.client.zrange(keys.gone(0), 0, -1, withscores=True)
+    left = await names(store)
+    assert left
+    db.clock += 10 * HOUR_MS
+    await describe(store, 2, db.clock)
+    db.clock += 10 * HOUR_MS
+    assert (await check.restored(db, store, 1)).flaws == 0
+    for hours in (5, 20, 24):  # the deletion is a day old, the restore is, the backup is still kept
+        db.clock += hours * HOUR_MS
+        await work_off(db, store)
+        assert await names(store) == left
+    assert server.client.zrange(keys.gone(0), 0, -1, withscores=True) == gone, "revisions stay as they are"
+    await backups(store).delete([chain.description_name(2)])
+    for _ in range(2):
+        db.clock += DAY_MS
+        await work_off(db, store)
+    assert await names(store) == [] and not server.client.exists(keys.due(0))
+
+
+@pytest.mark.parametrize("how", ["discarded", "expired", "joined"])
+async def test_chunks_from_before_a_restore_outlive_the_backups_of_the_timeline_that_was_left(
+    server, db, store, monkeypatch, how
+):
+    """There the upload may have become a post that has no other bytes."""
+    monkeypatch.setattr(keys.time, "time_ns", lambda: NOW * 1_000_000)  # when uploads are made
+    post, upload = await stored_post(db, store)
+    if how != "joined":
+        upload, _ = await uploads.create(db, "alice", 1, 1000)
+        image = uploads.Appender(db, store, upload, 0, 1000)
+        await image.write(b"BM" + bytes(200))
+        await image.commit()
+    left = [keys.chunk(upload, name) for name in (await uploads.look(db, upload)).chunks]
+    await describe(store, 1, db.clock)
+    db.clock += 1000
+    assert (await check.restored(db, store, 1)).flaws == 0
+    if how == "discarded":
+        await uploads.discard(db, store, "alice", upload)
+    elif how == "expired":
+        db.clock += 2 * DAY_MS
+    else:
+        await make_image(db, store, await leased(db, post))
+    for _ in range(4):
+        await work_off(db, store)
+        db.clock += DAY_MS
+        assert [name for name in await names(store) if upload in name] == left
+    await backups(store).delete([chain.description_name(1)])
+    for _ in range(2):
+        await work_off(db, store)
+        db.clock += DAY_MS
+    assert not [name for name in await names(store) if upload in name]
+
+
+async def test_a_base_that_was_complete_after_a_deletion_may_name_the_post(server, db, store):
+    """A base holds the moment at which its rewrite began."""
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await posts.delete(db, store, "alice", post)
+    await describe(store, 1, db.clock + HOUR_MS // 2)
+    db.clock += DAY_MS + LEASE_MS
+    await work_off(db, store)
+    assert keys.original(post) in await names(store)
+
+
 async def test_a_backup_store_that_is_away_keeps_originals_and_hinders_nothing_else(server, db, store):
     post, _ = await stored_post(db, store)
     await make_image(db, store, await leased(db, post))
