@@ -1,6 +1,7 @@
 """Posts: made of uploads, read, listed, deleted."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable
 from contextlib import suppress
 from functools import lru_cache
@@ -16,7 +17,12 @@ from storage.settings import DAY_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
 HEAD_START_MS = 120_000  # of a user without a turn: twice as long as a job may take since its turn was given
+REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
+
+
+log = logging.getLogger("imagegram.posts")
+_reported: set[str] = set()
 
 
 class Post(NamedTuple):
@@ -41,7 +47,10 @@ def of_row(row: list) -> Post:
 def of_line(row: str) -> Post:
     """A row of the feed. The same row is the same post: this saves taking it apart, and never a look into Redis."""
     post, count, author, thumbhash, latest, caption = row.split("\n", 5)
-    shown = tuple(tuple(entry) for entry in orjson.loads(latest))
+    try:
+        shown = tuple([(id, by, text) for id, by, text in orjson.loads(latest)])
+    except (ValueError, TypeError):  # written by others; `check --repair` writes it again
+        shown = ()
     return Post(post, int(count), author, caption, "ready", thumbhash, None, None, shown)
 
 
@@ -113,8 +122,19 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
     asked = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
     # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
     replies = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
-    posts, more = _merged(limit, tuple((more, tuple(rows)) for _, _, more, rows in replies))
-    return Page(posts, more, [(epoch, revision) for epoch, revision, _, _ in replies])
+    posts, more = _merged(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
+    for reply in replies:
+        report_skipped(reply, "feed")
+    return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
+
+
+def report_skipped(reply: list, where: str) -> None:
+    """Log, once each, the members of a list that a script has skipped: the fifth item of its reply."""
+    if len(reply) > 4:
+        for id in reply[4]:
+            if id not in _reported and len(_reported) < REPORTED:
+                _reported.add(id)
+                log.warning("%s: %r has no whole post and is skipped; run `python -m storage check`", where, id)
 
 
 @lru_cache(PAGES)
