@@ -163,6 +163,17 @@ def parts(key: str) -> tuple[str, int | None, str]:
     return (found[1], int(found[2]), found[3] or "") if found else ("", None, "")
 
 
+def well_formed(key: str) -> bool:
+    """Whether a key is one that the functions above may have made."""
+    kind, partition, id = parts(key)
+    if kind in ("post", "comments", "latest", "upload", "chunks"):
+        found = ID.fullmatch(id)
+        return bool(found) and bool(found[1]) == (kind in ("upload", "chunks")) and key == f"{kind}:{{{found[3]}}}:{id}"
+    of_user = kind in ("uploads", "making", "once")
+    rest = f":{id}" if of_user and id else ""
+    return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
+
+
 class Once(NamedTuple):
     """An Idempotency-Key, as storage sees it."""
 
