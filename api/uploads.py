@@ -13,7 +13,6 @@ from sanic.response import HTTPResponse, empty
 
 from api import shapes, tokens
 from api.answers import READ
-from api.answers import READ
 from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
 from api.problems import Problem, answer_to

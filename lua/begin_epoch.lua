@@ -1,13 +1,23 @@
 #!lua flags=allow-oom
--- Ends a partition's timeline: tokens of changes that were issued in it are refused from now on.
--- KEYS[1] epoch  epoch:{p}  string
--- ARGV[1] name   of the new one, letters and digits
+-- Ends a partition's timeline after a restore: tokens of changes that were issued in it are refused from now on.
+-- KEYS[1] epoch     epoch:{p}     string
+-- KEYS[2] restored  restored:{p}  string
+-- ARGV[1] now       ms; empty: Redis' clock
+-- ARGV[2] name      of the new timeline, letters and digits
 -- Returns OK
 -- Refuses nothing
-local epoch = KEYS[1]
-local name = ARGV[1]
-if #KEYS ~= 1 or #ARGV ~= 1 or not name:match('^%w+$') then
+-- The time of the restore never goes back: backups of a timeline that was left earlier began before it, too.
+local epoch, restored = KEYS[1], KEYS[2]
+local now, name = tonumber(ARGV[1]), ARGV[2]
+if #KEYS ~= 2 or #ARGV ~= 2 or not name:match('^%w+$') then
   return redis.error_reply('ERR wrong arguments')
 end
 
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local before = redis.pcall('GET', restored) -- of another type it is replaced
+before = type(before) == 'string' and tonumber(before) or 0
+redis.call('SET', restored, string.format('%.0f', math.max(now, before)))
 return redis.call('SET', epoch, name)

@@ -9,7 +9,8 @@
 -- ARGV[4] prefix   of the post keys of this partition, to which ids are appended
 -- ARGV[5] latests  prefix of its latest lists
 -- ARGV[6] streams  prefix of its comment streams
--- Returns {epoch, revision of the last entry or since, more 0|1, rows as read_post returns them, or {id} if deleted}
+-- Returns {epoch, revision of the last entry or since, more 0|1, rows as read_post returns them, or {id} if deleted,
+--   {id, …}}; the last is there only if members were skipped: they have no whole post
 -- Refuses nothing
 -- Each post stands once in one of the two, however often it changed. O(log n + answer).
 local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
@@ -22,28 +23,40 @@ if not since then
   local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
   return {current, math.max(changed, deleted), 0, {}}
 end
-local from = string.format('(%.0f', since)
-local alive = redis.call('ZRANGEBYSCORE', changes, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
-local dead = redis.call('ZRANGEBYSCORE', gone, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
-local rows, more, size, a, d = {}, 0, 0, 1, 1
-while alive[a] or dead[d] do
-  if #rows == limit or size >= bytes then
-    more = 1
-    break
-  end
-  if not dead[d] or (alive[a] and tonumber(alive[a + 1]) < tonumber(dead[d + 1])) then
-    local id = alive[a]
-    local row = redis.call('HMGET', prefix .. id, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
-    local latest = redis.call('LRANGE', latests .. id, 0, -1)
-    size = size + #row[1] + #row[2]
-    for _, comment in ipairs(latest) do
-      size = size + #comment
+local rows, more, size, skipped = {}, 0, 0, nil
+local whole = 2 * (limit + 1) -- length of a list that may have been cut off
+local alive, dead, a, d
+repeat
+  local from = string.format('(%.0f', since)
+  alive = redis.call('ZRANGEBYSCORE', changes, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
+  dead = redis.call('ZRANGEBYSCORE', gone, from, '+inf', 'WITHSCORES', 'LIMIT', 0, limit + 1)
+  a, d = 1, 1
+  -- Where members were skipped a list may end early, and its next entries may come before the other list's.
+  while (alive[a] or #alive < whole) and (dead[d] or #dead < whole) and (alive[a] or dead[d]) do
+    if #rows == limit or size >= bytes then
+      more = 1
+      break
     end
-    rows[#rows + 1] = {id, redis.call('XLEN', streams .. id), row[1], row[2], row[3], row[4], row[5], row[6], latest}
-    since, a = tonumber(alive[a + 1]), a + 2
-  else
-    rows[#rows + 1] = {dead[d]}
-    since, d = tonumber(dead[d + 1]), d + 2
+    if not dead[d] or (alive[a] and tonumber(alive[a + 1]) < tonumber(dead[d + 1])) then
+      local id = alive[a]
+      local row = redis.pcall('HMGET', prefix .. id, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
+      local latest = redis.pcall('LRANGE', latests .. id, 0, -1)
+      local count = redis.pcall('XLEN', streams .. id)
+      since, a = tonumber(alive[a + 1]), a + 2
+      if row[1] and row[2] and row[3] and not latest.err and tonumber(count) then
+        size = size + #row[1] + #row[2]
+        for _, comment in ipairs(latest) do
+          size = size + #comment
+        end
+        rows[#rows + 1] = {id, count, row[1], row[2], row[3], row[4], row[5], row[6], latest}
+      else
+        skipped = skipped or {}
+        skipped[#skipped + 1] = id
+      end
+    else
+      rows[#rows + 1] = {dead[d]}
+      since, d = tonumber(dead[d + 1]), d + 2
+    end
   end
-end
-return {current, since, more, rows}
+until more == 1 or (not alive[a] and not dead[d] and #alive < whole and #dead < whole)
+return {current, since, more, rows, skipped}

@@ -15,6 +15,7 @@
 -- Returns {status or false, number of comments, is its image to be made 0|1, what is wrong, …}
 -- Refuses nothing
 -- Changes nothing that is right, and nothing that is not derived: a comment without post is told of and stays.
+-- A post that lacks a field, or whose keys have a wrong type, cannot be shown; it is in no list then.
 -- A flaw begins with the number of the invariant, or with 0 where it breaks none.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local turns, now, id, shown = KEYS[7], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
@@ -27,8 +28,22 @@ if not now then
   local time = redis.call('TIME')
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
-local row, count = redis.call('HMGET', post, 'status', 'author'), redis.call('XLEN', comments)
-local status, author = row[1], row[2] or ''
+local whole = true -- the post can be shown
+local function holds(key, kind)
+  local is = redis.call('TYPE', key)
+  is = is.ok or is -- fakeredis answers with a plain string
+  whole = whole and (is == kind or is == 'none')
+  return is == kind
+end
+local row, count = {}, 0
+if holds(post, 'hash') then
+  row = redis.call('HMGET', post, 'status', 'author', 'caption', 'thumbhash')
+end
+if holds(comments, 'stream') then
+  count = redis.call('XLEN', comments)
+end
+holds(latest, 'list')
+local status, author = row[1] or false, row[2] or ''
 local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', changes, id)
 local queue = making .. author
 local waits = redis.call('ZSCORE', queue, id) and 1 or 0
@@ -40,7 +55,14 @@ local function wrong(flaw, ...)
   end
 end
 
-if status == 'ready' then
+for i, field in ipairs({'status', 'author', 'caption', status == 'ready' and 'thumbhash' or nil}) do
+  if row[i] == false then
+    whole = false
+    wrong('0 its ' .. field .. ' is missing')
+  end
+end
+
+if status == 'ready' and whole then
   if tonumber(score) ~= count then
     wrong('1 its score is ' .. (score or 'missing') .. ', it has ' .. count .. ' comments', 'ZADD', feed, count, id)
   end
@@ -67,19 +89,20 @@ if status == 'ready' then
     wrong('0 it is missing among the changes', 'ZADD', changes, math.max(now, changed + 1, deleted + 1), id)
   end
 else
+  local why = status == 'ready' and 'cannot be shown' or 'not ready'
   if score then
-    wrong('1 it is in the feed and not ready', 'ZREM', feed, id)
+    wrong('1 it is in the feed and ' .. why, 'ZREM', feed, id)
   end
   if revision then
-    wrong('0 it is among the changes and not ready', 'ZREM', changes, id)
+    wrong('0 it is among the changes and ' .. why, 'ZREM', changes, id)
   end
-  if count > 0 or redis.call('EXISTS', latest) == 1 then
+  if status ~= 'ready' and (count > 0 or redis.call('EXISTS', latest) == 1) then
     wrong('0 it has comments and is not ready')
   end
   if status == 'processing' and waits == 0 then
     wrong('3 it is processing and not in making', 'ZADD', queue, now, id)
     waits = repair and 1 or 0
-  elseif status and status ~= 'processing' and status ~= 'failed' then
+  elseif status and status ~= 'processing' and status ~= 'failed' and status ~= 'ready' then
     wrong('3 its status is ' .. status)
   end
 end

@@ -31,7 +31,7 @@ end
 
 if id == '' then
   for _, upload in ipairs(redis.call('HKEYS', uploads)) do
-    local row = redis.call('HMGET', prefix .. upload, 'offset', 'post')
+    local row = redis.pcall('HMGET', prefix .. upload, 'offset', 'post') -- of another type it is not open
     if not row[1] or row[2] then
       wrong(upload, '0 bytes are reserved for it and it is not open', 'HDEL', uploads, upload)
     end

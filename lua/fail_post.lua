@@ -11,6 +11,7 @@
 -- Returns 1
 -- Refuses NOPOST STALE
 -- Only the current attempt may fail a post: an older one may have met its end by being late.
+-- The post is due, so that a JPEG is erased which an older attempt stores after this.
 local post, due, making = KEYS[1], KEYS[2], ARGV[6]
 local now, id, attempt, code, detail = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if #KEYS ~= 2 or #ARGV ~= 6 or not tonumber(attempt) then
@@ -30,8 +31,9 @@ if not now then
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
-redis.call('HSET', post, 'status', 'failed', 'code', code, 'detail', detail)
+redis.call('HSET', post, 'status', 'failed', 'code', code, 'detail', detail, 'failed_at', now)
 redis.call('ZREM', queue, id)
+redis.call('ZADD', due, now, id)
 if upload then
   redis.call('ZADD', due, now, upload)
 end

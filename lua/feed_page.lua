@@ -10,9 +10,9 @@
 -- ARGV[4] bytes    the page ends when its rows have as many
 -- ARGV[5] posts    prefix of the post keys of this partition, to which ids are appended
 -- ARGV[6] latests  prefix of its latest lists
--- Returns {epoch, newest revision, more 0|1, {row, …}}; the first two are told of the first page only
+-- Returns {epoch, newest revision, more 0|1, {row, …}, {id, …}}; the first two are told of the first page only
 --   A row's lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the caption, which
---   may have lines of its own
+--   may have lines of its own. The last is there only if members were skipped: they have no whole post
 -- Refuses nothing
 -- A cursor is a place in the order, not a row: where its post has moved or gone, the place is found by the count
 -- and, in the run of equal counts, by a binary search over ids. A row is one string, because Redis takes a fifth
@@ -37,24 +37,33 @@ elseif count then
   end
 end
 
-local rows, more, size = {}, 0, 0
-local members = redis.call('ZREVRANGE', feed, start, start + limit, 'WITHSCORES')
-for i = 1, #members, 2 do
-  if #rows == limit or size >= bytes then
-    more = 1
-    break
+local rows, more, size, concat = {}, 0, 0, table.concat
+local skipped, members
+repeat
+  members = redis.call('ZREVRANGE', feed, start, start + limit, 'WITHSCORES')
+  for i = 1, #members, 2 do
+    if #rows == limit or size >= bytes then
+      more = 1
+      break
+    end
+    local member = members[i]
+    local row = redis.pcall('HMGET', posts .. member, 'author', 'thumbhash', 'caption')
+    local latest = redis.pcall('LRANGE', latests .. member, 0, -1)
+    if row[1] and row[2] and row[3] and not latest.err then
+      local line = member .. '\n' .. members[i + 1] .. '\n' .. row[1] .. '\n' .. row[2]
+        .. '\n[' .. concat(latest, ',') .. ']\n' .. row[3]
+      size = size + #line
+      rows[#rows + 1] = line
+    else
+      skipped = skipped or {}
+      skipped[#skipped + 1] = member
+    end
   end
-  local member = members[i]
-  local row = redis.call('HMGET', posts .. member, 'author', 'thumbhash', 'caption')
-  local latest = table.concat(redis.call('LRANGE', latests .. member, 0, -1), ',')
-  local line = member .. '\n' .. members[i + 1] .. '\n' .. row[1] .. '\n' .. row[2]
-    .. '\n[' .. latest .. ']\n' .. row[3]
-  size = size + #line
-  rows[#rows + 1] = line
-end
+  start = start + limit + 1
+until more == 1 or #members < 2 * (limit + 1)
 if count then
-  return {'0', 0, more, rows}
+  return {'0', 0, more, rows, skipped}
 end
 local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
 local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-return {redis.call('GET', epoch) or '0', math.max(changed, deleted), more, rows}
+return {redis.call('GET', epoch) or '0', math.max(changed, deleted), more, rows, skipped}

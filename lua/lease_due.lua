@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Leases uploads and erasures that are due: each is due again when its lease has run out, unless it was settled by then.
--- KEYS[1] due    due:{p}    zset: id of an upload or of a deleted post, scored by when to look at it, ms
+-- KEYS[1] due    due:{p}    zset: id of an upload or of a deleted or failed post, scored by when to look at it, ms
 -- KEYS[2] gone   gone:{p}   zset: deleted post, scored by its revision
 -- KEYS[3] turns  turns:{p}  zset: user, scored by their turn of image work
 -- ARGV[1] now    ms; empty: Redis' clock
@@ -8,9 +8,10 @@
 -- ARGV[3] most   how many are looked at, which bounds the script's time
 -- ARGV[4] posts  prefix of the post keys of this partition, to which ids are appended
 -- ARGV[5] making prefix of the users' `making` keys of this partition, to which users are appended
--- Returns {{id, lease, 'upload' | 'erase', revision of the deletion or 0}, …}
+-- Returns {{id, lease, 'upload' | 'erase', ms when the post was deleted or failed, or 0}, …}
 -- Refuses nothing
 -- The lease is the score it sets: whoever comes with another one was given the work before somebody else was.
+-- A failed post is due because a job that ran when it failed may still store a JPEG: that is erased.
 -- Posts whose image is to be made stood in `due` too, before `making` existed. Such a post, in data of that time, goes
 -- there now.
 local due, gone, turns = KEYS[1], KEYS[2], KEYS[3]
@@ -26,9 +27,9 @@ end
 local leased = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)) do
   local upload = id:sub(1, 1) == 'u'
-  local row = upload and {} or redis.call('HMGET', posts .. id, 'author', 'status')
+  local row = upload and {} or redis.call('HMGET', posts .. id, 'author', 'status', 'failed_at')
   local author, status = row[1], row[2]
-  if author then
+  if author and status ~= 'failed' then
     if status == 'processing' or status == 'ready' then
       redis.call('ZADD', making .. author, 'NX', now, id)
       redis.call('ZADD', turns, 'LT', now, author)
@@ -36,7 +37,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, mo
     redis.call('ZREM', due, id)
   else
     redis.call('ZADD', due, now + lease, id)
-    leased[#leased + 1] = {id, now + lease, upload and 'upload' or 'erase', redis.call('ZSCORE', gone, id) or 0}
+    local ended = author and row[3] or redis.call('ZSCORE', gone, id)
+    leased[#leased + 1] = {id, now + lease, upload and 'upload' or 'erase', ended or 0}
   end
 end
 return leased

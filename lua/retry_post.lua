@@ -25,7 +25,7 @@ if not now then
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 redis.call('HSET', post, 'status', 'processing', 'attempt', 0)
-redis.call('HDEL', post, 'code', 'detail')
+redis.call('HDEL', post, 'code', 'detail', 'failed_at')
 redis.call('ZADD', making .. author, now, id)
 redis.call('ZADD', turns, 'LT', now, author)
 return 1

@@ -1,6 +1,7 @@
 #!lua
 -- Begins an attempt at a post's image, and the attempt's own lease.
 -- KEYS[1] post   post:{p}:<id>  hash
+-- KEYS[2] due    due:{p}        zset
 -- ARGV[1] now    ms; empty: Redis' clock
 -- ARGV[2] id     post id
 -- ARGV[3] lease  the lease under which the work was handed out
@@ -11,9 +12,9 @@
 -- Refuses NOPOST STALE
 -- An attempt counts when its work starts: what only waited in a queue was not tried. A ready post has work when a
 -- restore brought it back without its JPEG.
-local post, now, id, lease = KEYS[1], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local post, due, now, id, lease = KEYS[1], KEYS[2], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local span, most, making = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-if #KEYS ~= 1 or #ARGV ~= 6 or not (lease and span and most) then
+if #KEYS ~= 2 or #ARGV ~= 6 or not (lease and span and most) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -32,8 +33,9 @@ end
 
 if attempt >= most and status == 'processing' then
   redis.call('HSET', post, 'status', 'failed', 'code', 'exhausted',
-    'detail', 'the image could not be made in ' .. most .. ' attempts')
+    'detail', 'the image could not be made in ' .. most .. ' attempts', 'failed_at', now)
   redis.call('ZREM', queue, id)
+  redis.call('ZADD', due, now, id)
   return {0, upload}
 end
 redis.call('HSET', post, 'attempt', attempt + 1)

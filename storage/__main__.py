@@ -83,7 +83,7 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
                 raise restore.Refused(f"{arguments.folder} is no data folder")
             server.hold(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
-        db = Redis(url)
+        db = Redis(url, undecodable=check.EXACTLY)
         found = await check.check(db, objects, arguments.repair, arguments.deep)
         await db.close()
     for line in found.told:

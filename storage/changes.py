@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from storage import keys
 from storage.errors import Outdated
-from storage.posts import Post, of_row
+from storage.posts import Post, of_row, report_skipped
 from storage.scripts import Redis, now_ms
 from storage.settings import HOUR_MS, PAGE_BYTES, TOLD_MS
 
@@ -59,7 +59,9 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
         *(_page(db, partition, limit, revision) for partition, (_, revision) in enumerate(known))
     )
     posts, seen, more = [], [], False
-    for (epoch, revision), (current, newest, rest, rows) in zip(known, answers, strict=True):
+    for (epoch, revision), answer in zip(known, answers, strict=True):
+        current, newest, rest, rows = answer[:4]
+        report_skipped(answer, "changes")
         if epoch not in ("", current):
             raise Outdated("the data was restored since; walk the feed again")
         if len(posts) + len(rows) > limit:

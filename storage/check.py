@@ -12,15 +12,28 @@ Neither reads what an original shows, nor compares it with what was uploaded: th
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from redis.exceptions import ResponseError
+
 from storage import keys, uploads
+from storage.errors import NoUpload
 from storage.formats import LONGEST, sniff
 from storage.objects import S3, Folder, NotFound
 from storage.scripts import BATCH, Redis
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST
 
+EXACTLY = "surrogateescape"  # decodes what is not UTF-8 so that it can be sent back byte for byte
+# What Redis says of each key of docs/keys.md
+TYPES = {
+    **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns"), "zset"),
+    **dict.fromkeys(("post", "upload", "uploads"), "hash"),
+    **dict.fromkeys(("latest", "chunks"), "list"),
+    **dict.fromkeys(("once", "epoch", "restored"), "string"),
+    "comments": "stream",
+}
 SHOWN = 20  # flaws told of by name
 
 
@@ -41,6 +54,7 @@ class Found:
         self.repaired += repaired
         self.flaws += not repaired
         if len(self.told) < SHOWN:
+            id = id.encode("utf-8", "backslashreplace").decode()
             self.told.append(f"{id}: {flaw}{' (repaired)' if repaired else ''}")
 
     def __str__(self) -> str:
@@ -49,45 +63,86 @@ class Found:
 
 
 async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: bool = False) -> Found:
-    """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable."""
+    """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable.
+
+    A malformed key is reported and left out. To repair members whose bytes are not UTF-8, `db` needs
+    `undecodable=EXACTLY`.
+    """
     found = Found()
     async for names in walk(db):
         work = []
-        for name in names:
+        for name in ours(names, found):
             kind, partition, id = keys.parts(name)
-            if partition is not None:
-                found.partitions.add(partition)
+            found.partitions.add(partition)
             if kind in ("post", "comments", "latest"):
-                work.append(_post(db, objects, id, found, repair, deep, count=kind == "post"))
+                work.append(_isolated(id, found, _post(db, objects, id, found, repair, deep, count=kind == "post")))
             elif kind == "upload":
-                work.append(_upload(db, objects, id, found, repair))
+                work.append(_isolated(id, found, _upload(db, objects, id, found, repair)))
             elif kind == "uploads":
-                work.append(_reserved(db, partition, id, "", found, repair))
-            elif kind in ("feed", "changes"):
-                async for members in walk(db, name):
-                    await asyncio.gather(
-                        *(_post(db, objects, id, found, repair, deep=False, count=False) for id in members[::2])
-                    )
+                work.append(_isolated(name, found, _reserved(db, partition, id, "", found, repair)))
+            elif kind in ("feed", "changes", "gone", "due", "making"):
+                work.append(_isolated(name, found, _members(db, objects, name, found, repair)))
         await asyncio.gather(*work)
     return found
 
 
+def ours(names: list[str], found: Found) -> list[str]:
+    """Of names and types as `walk` yields them: the keys that are ours and well formed. Tells of malformed ones.
+
+    Other keys are left alone, unless their names are not UTF-8.
+    """
+    good = []
+    for name, kind in zip(names[::2], names[1::2], strict=True):
+        wanted = TYPES.get(name.split(":")[0])
+        if _undecodable(name):
+            found.tell(name, "0 its name is not UTF-8", False)
+        elif wanted and not keys.well_formed(name):
+            found.tell(name, "0 no key has such a name", False)
+        elif wanted and kind != wanted:
+            found.tell(name, f"0 its type is {kind}, not {wanted}", False)
+        elif wanted:
+            good.append(name)
+    return good
+
+
+def _undecodable(text: str) -> bool:
+    return any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in text)
+
+
+async def _isolated(id: str, found: Found, work: Coroutine) -> None:
+    """Reports what cannot be judged, because it or a key beside it is malformed, and goes on."""
+    try:
+        await work
+    except (ResponseError, ValueError):  # a command on a wrong type; a number or an object's name that is none
+        found.tell(id, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
+
+
+async def _members(db: Redis, objects: Folder | S3, name: str, found: Found, repair: bool) -> None:
+    """The members of a zset: each must be an id of its partition, and in `feed` and `changes` a ready post's."""
+    kind, partition, _ = keys.parts(name)
+    async for members in walk(db, name):
+        ids = []
+        for id in members[::2]:
+            parts = keys.ID.fullmatch(id)
+            if parts and int(parts[3]) == partition and (kind == "due" or not parts[1]):
+                ids.append(id)
+            else:
+                member = id.encode("utf-8", EXACTLY)
+                gone = bool(repair and await db.call("drop_member", [name], member))
+                found.tell(id, f"0 no id in {kind} is like this", gone)
+        if kind in ("feed", "changes"):
+            work = (_post(db, objects, id, found, repair, deep=False, count=False) for id in ids)
+            await asyncio.gather(*(_isolated(id, found, one) for id, one in zip(ids, work, strict=True)))
+
+
 async def walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
-    """All keys of the server, some hundred at a time; with `zset` its members, each followed by its score."""
+    """All keys of the server, each followed by its type, some hundred at a time; with `zset` its members and scores."""
     cursor = "0"
     while True:
         cursor, names = await db.call("scan", [*zset], cursor, BATCH)
         yield names
         if cursor == "0":
             return
-
-
-def _strange(id: str, begin: str, found: Found) -> bool:
-    parts = keys.ID.fullmatch(id)
-    if parts and parts[1] == begin:
-        return False
-    found.tell(id, "0 nothing has such an id", False)
-    return True
 
 
 async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
@@ -103,15 +158,15 @@ async def _post(
     db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool
 ) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
-    if _strange(post, "", found):
-        return
     status, comments, waits, flaws = await _ask(db, post, repair=False)
     if count:
         found.posts += 1
         found.comments += comments
-    elif status or post in found.ghosts:
+    elif status:
         return
-    else:
+    if not status:
+        if post in found.ghosts:
+            return
         found.ghosts.add(post)
     if flaws and repair:
         flaws = (await _ask(db, post, repair=True))[3]
@@ -157,10 +212,12 @@ async def make_again(db: Redis, post: str) -> int:
 
 
 async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, repair: bool) -> None:
-    if _strange(upload, "u", found):
-        return
     before = await uploads.look(db, upload)
-    if before.owner is None or before.post or before.expired:
+    if before.post or (before.owner and before.expired):
+        return
+    if not (before.owner and before.expires):
+        if before.owner or before.offset or before.expires:  # else it went a moment ago
+            found.tell(upload, f"0 its {'expiry' if before.owner else 'owner'} is missing", False)
         return
     found.uploads += 1
     await _reserved(db, keys.partition_of_upload(upload), before.owner, upload, found, repair)
@@ -168,14 +225,17 @@ async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, re
         *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
     )
     for size in sizes:
-        if isinstance(size, Exception) and not isinstance(size, NotFound):
+        if isinstance(size, Exception) and not isinstance(size, (NotFound, ValueError)):  # no name of an object
             raise size
     there = sum(size for size in sizes if isinstance(size, int))
     if there == before.offset or (await uploads.look(db, upload))[:6] != before[:6]:  # it went on meanwhile
         return
+    dropped = False
     if repair:
-        await uploads.drop(db, before.owner, upload, tell=DAY_MS)
-    found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", repair)
+        with suppress(NoUpload):  # its hash has no offset, or it ended a moment ago
+            await uploads.drop(db, before.owner, upload, tell=DAY_MS)
+            dropped = True
+    found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", dropped)
 
 
 async def _reserved(db: Redis, partition: int, user: str, upload: str, found: Found, repair: bool) -> None:
@@ -193,10 +253,12 @@ async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
     new epoch. What a repair of derived data would hide counts: a backup that needs one is not what was written.
     """
     async for names in walk(db):
-        await asyncio.gather(*(_fit(db, objects, name) for name in names))
+        fitting = [_isolated(name, Found(), _fit(db, objects, name)) for name in ours(names, Found())]
+        await asyncio.gather(*fitting)
     found = await check(db, objects)
     for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too
-        await db.call("begin_epoch", [keys.epoch(partition)], secrets.token_hex(4))
+        named = [keys.epoch(partition), keys.restored(partition)]
+        await db.call("begin_epoch", named, db.clock, secrets.token_hex(4))
     return found
 
 

@@ -65,6 +65,11 @@ def partition_of_upload(upload: str) -> int:
     return int(parts[3])
 
 
+def partition_of(id: str) -> int:
+    """The partition that the id of a post or an upload names; it must be one."""
+    return int(ID.fullmatch(id)[3])
+
+
 def comment_ms(comment: str) -> int:
     """When a comment was written, in milliseconds since 1970. Raises NoComment where it is no comment id."""
     parts = COMMENT_ID.fullmatch(comment)
@@ -106,6 +111,10 @@ def turns(partition: int) -> str:
 
 def epoch(partition: int) -> str:
     return f"epoch:{{{partition}}}"
+
+
+def restored(partition: int) -> str:
+    return f"restored:{{{partition}}}"
 
 
 def post(post_id: str) -> str:
@@ -154,6 +163,17 @@ def parts(key: str) -> tuple[str, int | None, str]:
     return (found[1], int(found[2]), found[3] or "") if found else ("", None, "")
 
 
+def well_formed(key: str) -> bool:
+    """Whether a key is one that the functions above may have made."""
+    kind, partition, id = parts(key)
+    if kind in ("post", "comments", "latest", "upload", "chunks"):
+        found = ID.fullmatch(id)
+        return bool(found) and bool(found[1]) == (kind in ("upload", "chunks")) and key == f"{kind}:{{{found[3]}}}:{id}"
+    of_user = kind in ("uploads", "making", "once")
+    rest = f":{id}" if of_user and id else ""
+    return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
+
+
 class Once(NamedTuple):
     """An Idempotency-Key, as storage sees it."""
 
@@ -191,8 +211,8 @@ def image(post_id: str) -> str:
     return f"images/{post_id}.jpg"
 
 
-ORIGINALS = "originals/"
-OBJECTS = ("chunks/", "images/", ORIGINALS)  # the folders of all of them
+IMAGES, ORIGINALS = "images/", "originals/"
+OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all of them
 
 
 def owner(name: str) -> str:

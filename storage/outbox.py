@@ -22,6 +22,14 @@ LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the 
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
 ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
+# A job that was running when its post was deleted or failed may store a JPEG afterwards and be killed before it can
+# erase it. So the JPEG is erased every LOOK_MS until no such job can be running any more.
+LOOK_MS = 30_000
+# The longest that a job can run: RQ ends it after 60 s (workers.dispatcher.TIMEOUT). Where that does not work, RQ kills
+# it 60 s later, and looks every 30 s.
+JOB_MS = 150_000
+# A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
+REWRITE_MS = 3_600_000
 MOST = 500  # due entries, or users with image work, looked at in one script: about 1 ms of Redis' time
 
 
@@ -32,7 +40,7 @@ class Due(NamedTuple):
     id: str  # as it stands in `due`; nothing has checked it
     lease: int  # the score it has under this lease, ms since 1970
     kind: str  # upload or erase
-    revision: int  # of a post's deletion, ms since 1970; else 0
+    ended: int  # when its post was deleted (the revision) or failed, ms since 1970; else 0
 
 
 class Image(NamedTuple):
@@ -53,7 +61,7 @@ async def lease(db: Redis, partition: int) -> list[Due]:
         keys.post_prefix(partition),
         keys.making_prefix(partition),
     )
-    return [Due(partition, id, lease, kind, int(float(revision))) for id, lease, kind, revision in rows]
+    return [Due(partition, id, lease, kind, int(float(ended))) for id, lease, kind, ended in rows]
 
 
 async def lease_images(db: Redis, partition: int, room: int) -> list[Image]:
@@ -79,7 +87,7 @@ async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None
     """
     attempt, upload = await db.call(
         "start_image",
-        [keys.post(post)],
+        [keys.post(post), keys.due(keys.partition_of_post(post))],
         db.clock,
         post,
         lease,
@@ -131,49 +139,75 @@ class Kept:
         self._asked = -ASK_AGAIN
 
     async def names(self, moment: int) -> bool:
-        """Whether a backup holds the state of a moment, ms since 1970."""
+        """Whether a backup holds the state of a moment or an earlier one, ms since 1970."""
         if time.monotonic() >= self._asked + ASK_AGAIN:
             try:
                 self._seconds = [one["second"] for one in (await descriptions(self._backup)).values()]
             except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
                 self._seconds = [0]
             self._asked = time.monotonic()
-        return any(second * 1000 <= moment for second in self._seconds)
+        return any(second * 1000 - REWRITE_MS <= moment for second in self._seconds)
 
 
 async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
-    """Erase what a deleted post left: its image now, its original when no backup can name it any more.
+    """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
 
-    Raises NoPost for an entry that is no post id, Unavailable.
+    The image is erased at once and until no job can store it again. The original is erased when no kept backup can
+    name it any more. Raises NoPost for an entry that is no post id, Unavailable.
     """
     keys.partition_of_post(due.id)
     await objects.delete([keys.image(due.id)])
     now = due.lease - LEASE_MS
-    deleted = due.revision or now - named_ms  # at the latest, where the deletion is not told of any more
-    if now < deleted + named_ms:
-        await _settle(db, due, deleted + named_ms)
-    elif await kept.names(deleted):
-        await _settle(db, due, now + DAY_MS)
-    else:
-        await objects.delete([keys.original(due.id)])
+    if now < due.ended + JOB_MS:
+        await _settle(db, due, now + LOOK_MS)
+    elif await _there(db, due.id):  # it has failed: its bytes stay until its author deletes it
         await _settle(db, due, "")
+    else:
+        deleted = due.ended or now - named_ms  # at the latest, where the deletion is not told of any more
+        needed = max(deleted, await uploads.restored_ms(db, due.partition))
+        again = await named_until(kept, needed, now, named_ms)
+        if not again:
+            await objects.delete([keys.original(due.id)])
+        await _settle(db, due, again or "")
 
 
 async def end_upload(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
-    """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted."""
+    """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted.
+
+    They wait as an original does where they are a deleted post's only bytes, and where the upload is from before a
+    restore: in the timeline that was left it may have become a post.
+    """
     upload, now = await uploads.look(db, due.id), due.lease - LEASE_MS
     only = upload.post and not await _joined(objects, upload.post)  # there is no original: these are its bytes
     if only and await _there(db, upload.post):
         await _settle(db, due, "")  # they go with the post
-    elif only and await kept.names(now - named_ms):
-        await _settle(db, due, now + DAY_MS)
     elif upload.post or not upload.expires:
-        await uploads.erase_chunks(db, objects, due.id, upload.chunks)
+        restored = await uploads.restored_ms(db, due.partition)
+        needed = 0
+        if only:
+            needed = max(now - named_ms, restored)
+        elif keys.created_ms(due.id) <= restored:
+            needed = restored
+        if again := needed and await named_until(kept, needed, now, named_ms):
+            await _settle(db, due, again)
+        else:
+            await uploads.erase_chunks(db, objects, due.id, upload.chunks)
     elif upload.expired:
         with suppress(NoUpload):  # our lease ran out, and another has ended it meanwhile
             await uploads.discard(db, objects, upload.owner, due.id, tell=DAY_MS)
     else:
         await _settle(db, due, upload.expires)
+
+
+async def named_until(kept: Kept, needed: int, now: int, named_ms: int) -> int:
+    """When to look again at objects that were needed until a moment, in ms since 1970; 0: no kept backup names them.
+
+    The moment is the later of the deletion and the last restore. A restore leaves a timeline in which the object may be
+    needed still: its backups may be younger than the deletion, but all of them began before the restore.
+    """
+    if now < needed + named_ms:
+        return needed + named_ms
+    return now + DAY_MS if await kept.names(needed) else 0
 
 
 async def _joined(objects: Folder | S3, post: str) -> bool:

@@ -1,7 +1,9 @@
 """Posts: made of uploads, read, listed, deleted."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import lru_cache
 from heapq import merge
 from typing import NamedTuple
@@ -9,13 +11,18 @@ from typing import NamedTuple
 import orjson
 
 from storage import keys
-from storage.objects import S3, Folder, NotFound
+from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis
 from storage.settings import DAY_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
 HEAD_START_MS = 120_000  # of a user without a turn: twice as long as a job may take since its turn was given
+REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
+
+
+log = logging.getLogger("imagegram.posts")
+_reported: set[str] = set()
 
 
 class Post(NamedTuple):
@@ -44,7 +51,10 @@ def of_row(row: list) -> Post:
 def of_line(row: str) -> Post:
     """A row of the feed. The same row is the same post: this saves taking it apart, and never a look into Redis."""
     post, count, author, thumbhash, latest, caption = row.split("\n", 5)
-    shown = tuple(tuple(entry) for entry in orjson.loads(latest))
+    try:
+        shown = tuple([(id, by, text) for id, by, text in orjson.loads(latest)])
+    except (ValueError, TypeError):  # written by others; `check --repair` writes it again
+        shown = ()
     return Post(post, int(count), author, caption, "ready", thumbhash, None, None, shown)
 
 
@@ -116,8 +126,19 @@ async def feed(db: Redis, partitions: int, limit: int, after: Place | None = Non
     asked = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
     # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
     replies = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
-    posts, more = _merged(limit, tuple((more, tuple(rows)) for _, _, more, rows in replies))
-    return Page(posts, more, [(epoch, revision) for epoch, revision, _, _ in replies])
+    posts, more = _merged(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
+    for reply in replies:
+        report_skipped(reply, "feed")
+    return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
+
+
+def report_skipped(reply: list, where: str) -> None:
+    """Log, once each, the members of a list that a script has skipped: the fifth item of its reply."""
+    if len(reply) > 4:
+        for id in reply[4]:
+            if id not in _reported and len(_reported) < REPORTED:
+                _reported.add(id)
+                log.warning("%s: %r has no whole post and is skipped; run `python -m storage check`", where, id)
 
 
 @lru_cache(PAGES)
@@ -151,8 +172,8 @@ async def delete(
 ) -> None:
     """Delete a post with its comments, and the image that was served; with `seen` only if it is still that Post.
 
-    Its original goes when no backup can name it any more, in `named_ms` at the earliest. Should this process die in
-    between, the outbox erases the image. Raises NoPost, Forbidden, Precondition.
+    The outbox erases its original when no backup can name it any more, `named_ms` from now at the earliest. It also
+    erases the image if the store is away now or this process dies. Raises NoPost, Forbidden, Precondition.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -167,7 +188,8 @@ async def delete(
         max(TOLD_MS, named_ms + DAY_MS),
         seen,
     )
-    await erase_image(objects, post)
+    with suppress(Unavailable):  # the post is deleted all the same
+        await erase_image(objects, post)
 
 
 async def image(objects: Folder | S3, post: str) -> bytes:

@@ -240,7 +240,7 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
 
     A missing original is told of and stands in nobody's way: it is not the backup that lacks it.
     """
-    db = scripts.Redis(url(client))
+    db = scripts.Redis(url(client), undecodable=check.EXACTLY)
     try:
         found = await check.restored(db, open_store(settings.store_url), settings.partitions)
     finally:

@@ -4,11 +4,9 @@ For use after an outage or a fault of the workers. A post whose image itself is 
 """
 
 import asyncio
-from contextlib import suppress
 
 from storage import keys
-from storage.check import walk
-from storage.errors import NoPost
+from storage.check import Found, ours, walk
 from storage.outbox import EXHAUSTED
 from storage.scripts import Redis
 
@@ -20,14 +18,12 @@ async def retry(db: Redis) -> int:
     """
     count = 0
     async for names in walk(db):
-        posts = [id for kind, _, id in map(keys.parts, names) if kind == "post"]
+        posts = [keys.parts(name)[2] for name in ours(names, Found()) if keys.parts(name)[0] == "post"]
         count += sum(await asyncio.gather(*(_retry(db, post) for post in posts)))
     return count
 
 
 async def _retry(db: Redis, post: str) -> int:
-    with suppress(NoPost):  # a key that is not ours
-        partition = keys.partition_of_post(post)
-        named = [keys.post(post), keys.turns(partition)]
-        return await db.call("retry_post", named, db.clock, post, EXHAUSTED, keys.making_prefix(partition))
-    return 0
+    partition = keys.partition_of_post(post)
+    named = [keys.post(post), keys.turns(partition)]
+    return await db.call("retry_post", named, db.clock, post, EXHAUSTED, keys.making_prefix(partition))

@@ -56,9 +56,16 @@ class Channel:
     of those whose command was sent and whose answer did not come.
     """
 
-    def __init__(self, url: str, lost: type[Unknown] | type[Unreachable], enough: float = math.inf):
+    def __init__(
+        self, url: str, lost: type[Unknown] | type[Unreachable], enough: float = math.inf, undecodable: str = "replace"
+    ):
         pool = redis.asyncio.ConnectionPool.from_url(
-            url, decode_responses=True, protocol=2, socket_timeout=None, retry=Retry(NoBackoff(), 0)
+            url,
+            decode_responses=True,
+            encoding_errors=undecodable,
+            protocol=2,
+            socket_timeout=None,
+            retry=Retry(NoBackoff(), 0),
         )
         self._connection = pool.make_connection()
         self._lost, self._enough = lost, enough
@@ -142,13 +149,14 @@ def _unreachable(error: Exception) -> Unreachable:
 class Redis:
     """The scripts of one Redis.
 
-    `clock` is given to every script that wants to know the time; empty means Redis' own.
+    `clock` is given to every script that wants to know the time; empty means Redis' own. `undecodable` says how bytes
+    that are not UTF-8 are decoded, which only others write: an error handler of Python's `bytes.decode`.
     """
 
-    def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS):
+    def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace"):
         self._scripts = scripts
-        self._reads = Channel(url, lost=Unreachable)
-        self._writes = Channel(url, lost=Unknown, enough=ENOUGH)
+        self._reads = Channel(url, lost=Unreachable, undecodable=undecodable)
+        self._writes = Channel(url, lost=Unknown, enough=ENOUGH, undecodable=undecodable)
         self.clock: int | str = ""
 
     async def call(self, name: str, keys: list[str], *args):

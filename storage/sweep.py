@@ -12,9 +12,9 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from storage import keys, uploads
-from storage.objects import S3, Entry, Folder
-from storage.scripts import BATCH, Redis
+from storage import keys, outbox, uploads
+from storage.objects import S3, Entry, Folder, open_store
+from storage.scripts import BATCH, Redis, now_ms
 from storage.settings import Settings
 
 DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
@@ -31,32 +31,34 @@ class Found:
     seen: int = 0  # objects older than a day
     lost: int = 0  # of them nobody's, and no backup needs them
     size: int = 0  # bytes of those
-    waiting: int = 0  # originals that are nobody's, but a backup may name them
+    waiting: int = 0  # originals and chunks that are nobody's, but a backup may name them
     names: list[str] = field(default_factory=list)  # the first ones lost
 
     def __str__(self) -> str:
-        told = f"{self.lost} objects of {self.seen} are nobody's, {self.size} bytes; {self.waiting} originals wait"
+        told = f"{self.lost} objects of {self.seen} are nobody's, {self.size} bytes; {self.waiting} wait"
         return f"{told}: {', '.join(self.names)}" if self.names else told
 
 
 async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: bool) -> Found:
     """Look at every object older than a day, and if wanted remove those that are nobody's.
 
-    An original waits: a restore may go back to before a restore, to a second when it had its post. What that undid was
-    as old as a backup may be, and its last backup gets as old again. Raises Mistaken, Unreachable, Unavailable.
+    An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
+    backup when a restore leaves it out, and the last backup that names it becomes as old again. Originals and chunks
+    from before the last restore also wait for every kept backup that began before it: `verify` may have failed, and
+    then they are kept for longer than set. Raises Mistaken, Unreachable, Unavailable.
     """
     if remove:
         found = await sweep(db, objects, settings, remove=False)
         if found.lost > max(FEW, found.seen // 2):
             raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
-    needed = time.time() - 2 * settings.named_ms / 1000
+    kept, restored = outbox.Kept(open_store(settings.backup_store_url)), {}
     found = Found()
     async for batch in _batches(objects, time.time() - DAY):
         found.seen += len(batch)
         ids = {keys.owner(entry.name) for entry in batch}
         owned = set().union(*await asyncio.gather(*(_owned(db, id) for id in ids)))
         lost = [entry for entry in batch if entry.name not in owned]
-        gone = [entry for entry in lost if entry.modified < needed or not entry.name.startswith(keys.ORIGINALS)]
+        gone = [entry for entry in lost if not await _named(db, kept, restored, entry, settings.named_ms)]
         found.waiting += len(lost) - len(gone)
         found.lost += len(gone)
         found.size += sum(entry.size for entry in gone)
@@ -64,6 +66,20 @@ async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: boo
         if remove:
             await objects.delete([entry.name for entry in gone])
     return found
+
+
+async def _named(db: Redis, kept: outbox.Kept, restored: dict[int, int], entry: Entry, named_ms: int) -> bool:
+    """Whether a kept backup may name an object. `restored` remembers each partition's last restore."""
+    if entry.name.startswith(keys.IMAGES):  # made again from its original
+        return False
+    now, modified = now_ms(db), entry.modified * 1000
+    if entry.name.startswith(keys.ORIGINALS) and modified >= now - 2 * named_ms:
+        return True
+    partition = keys.partition_of(keys.owner(entry.name))
+    if partition not in restored:
+        restored[partition] = await uploads.restored_ms(db, partition)
+    last = restored[partition]
+    return modified <= last and bool(await outbox.named_until(kept, last, now, named_ms))
 
 
 async def _batches(objects: Folder | S3, before: float) -> AsyncIterator[list[Entry]]:

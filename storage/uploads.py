@@ -285,9 +285,18 @@ class Appender:
 async def discard(db: Redis, objects: Folder | S3, owner: str, upload: str, tell: int | str = "") -> None:
     """End an upload that became no post, and erase its chunks. For `tell` ms it is still known as expired.
 
+    The chunks of an upload from before a restore are left to the outbox, because a backup may name them.
+
     Raises NoUpload.
     """
-    await erase_chunks(db, objects, upload, await drop(db, owner, upload, tell))
+    chunks = await drop(db, owner, upload, tell)
+    if keys.created_ms(upload) > await restored_ms(db, keys.partition_of_upload(upload)):
+        await erase_chunks(db, objects, upload, chunks)
+
+
+async def restored_ms(db: Redis, partition: int) -> int:
+    """When a partition's data were last restored, ms since 1970; 0: never."""
+    return await db.call("read_restored", [keys.restored(partition)])
 
 
 async def drop(db: Redis, owner: str, upload: str, tell: int | str = "") -> list[str]:

@@ -90,7 +90,7 @@ class FakeChannel:
     """A scripts.Channel whose connection is fakeredis, which does not know the `#!lua` line of a script."""
 
     def __init__(self, server: fakeredis.FakeServer):
-        self.client = fakeredis.FakeAsyncRedis(server=server, decode_responses=True)
+        self.client = fakeredis.FakeAsyncRedis(server=server, decode_responses=True, encoding_errors="replace")
 
     async def ask(self, *command):
         return await self.client.execute_command(*command)

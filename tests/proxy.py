@@ -8,6 +8,7 @@ import socket
 import struct
 import tempfile
 import threading
+from collections.abc import Callable
 
 PIECE = 64 * 1024  # bytes read at once
 
@@ -22,6 +23,7 @@ class Proxy:
         self.up = 0  # bytes passed on to the server
         self.down = 0  # bytes passed on to the client
         self.lost = threading.Event()  # what `lose` waits for has happened
+        self.before: dict[bytes, Callable] = {}  # called in a thread before bytes that hold the key reach the server
         self._losing: tuple[int, str] | None = None
         self._lines: set[Connection] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="ig-")
@@ -108,6 +110,8 @@ class Connection:
         proxy = self.proxy
         try:
             while data := await reader.read(PIECE):
+                for needle in [needle for needle in proxy.before if way == "up" and needle in data]:
+                    await asyncio.to_thread(proxy.before.pop(needle))
                 if proxy.delay:
                     await asyncio.sleep(proxy.delay)
                 if proxy.rate:

@@ -187,3 +187,70 @@ async def test_nothing_is_missed_by_a_client_that_refreshes_while_others_write(d
         pass
     walked = (await client.get("/v1/posts")).json()["items"]
     assert sorted(held.values(), key=lambda post: (post["comment_count"], post["id"]), reverse=True) == walked
+
+
+async def test_members_without_a_whole_post_are_skipped_on_every_page(db, client, serving):
+    """Lists hold ids without a post, and posts that lack a field or whose keys have a wrong type."""
+    redis = serving.server.client
+    since = marked(await client.get("/v1/posts"))
+    whole = [await make_post(db, "alice", caption=str(number)) for number in range(7)]
+    for post in whole[:3]:
+        await comments.add(db, "bob", post, "a")
+    malformed = [await make_post(db, "eve") for _ in range(12)]
+    for post in malformed[:4]:
+        redis.hdel(keys.post(post), "caption")
+    for post in malformed[4:8]:
+        redis.delete(keys.post(post))
+        redis.set(keys.post(post), "x")
+    for post in malformed[8:]:
+        redis.set(keys.latest(post), "x")
+    newest = redis.zrange(keys.changes(0), -1, -1, withscores=True)[0][1]
+    strangers = ["0" * 26 + "-0", *(keys.new_post_id(0) for _ in range(12))]
+    redis.zadd(keys.feed(0), {id: number % 5 for number, id in enumerate(strangers)})
+    redis.zadd(keys.changes(0), {id: newest + 1 + number for number, id in enumerate(strangers)})
+    last = await make_post(db, "alice", caption="last")
+    for limit in (1, 2, 3, 100):
+        found, address = [], f"/v1/posts?limit={limit}"
+        while address:
+            page = (await client.get(address)).json()
+            assert len(page["items"]) <= limit
+            found += [item["id"] for item in page["items"]]
+            address = page["next"] and f"/v1/posts?limit={limit}&cursor={page['next']}"
+        assert found == [*whole[2::-1], last, *whole[:2:-1]]
+        found, address, more = [], since, True
+        while more:
+            told = (await client.get(f"{address}&limit={limit}")).json()
+            assert len(told["items"]) <= limit
+            address, more = f"/v1/changes?since={told['next']}", told["more"]
+            found += [item["id"] for item in told["items"]]
+        assert sorted(found) == sorted([*whole, last])
+
+
+async def test_changes_of_a_list_that_ends_early_come_in_their_order(db, client, objects, serving):
+    """Members that are skipped stand between deletions: none of either is missed."""
+    redis, wanted = serving.server.client, []
+    since = marked(await client.get("/v1/posts"))
+    for number in range(30):
+        post = await make_post(db, "alice")
+        if number % 3:
+            redis.delete(keys.post(post))
+        elif number % 2:
+            await posts.delete(db, objects, "alice", post)
+            wanted.append(post)
+        else:
+            wanted.append(post)
+    found, more = [], True
+    while more:
+        told = (await client.get(f"{since}&limit=2")).json()
+        since, more = f"/v1/changes?since={told['next']}", told["more"]
+        found += [item["id"] for item in told["items"]]
+    assert found == wanted
+
+
+async def test_latest_comments_that_are_no_json_spoil_no_page(db, client, serving):
+    post = await make_post(db, "alice")
+    for text in ("rubbish", '["a"]', "1"):
+        serving.server.client.delete(keys.latest(post))
+        serving.server.client.rpush(keys.latest(post), text)
+        (item,) = (await client.get("/v1/posts")).json()["items"]
+        assert (item["id"], item["latest_comments"]) == (post, [])

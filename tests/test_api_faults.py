@@ -279,3 +279,14 @@ async def test_an_upload_under_way_ends_at_the_mark(real_server, store):
     assert (await uploads.look(db, upload)).offset == image.offset == 100
     assert len([chunk async for chunk in store.list()]) == 1
     await db.close()
+
+
+def test_a_post_is_deleted_while_the_store_is_away(on):
+    site = on("valkey")
+    store = site.folder / "store"
+    store.rename(site.folder / "unplugged")
+    store.touch()
+    with site.client("alice") as alice:
+        assert alice.delete(f"/v1/posts/{site.post}").status_code == 204
+        assert alice.get(f"/v1/posts/{site.post}").status_code == 404
+        assert alice.delete(f"/v1/posts/{site.post}").status_code == 404

@@ -12,7 +12,7 @@ import pytest
 from api.app import create
 from api.problems import SANIC, STATUS
 from api.protocol import TAKE_A_BODY
-from storage import errors, keys, settings
+from storage import check, errors, keys, settings
 from workers import dispatcher
 from workers.errors import SENTENCES
 
@@ -26,7 +26,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
-    "EXISTS|TTL|TIME|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
@@ -171,6 +171,11 @@ def test_every_key_and_object_is_on_the_key_page_and_the_other_way_round():
     told = {re.match(r"`(\w+(?::\{|/)|rq:)", row[0])[1] for row in rows(KEYS) + rows(KEYS, "## Objects")}
     assert len(made) > 10
     assert told == made | {"rq:"}
+
+
+def test_check_knows_the_type_of_every_key_of_the_key_page():
+    told = {row[0].strip("`").split(":{")[0]: row[1] for row in rows(KEYS) if row[0] != "`rq:*`"}
+    assert told == check.TYPES
 
 
 def test_every_setting_is_in_the_readme_with_its_default():

@@ -149,7 +149,8 @@ WRITES = {
     "make_again": lambda db, at: check.make_again(db, at.ready),
     "check_post": check_post,
     "check_uploads": check_uploads,
-    "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0)], "name"),
+    "drop_member": lambda db, at: db.call("drop_member", [keys.feed(0)], at.ready),
+    "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name"),
     "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),
 }
 

@@ -12,7 +12,7 @@ from making import jpeg, make_processing
 from state import contents, unchanged
 from uploading import picture
 
-from storage import check, comments, keys, outbox, posts, uploads
+from storage import check, comments, keys, outbox, posts, scripts, uploads
 from storage.errors import Expired
 from storage.settings import IMAGE_BYTES
 
@@ -119,15 +119,110 @@ async def test_what_is_nobodys_in_the_feed_goes_and_comments_without_a_post_stay
 
 
 async def test_what_others_wrote_beside_it_is_told_and_stays(db, store, data, server):
-    strange = keys.new_upload_id(0)
-    server.client.hset(keys.post_prefix(0) + "rubbish", "a", "b")
-    server.client.hset(keys.upload_prefix(0) + "rubbish", "a", "b")
-    server.client.zadd(keys.feed(0), {strange: 1})
+    names = [keys.post_prefix(0) + "rubbish", keys.upload_prefix(0) + "rubbish", keys.post_prefix(1) + data[0]]
+    for name in names:
+        server.client.hset(name, "a", "b")
     server.client.set("something:{else}", "a")
     with unchanged(server.client):
         found = await check.check(db, store, repair=True)
-    assert sorted(found.told) == sorted(f"{id}: 0 nothing has such an id" for id in ("rubbish", "rubbish", strange))
+    assert sorted(found.told) == sorted(f"{name}: 0 no key has such a name" for name in names)
     assert (found.flaws, found.posts) == (3, 5)
+
+
+WRONG = {"string": ("set", "x"), "list": ("rpush", "x"), "hash": ("hset", "f", "x"), "zset": ("zadd", {"x": 1})}
+
+
+def of_wrong_type(client, key: str) -> str:
+    """Write a key anew with a type that it does not have; the type."""
+    wrong = "list" if check.TYPES[key.split(":")[0]] == "string" else "string"
+    command, *value = WRONG[wrong]
+    client.delete(key)
+    getattr(client, command)(key, *value)
+    return wrong
+
+
+@pytest.mark.parametrize("kind", check.TYPES)
+async def test_a_key_of_a_wrong_type_is_told_and_the_rest_is_judged(db, store, data, server, kind):
+    post, upload = data[5], data["upload"]
+    partition = keys.partition_of_post(post)
+    key = {
+        **{name: f"{name}:{{{partition}}}" for name in ("feed", "changes", "gone", "due", "turns")},
+        **{name: f"{name}:{{{partition}}}" for name in ("epoch", "restored")},
+        **{name: f"{name}:{{{partition}}}:{post}" for name in ("post", "comments", "latest")},
+        **{name: f"{name}:{{0}}:{upload}" for name in ("upload", "chunks")},
+        "uploads": keys.uploads(0, "carol"),
+        "making": keys.making(0, "waiting"),
+        "once": keys.once(0, "carol", "a request"),
+    }[kind]
+    wrong = of_wrong_type(server.client, key)
+    other = data[1]
+    server.client.lpop(keys.latest(other))
+    for repair in (False, True):
+        found = await check.check(db, store, repair=repair)
+        assert f"{key}: 0 its type is {wrong}, not {check.TYPES[kind]}" in found.told
+    if keys.partition_of_post(other) != partition:
+        assert server.client.llen(keys.latest(other)) == 1, "others are repaired"
+    assert (await check.restored(db, store, 3)).flaws > 0
+    assert server.client.type(key) in (wrong, "string")
+
+
+async def test_a_member_without_its_post_or_with_a_malformed_one_is_removed_by_a_repair(db, store, data, server):
+    client, listed = server.client, (keys.feed(0), keys.changes(0))
+    malformed = [await show(db, store, "alice", 3) for _ in range(4)]
+    client.hdel(keys.post(malformed[0]), "caption")
+    client.hdel(keys.post(malformed[1]), "status")
+    of_wrong_type(client, keys.post(malformed[2]))
+    of_wrong_type(client, keys.latest(malformed[3]))
+    odd = ["rubbish", keys.new_upload_id(0), keys.new_post_id(7)]
+    for key in listed:
+        client.zadd(key, dict.fromkeys(odd, 1))
+    client.zadd(keys.due(0), {"rubbish": 1})
+    found = await check.check(db, store)
+    assert found.repaired == 0 and found.flaws > len(malformed)
+    await check.check(db, store, repair=True)
+    for key in listed:
+        assert not {*malformed, *odd} & set(client.zrange(key, 0, -1))
+    assert client.zscore(keys.due(0), "rubbish") is None
+    left = await check.check(db, store, repair=True)
+    assert left.repaired == 0 and left.flaws == 6  # what is missing, the types, and comments without a post
+    assert f"{malformed[0]}: 0 its caption is missing" in left.told
+    assert client.xlen(keys.comments(malformed[0])) == 3
+
+
+@pytest.mark.parametrize("field", ["offset", "expires", "length", "no owner", "no expires", "no offset"])
+async def test_an_upload_with_a_malformed_field_is_told(db, store, data, server, field):
+    key = keys.upload(data["upload"])
+    if field.startswith("no "):
+        server.client.hdel(key, field.removeprefix("no "))
+    else:
+        server.client.hset(key, field, "x")
+    found = await check.check(db, store)
+    assert found.flaws and all(line.startswith(data["upload"]) for line in found.told)
+    assert (await check.restored(db, store, 1)).flaws
+
+
+async def test_names_and_values_that_are_not_utf_8_are_told_and_removed_from_lists(real_server, store):
+    client = real_server.client
+    client.flushall()
+    db = scripts.Redis(real_server.url, undecodable=check.EXACTLY)
+    post = await show(db, store, "alice", 1)
+    client.set(b"\xff\xfe", b"\xff")
+    client.set(b"post:{0}:\xff", b"\xff")
+    client.set("foreign", b"\xff")
+    client.zadd(keys.feed(0), {b"\xff": 3})
+    client.hset(keys.post(post), "caption", b"\xff")
+    found = await check.check(db, store, repair=True)
+    assert sorted(found.told) == [
+        "\\udcff: 0 no id in feed is like this (repaired)",
+        "\\udcff\\udcfe: 0 its name is not UTF-8",
+        "post:{0}:\\udcff: 0 its name is not UTF-8",
+    ]
+    assert client.zrange(keys.feed(0), 0, -1) == [post]
+    assert (await check.restored(db, store, 1)).flaws == 2
+    await db.close()
+    plain = connect(real_server)
+    assert [row.caption for row in (await posts.feed(plain, 1, 10)).posts] == ["\ufffd"]
+    await plain.close()
 
 
 async def test_a_missing_jpeg_is_made_again_and_a_missing_original_is_told(db, store, data, server):

@@ -10,7 +10,7 @@ from state import contents, unchanged
 
 from storage import chain, check, comments, errors, keys, originals, outbox, posts, retry, uploads
 from storage.objects import Folder, NotFound
-from storage.outbox import ATTEMPTS, LEASE_MS
+from storage.outbox import ATTEMPTS, JOB_MS, LEASE_MS
 from storage.settings import DAY_MS
 
 NOW = 1_763_971_200_000
@@ -254,8 +254,8 @@ async def test_image_work_of_former_data_moves_to_its_authors_by_itself(server, 
     for author, ids in {**made, "carol": [remade], "dave": [failed]}.items():
         for post in ids:
             await as_before(server, author, post, NOW)
-    assert {due.kind for due in await outbox.lease(db, 0)} == {"upload"}
-    assert all(id.startswith("u") for id in server.client.zrange(keys.due(0), 0, -1))
+    assert {due.id for due in await outbox.lease(db, 0) if due.kind == "erase"} == {failed}
+    assert all(id.startswith("u") or id == failed for id in server.client.zrange(keys.due(0), 0, -1))
     images = await outbox.lease_images(db, 0, 99)
     assert sorted(image.id for image in images) == sorted([*sum(made.values(), []), remade])
     for image in images:
@@ -278,6 +278,7 @@ async def test_attempts_have_more_time_each_and_when_all_are_used_the_post_has_f
     assert (row.status, row.code) == ("failed", "exhausted")
     assert row.detail == f"the image could not be made in {ATTEMPTS} attempts"
     assert not server.client.exists(keys.making(0, "alice"))
+    assert (await erasure(db, post)).ended == db.clock
     await refused(server, db, errors.Stale, outbox.start_image(db, post, due.lease))
     await refused(server, db, errors.Stale, outbox.publish(db, post, "too late"))
     await refused(server, db, errors.Failed, comments.add(db, "bob", post, "a"))
@@ -433,21 +434,58 @@ async def test_chunks_stay_as_long_as_no_original_is_seen(server, db, store):
     assert len(chunks) == 2
 
 
-class Unplugged:
-    async def delete(self, names):
-        raise ConnectionError
+def unplugged(folder):
+    """A store that is out of reach: its folder is a file."""
+    store = Folder(folder / "away")
+    (folder / "away").rmdir()
+    (folder / "away").touch()
+    return store
 
 
-async def test_the_image_of_a_post_whose_deletion_was_cut_short_is_erased_by_the_outbox(server, db, store):
-    """As when the process dies between the script and the store."""
+async def test_a_post_is_deleted_while_the_store_is_away_and_the_outbox_erases_its_image(
+    server, db, store, tmp_path
+):
     post, _ = await stored_post(db, store)
     await make_image(db, store, await leased(db, post))
     await work_off(db, store)
-    with pytest.raises(ConnectionError):
-        await posts.delete(db, Unplugged(), "alice", post)
+    await posts.delete(db, unplugged(tmp_path), "alice", post)
+    await refused(server, db, errors.NoPost, posts.read(db, post))
     assert keys.image(post) in await names(store)
     await work_off(db, store)
     assert await names(store) == [keys.original(post)]
+
+
+async def served(db, store, post: str, seconds: int) -> list[int]:
+    """The seconds at whose end the image of a post can be read, while the outbox works each second."""
+    found = []
+    for second in range(seconds):
+        await work_off(db, store)
+        if keys.image(post) in await names(store):
+            found.append(second)
+        db.clock += 1000
+    return found
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["deleted", "failed"])
+@pytest.mark.parametrize("late", [1, 29, 61, 119, JOB_MS // 1000 - 1])
+async def test_an_image_that_a_job_stores_after_its_post_ended_is_served_for_half_a_minute(
+    server, db, store, late, failed
+):
+    """The job was running when the post was deleted or failed, and dies before it hears of it."""
+    post, _ = await stored_post(db, store)
+    due = await leased(db, post)
+    attempt, _ = await outbox.start_image(db, post, due.lease)
+    if failed:
+        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    else:
+        await posts.delete(db, store, "alice", post)
+    assert await served(db, store, post, late) == []
+    await posts.put_image(store, post, jpeg())
+    assert len(await served(db, store, post, 60)) <= 30
+    db.clock += JOB_MS
+    await work_off(db, store)
+    assert keys.image(post) not in await names(store)
+    assert (server.client.zscore(keys.due(0), post) is None) is failed
 
 
 async def test_a_deleted_posts_image_goes_at_once_and_its_original_after_a_day(server, db, store):
@@ -523,6 +561,86 @@ async def test_the_bytes_of_a_deleted_post_outlive_every_backup_that_may_name_it
     await backups(store).delete([chain.description_name(1)])
     await work_off(db, store)
     assert await names(store) == []
+
+
+HOUR_MS = 3_600_000
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["ready", "failed"])
+async def test_what_a_deleted_post_left_outlives_the_younger_backups_of_a_timeline_that_a_restore_left(
+    server, db, store, failed
+):
+    """The post was deleted here. It lived on in a timeline that was left later, and whose backup is still kept."""
+    post, _ = await stored_post(db, store)
+    due = await leased(db, post)
+    if failed:
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    else:
+        await make_image(db, store, due)
+    await work_off(db, store)
+    await posts.delete(db, store, "alice", post)
+    gone = server.client.zrange(keys.gone(0), 0, -1, withscores=True)
+    left = await names(store)
+    assert left
+    db.clock += 10 * HOUR_MS
+    await describe(store, 2, db.clock)
+    db.clock += 10 * HOUR_MS
+    assert (await check.restored(db, store, 1)).flaws == 0
+    for hours in (5, 20, 24):  # the deletion is a day old, the restore is, the backup is still kept
+        db.clock += hours * HOUR_MS
+        await work_off(db, store)
+        assert await names(store) == left
+    assert server.client.zrange(keys.gone(0), 0, -1, withscores=True) == gone, "revisions stay as they are"
+    await backups(store).delete([chain.description_name(2)])
+    for _ in range(2):
+        db.clock += DAY_MS
+        await work_off(db, store)
+    assert await names(store) == [] and not server.client.exists(keys.due(0))
+
+
+@pytest.mark.parametrize("how", ["discarded", "expired", "joined"])
+async def test_chunks_from_before_a_restore_outlive_the_backups_of_the_timeline_that_was_left(
+    server, db, store, monkeypatch, how
+):
+    """There the upload may have become a post that has no other bytes."""
+    monkeypatch.setattr(keys.time, "time_ns", lambda: NOW * 1_000_000)  # when uploads are made
+    post, upload = await stored_post(db, store)
+    if how != "joined":
+        upload, _ = await uploads.create(db, "alice", 1, 1000)
+        image = uploads.Appender(db, store, upload, 0, 1000)
+        await image.write(b"BM" + bytes(200))
+        await image.commit()
+    left = [keys.chunk(upload, name) for name in (await uploads.look(db, upload)).chunks]
+    await describe(store, 1, db.clock)
+    db.clock += 1000
+    assert (await check.restored(db, store, 1)).flaws == 0
+    if how == "discarded":
+        await uploads.discard(db, store, "alice", upload)
+    elif how == "expired":
+        db.clock += 2 * DAY_MS
+    else:
+        await make_image(db, store, await leased(db, post))
+    for _ in range(4):
+        await work_off(db, store)
+        db.clock += DAY_MS
+        assert [name for name in await names(store) if upload in name] == left
+    await backups(store).delete([chain.description_name(1)])
+    for _ in range(2):
+        await work_off(db, store)
+        db.clock += DAY_MS
+    assert not [name for name in await names(store) if upload in name]
+
+
+async def test_a_base_that_was_complete_after_a_deletion_may_name_the_post(server, db, store):
+    """A base holds the moment at which its rewrite began."""
+    post, _ = await stored_post(db, store)
+    await make_image(db, store, await leased(db, post))
+    await posts.delete(db, store, "alice", post)
+    await describe(store, 1, db.clock + HOUR_MS // 2)
+    db.clock += DAY_MS + LEASE_MS
+    await work_off(db, store)
+    assert keys.original(post) in await names(store)
 
 
 async def test_a_backup_store_that_is_away_keeps_originals_and_hinders_nothing_else(server, db, store):

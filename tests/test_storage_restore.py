@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import time
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -328,6 +329,62 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
         with pytest.raises(Expired):
             await uploads.read(db, "carol", upload)
         await db.close()
+
+
+@asynccontextmanager
+async def site(settings, data, store):
+    """A Redis on a data folder with its shipper. Yields storage's client, and ships all that was written."""
+    here = replace(settings, data=data, redis_url=f"unix://{data}/redis/redis.sock")
+    async with redis_on(here), shipping(here, store) as shipper:
+        await shipped(shipper)
+        db = scripts.Redis(here.redis_url)
+        yield db
+        await db.close()
+        await shipped(shipper)
+
+
+async def next_second() -> int:
+    """Waits for the next second; the one that has passed."""
+    second = int(time.time())
+    await until(lambda: int(time.time()) > second, "the next second")
+    return second
+
+
+async def outbox_at(db, objects, store, ms: int, named_ms: int) -> None:
+    """What the dispatcher does at a moment."""
+    db.clock = ms
+    for due in await outbox.lease(db, 0):
+        end = outbox.end_upload if due.kind == "upload" else outbox.erase
+        await end(db, objects, outbox.Kept(store), due, named_ms)
+
+
+async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_are_there(settings, store, tmp_path):
+    objects, day = open_store(settings.store_url), 86_400_000
+    async with site(settings, settings.data, store) as db:
+        deleted_first, deleted_later = [await shown(db, objects, author) for author in ("alice", "eve")]
+        both = await next_second()
+        await posts.delete(db, objects, "alice", deleted_first, settings.named_ms)
+        deletion = int(time.time() * 1000)
+        first = await next_second()
+    # Back to the second when both were there. Here the other one is deleted, and the time for its removal comes.
+    assert (await restore(settings, store, tmp_path / "b" / "redis", both)).counts["flaws"] == 0
+    async with site(settings, tmp_path / "b", store) as db:
+        assert {post.id for post in (await posts.feed(db, 1, 10)).posts} == {deleted_first, deleted_later}
+        await next_second()
+        await posts.delete(db, objects, "eve", deleted_later, settings.named_ms)
+        await outbox_at(db, objects, store, int(time.time() * 1000) + settings.named_ms + day, settings.named_ms)
+    # The restore is undone: the post that was deleted meanwhile has its original.
+    done = await restore(settings, store, tmp_path / "c" / "redis", first)
+    assert done.generation == 1 and done.counts["posts"] == 1 and done.counts["flaws"] == 0
+    async with site(settings, tmp_path / "c", store) as db:
+        assert [post.id for post in (await posts.feed(db, 1, 10)).posts] == [deleted_later]
+        # The first generation is kept no longer. The second is younger than the deletion, and has the post.
+        await store.delete([chain.description_name(1)])
+        second = (await chain.descriptions(store))[2]["second"]
+        assert second * 1000 > deletion
+        await outbox_at(db, objects, store, deletion + settings.named_ms, settings.named_ms)
+    done = await restore(settings, store, tmp_path / "d" / "redis", second)
+    assert done.generation == 2 and done.counts["posts"] == 2 and done.counts["flaws"] == 0
 
 
 async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings, store, tmp_path):

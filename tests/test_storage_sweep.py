@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import NOBODY, ROOT, connect
@@ -11,7 +12,7 @@ from making import make_post, make_processing, make_upload
 from parts import s3_url
 from state import unchanged
 
-from storage import keys, objects, posts, settings, uploads
+from storage import chain, keys, objects, posts, settings, uploads
 from storage.sweep import DAY, FEW, Mistaken, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
@@ -86,6 +87,24 @@ async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tm
     assert (await sweep(db, store, CHOSEN, remove=True)).lost == 0
 
 
+async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store, tmp_path):
+    chosen = replace(CHOSEN, backup_store_url=(tmp_path / "backup").as_uri())
+    backup = objects.open_store(chosen.backup_store_url)
+    now = int(time.time())
+    await backup.put(chain.description_name(1), chain.seal({"second": now - 20 * DAY}, b""))
+    named = keys.original(NOBODY), keys.chunk("u" + NOBODY, "0-a")
+    lost = {await put(store, tmp_path, name, 12 * DAY) for name in named}
+    image = await put(store, tmp_path, keys.image(NOBODY), 12 * DAY)
+    db.clock = int((now - 10 * DAY) * 1000)
+    await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
+    db.clock = now * 1000
+    found = await sweep(db, store, chosen, remove=True)
+    assert (found.lost, found.waiting, found.names) == (1, 2, [image])
+    await backup.delete([chain.description_name(1)])
+    assert (await sweep(db, store, chosen, remove=True)).lost == 2
+    assert not lost & await names(store)
+
+
 @pytest.fixture
 async def real(embedded):
     """Of the embedded server: fakeredis does not take a batch."""
@@ -133,7 +152,7 @@ async def test_the_operator_sweeps_by_hand(embedded, tmp_path):
         command = [sys.executable, "-m", "storage", "sweep", *options]
         return subprocess.run(command, cwd=ROOT, env={**environment, **changed}, capture_output=True, text=True)
 
-    told = f"1 objects of 1 are nobody's, 4 bytes; 0 originals wait: {name}\n"
+    told = f"1 objects of 1 are nobody's, 4 bytes; 0 wait: {name}\n"
     assert run("--dry-run").stdout == "found: " + told
     assert await names(store) == {name}
     assert run().stdout == "removed: " + told

@@ -1,17 +1,23 @@
 """A job is right when it is run twice, at the same time or again, and when its post goes meanwhile."""
 
 import asyncio
+import os
 import re
 import resource
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
 import pytest
-from conftest import RedisServer, free_port, photograph, until
+from conftest import ROOT, RedisServer, free_port, photograph, until
 from parts import s3_url
-from test_storage_outbox import leased, make_image, names, work_off
+from proxy import Proxy
+from test_storage_outbox import leased, make_image, names, served, work_off
 
 from storage import keys, objects, outbox, posts, scripts, uploads
+from storage.outbox import JOB_MS, LEASE_MS
 from workers import jobs, sandbox
 
 
@@ -266,3 +272,39 @@ async def test_a_decoder_that_dies_uses_up_an_attempt(db, store, due, server, mo
         due = await handed_out(server, db, due.id)
     await jobs._attempt(due.id, due.lease)
     assert (await posts.read(db, due.id)).code == "exhausted"
+
+
+# Jobs that are killed
+
+
+def run_job(proxy, due: outbox.Due, before: dict) -> None:
+    """Run a job in a process of its own. `before`: what happens before it calls a script, None: it is killed."""
+    command = "import sys; from workers import jobs; jobs.make_image(sys.argv[1], int(sys.argv[2]))"
+    environment = {**os.environ, "IMAGEGRAM_REDIS_URL": proxy.url}
+    job = subprocess.Popen([sys.executable, "-c", command, due.id, str(due.lease)], cwd=ROOT, env=environment)
+    for name, happens in before.items():
+        proxy.before[scripts.SCRIPTS[name].sha.encode()] = happens or job.kill
+    assert job.wait(60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("how", ["deleted", "failed"])
+async def test_an_image_whose_job_was_killed_before_its_publish_was_refused_is_erased(server, db, store, due, how):
+    async def end():
+        """The post ends while the job is at work, and the outbox looks at once."""
+        other = scripts.Redis(server.url)
+        db.clock = other.clock = due.lease + LEASE_MS
+        if how == "deleted":
+            await posts.delete(other, store, "alice", due.id)
+        else:
+            second = await leased(other, due.id)
+            attempt, _ = await outbox.start_image(other, due.id, second.lease)
+            await outbox.fail(other, due.id, attempt, "damaged", "it is damaged")
+        await work_off(other, store)
+        await other.close()
+
+    with Proxy(server.socket) as proxy:
+        before = {"read_upload": lambda: asyncio.run(end()), "publish_post": None}
+        await asyncio.to_thread(run_job, proxy, due, before)
+    assert keys.image(due.id) in await names(store)
+    assert len(await served(db, store, due.id, 60)) <= 30
+    assert await served(db, store, due.id, JOB_MS // 1000) == []
