@@ -17,7 +17,7 @@ RUN .ci/setup run
 FROM python:3.11-slim-bookworm
 # 999 is also the user of the valkey image: Redis' files, which the shipper reads, are for their owner alone.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 \
+RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 libseccomp2 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 999 --create-home imagegram \
     && install -d -o imagegram -g imagegram /data

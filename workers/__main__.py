@@ -19,16 +19,11 @@ from rq.serializers import JSONSerializer
 
 from storage import settings
 from storage.scripts import Redis
-from workers import dispatcher, pipeline
+from workers import dispatcher, pipeline, sandbox
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
 AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
 HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis that says nothing; its default is 420
-# A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in huge
-# pages. glibc asks for them from 2.35 on; for that, large blocks must not have mappings of their own.
-MALLOC = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864"
-# simplejpeg loads numpy, and numpy's OpenBLAS would start a thread for each core; decoders are forked.
-BLAS = "OPENBLAS_NUM_THREADS=1"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger("worker")
@@ -43,6 +38,10 @@ class Converter(Worker):
     """RQ's worker, whose forks die with it."""
 
     max_connection_wait_time = AGAIN  # it would double to 60
+
+    def fork_work_horse(self, job, queue):
+        sandbox.fork_server()  # here, so that all jobs inherit the same one; a job would start its own, 0.2 s later
+        super().fork_work_horse(job, queue)
 
     def main_work_horse(self, job, queue):
         die_with_parent(signal.SIGKILL)
@@ -83,7 +82,7 @@ async def converting() -> None:
     It is replaced where it ends by itself: RQ's does when Redis goes away at certain moments, as after a job.
     """
     while True:
-        command = ("env", MALLOC, BLAS, sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
+        command = (sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
         converter = await asyncio.create_subprocess_exec(*command, start_new_session=True)
         try:
             await converter.wait()
@@ -131,6 +130,7 @@ def main() -> None:
     if asked.command:
         convert(chosen, asked.parent)
     else:
+        sandbox.check(chosen)
         raise SystemExit(asyncio.run(work(chosen)))
 
 

@@ -47,16 +47,22 @@ class Jpeg(JpegImageFile):
     """
 
     def _open(self) -> None:
-        with mmap(self.fp.fileno(), 0, access=ACCESS_READ) as data:
+        with self._mapped() as data:
             _check_kind(data)
         super()._open()
+
+    def _mapped(self) -> mmap:
+        """The whole file. Its length is given because mmap would ask fstat(2) for it, which the sandbox denies."""
+        at, end = self.fp.tell(), self.fp.seek(0, 2)
+        self.fp.seek(at)
+        return mmap(self.fp.fileno(), end, access=ACCESS_READ)
 
     def _read_dpi_from_exif(self) -> None:
         """Nobody asks for the resolution, and reading it would load the plugin for TIFF."""
 
     def load(self):
         if self.tile:
-            with mmap(self.fp.fileno(), 0, access=ACCESS_READ) as data:
+            with self._mapped() as data:
                 if self.info.get("progressive"):
                     _check_scans(data)
                 clean = _clean(data, self.layers, bool(self.info.get("progressive")))

@@ -1,6 +1,7 @@
 """From a file as it came to the picture that is shown: one list of steps.
 
-Knows no Redis, no store and no HTTP, and bounds neither its memory nor its time: see sandbox.py.
+Knows no Redis, no store and no HTTP, and bounds neither its memory nor its time: see sandbox.py. Its system calls are
+those that sandbox.py lists: it opens and imports nothing while it decodes, and asks for a file's length by seek.
 
 The picture is shrunk before its colours are converted and its alpha is laid on white, although the other
 order reads better: the costly steps then see 600x600 pixels instead of millions. It is shrunk on premultiplied

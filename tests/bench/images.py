@@ -3,7 +3,7 @@
 `make bench-images`. Rounds are interleaved, so that what else the machine does meets all alike; figures are medians.
 Both are held to one core and write the same JPEG: 600x600 of the centre, quality 80, 4:2:0, progressive, optimised.
 libvips and the pipeline run in this process, again and again in memory they know; the pipeline in its child, as in a
-worker, is a new process each time, of a process started as workers are.
+worker, is a decoder in its sandbox, new each time; the CPU time is that of requester, fork server and decoder.
 """
 
 import io
@@ -28,7 +28,6 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, features  # noqa: E402, F
 
 from storage import settings  # noqa: E402
 from workers import pipeline  # noqa: E402
-from workers.__main__ import MALLOC  # noqa: E402
 
 ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 15
 CHOSEN = settings.load({})
@@ -55,24 +54,44 @@ def with_pipeline(path: Path) -> bytes:
         return pipeline.convert(file, CHOSEN.image_megapixels, CHOSEN.image_side).jpeg
 
 
+# The fork server writes its CPU time and that of its decoders to a file: they are not the converter's children.
 CONVERTER = """
 import resource, sys, time
 from pathlib import Path
 from storage import settings
 from workers import sandbox
 
+USED = '''
+import resource
+
 def cpu():
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+'''
+exec(USED)
+sandbox.PROGRAM = USED + f'''
+from pathlib import Path
+from workers import sandbox
 
+def end(child, end=sandbox.end):
+    ended = end(child)
+    Path({sys.argv[1]!r}).write_text(str(cpu()))
+    return ended
+
+sandbox.end = end
+sandbox.serve()
+'''
+Path(sys.argv[1]).write_text("0")
 for line in sys.stdin:
-    wall, used = time.perf_counter(), cpu()
+    sandbox.fork_server()
+    wall, used = time.perf_counter(), cpu() + float(Path(sys.argv[1]).read_text())
     made = sandbox.convert(Path(line.strip()), settings.load({}))
-    print(time.perf_counter() - wall, cpu() - used, len(made.jpeg), flush=True)
+    wall, used = time.perf_counter() - wall, cpu() + float(Path(sys.argv[1]).read_text()) - used
+    print(wall, used, len(made.jpeg), flush=True)
 """
 
 
-def start_converter() -> subprocess.Popen:
-    command = ["env", MALLOC, sys.executable, "-c", CONVERTER]
+def start_converter(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", CONVERTER, folder / "used"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -105,7 +124,7 @@ def beside_libvips(folder: Path) -> None:
     print(f"libvips {pyvips.version(0)}.{pyvips.version(1)}.{pyvips.version(2)}; {ROUNDS} rounds, ms of wall (CPU)\n")
     print("| image | bytes | libvips | pipeline | : libvips | in its child | : libvips | picture's bytes |")
     print("|-|-|-|-|-|-|-|-|")
-    converter = start_converter()
+    converter = start_converter(folder)
     for name, (width, height, kind) in FILES.items():
         path = folder / f"image.{kind}"
         photograph(width, height).save(path, **({"quality": 90} if kind == "jpg" else {}))

@@ -2,7 +2,7 @@
 
 backlog   no worker runs while posts arrive; then two begin. Decoding is replaced by half a second of waiting.
 turns     one user has queued many posts when another's comes; decoding is replaced by a second of waiting.
-kills     kill -9 of workers, RQ workers, their forks and the decoders at random moments; RQ's keys deleted once.
+kills     kill -9 of workers, RQ workers, their forks, fork servers and decoders; RQ's keys are deleted once.
 away      Redis is killed, or stopped, for a minute, in the midst of work.
 mutated   damaged images through the API.
 
@@ -28,6 +28,7 @@ from making import jpeg
 
 from storage import keys, posts, uploads
 from storage.objects import open_store
+from workers import sandbox
 
 
 class Works(Site):
@@ -94,14 +95,15 @@ class Works(Site):
 
 
 def family(worker: psutil.Process) -> list[list[psutil.Process]]:
-    """A worker, its RQ workers, their forks, and the decoders."""
-    found = [[worker]]
-    try:
-        for _ in range(3):
-            found.append([child for parent in found[-1] for child in parent.children()])
-    except psutil.NoSuchProcess:
-        pass
-    return found + [[]] * (4 - len(found))
+    """A worker, its RQ workers, their forks for jobs, the fork servers of decoders, and the decoders."""
+    found = [[worker], [], [], [], []]
+    with suppress(psutil.NoSuchProcess):
+        # A worker that starts has a fork server of its own for a moment, which tries the sandbox.
+        found[1] = [child for child in worker.children() if "convert" in child.cmdline()]
+        for child in [child for parent in found[1] for child in parent.children()]:
+            found[3 if sandbox.PROGRAM in child.cmdline() else 2].append(child)
+        found[4] = [child for server in found[3] for child in server.children()]
+    return found
 
 
 @contextmanager
@@ -161,7 +163,7 @@ def real_images(count: int) -> list[bytes]:
     return [kinds[number % len(kinds)] for number in range(count)]
 
 
-KINDS = ("workers", "RQ workers", "forks", "decoders")
+KINDS = ("workers", "RQ workers", "forks", "fork servers", "decoders")
 
 
 def kills(count: int = 200, strikes: int = 60, seed: int = 1) -> str:
