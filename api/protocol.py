@@ -107,7 +107,7 @@ class StrictHttp(Http):
             self.refuse_body()
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
-        if not isinstance(response, Shared):  # which writes them itself, for a fifth of the time
+        if not isinstance(response, Shared):  # which writes them itself
             response.headers["Date"] = date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
         return super().respond(response)
