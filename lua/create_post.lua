@@ -15,19 +15,20 @@
 -- ARGV[6] request  digest of the request
 -- ARGV[7] keep     ms the idempotency key is kept
 -- ARGV[8] processing how many posts of a user may be processing
--- ARGV[9] ahead    ms, the head start of a user who has no turn yet
+-- ARGV[9] lease    ms for which lease_images hands out a post, which is also how long its job may take
 -- ARGV[10] posts   prefix of the post keys of this partition, to which ids are appended
 -- Returns {post id, repeated: 0 made now, 1 its Idempotency-Key was used, 2 the upload had become this post}
 -- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
 -- `making` also holds ready posts after a restore, which do not count as processing. They came before, so the posts
 -- that do count have the highest scores: it is enough to look at twice as many as are allowed.
--- A user who had no turn goes before those who had one within the head start. Without it they would go behind one who
--- was served a moment ago. It ends, so that new users cannot hold up the others for ever.
+-- A user who had no turn goes before those who had one within two leases. Without this head start they would go behind
+-- one who was served a moment ago. It ends, so that new users cannot hold up the others for ever.
+-- Whose turn lies ahead was last served a lease before it, when what they had was leased.
 local upload, post, uploads, due, making, turns = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local once, processing, ahead, posts = KEYS[7], tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
+local once, processing, lease, posts = KEYS[7], tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
 local now, upload_id, id, author, caption = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, keep = ARGV[6], ARGV[7]
-if #KEYS < 6 or #ARGV ~= 10 or not (tonumber(keep) and processing and ahead) then
+if #KEYS < 6 or #ARGV ~= 10 or not (tonumber(keep) and processing and lease) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -87,8 +88,8 @@ redis.call('ZREM', due, upload_id)
 redis.call('ZADD', making, now, id)
 local turn = tonumber(redis.call('ZSCORE', turns, author))
 if not turn then
-  redis.call('ZADD', turns, now - ahead, author)
-elseif turn >= now + 1 then -- all that this user had was leased, or waits for later
-  redis.call('ZADD', turns, now, author)
+  redis.call('ZADD', turns, now - 2 * lease, author)
+elseif turn >= now + 1 then
+  redis.call('ZADD', turns, math.min(turn - lease, now), author)
 end
 return {id, 0}

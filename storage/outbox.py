@@ -16,9 +16,8 @@ from storage.errors import NoPost, NoUpload
 from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.posts import read as read_post
 from storage.scripts import Redis
-from storage.settings import DAY_MS
+from storage.settings import DAY_MS, LEASE_MS
 
-LEASE_MS = 60_000  # how long a hint may wait before it is given again, and the first attempt's time
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
 ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out

@@ -13,10 +13,9 @@ import orjson
 from storage import keys
 from storage.objects import S3, Folder, NotFound, Unavailable
 from storage.scripts import Redis
-from storage.settings import DAY_MS, PAGE_BYTES, PROCESSING, TOLD_MS
+from storage.settings import DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-HEAD_START_MS = 120_000  # of a user without a turn: twice as long as a job may take since its turn was given
 REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
 REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
 
@@ -100,7 +99,7 @@ async def create(
         once.digest if once else "-",
         DAY_MS,
         processing,
-        HEAD_START_MS,
+        LEASE_MS,
         keys.post_prefix(partition),
     )
     return made, how

@@ -24,6 +24,7 @@ CHUNKS = 10_000  # pieces an upload may come in: of the largest image 10 KiB eac
 OPEN_UPLOADS = 20  # a user may have, besides forms
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to, and as many the user's forms
 FORM_BYTES = 4 * MIB  # the least a form reserves: what it may hold in memory. So a user has up to 512 forms under way
+LEASE_MS = 60_000  # how long a hint to image work may wait before it is given again, and the first attempt's time
 PROCESSING = 30  # posts of a user that may be processing, unless it is set otherwise
 SECRET_BYTES = 32  # RFC 7518, section 3.2: a key for HS256 is at least as long as its digest
 

@@ -139,9 +139,13 @@ def turns(count: int = 30, seconds: float = 1, partitions: int = 1) -> str:
         counted, client = site.stand_in(seconds), site.server.client
         site.api()
         users = {keys.partition_of_user(name, partitions): name for name in (f"user{n}" for n in range(99))}
+        site.start("tests.drills.standin")
+        for user in [users[partition] for partition in range(partitions)]:  # they have posted a moment ago
+            with site.client(user) as other:
+                post = other.post("/v1/posts", files={"image": jpeg(64, 48)}).json()["id"]
+            until(lambda post=post: site.statuses([post])["ready"], what="an image")
         with site.client("alice") as alice:
             queued = [alice.post("/v1/posts", files={"image": jpeg(64, 48)}).json()["id"] for _ in range(count)]
-        site.start("tests.drills.standin")
         waited = []
         for partition in range(partitions):
             begun = len(counted.read_text().splitlines())
