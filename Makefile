@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit test-pillow load bench bench-before bench-images bench-turns drill drill-images drill-lines lock clean
+.PHONY: run test lint unit test-pillow load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
@@ -61,6 +61,10 @@ drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50
 	@.ci/setup test
 	$(python) -m pytest -s tests/drills/connections.py
 	KILLS=50 $(python) -m pytest tests/test_uploads_races.py -k kill
+
+fuzz: ## 10,000 random requests over all routes; three minutes
+	@.ci/setup test
+	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.fuzz
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock

@@ -166,14 +166,14 @@ class Site:
         }
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, *command: str, **options) -> subprocess.Popen:
-        """Start `python -m …`; `options` are those of Popen."""
-        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **options)
+    def start(self, *command: str, **given) -> subprocess.Popen:
+        """Start `python -m …`. What else is given goes to Popen."""
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **given)
         self.processes.append(process)
         return process
 
-    def api(self, **options) -> subprocess.Popen:
-        process = self.start("api", **options)
+    def api(self, **given) -> subprocess.Popen:
+        process = self.start("api", **given)
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
         return process
 
