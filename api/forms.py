@@ -41,16 +41,16 @@ class Form:
         }
         try:
             self._parser = MultipartParser(boundary, callbacks)
-        except FormParserError as error:
-            raise damaged(f"the form is damaged: {error}") from None
+        except FormParserError:
+            raise damaged("the form's boundary is too long") from None
 
     def feed(self, data: bytes) -> list[tuple[str, bytes]]:
         """The (field, data) pairs these bytes bring. Raises Problem 422."""
         self.seen = []
         try:
             self._parser.write(data)
-        except FormParserError as error:
-            raise damaged(f"the form is damaged: {error}") from None
+        except FormParserError:
+            raise damaged("the form is damaged: its parts or their headers are malformed") from None
         return self.seen
 
     def _begin(self):

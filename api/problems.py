@@ -5,6 +5,7 @@
 
 from contextlib import suppress
 from http import HTTPStatus
+from time import monotonic
 
 import orjson
 from sanic import exceptions
@@ -64,6 +65,14 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
+# What clients are told of an outage. Its cause names paths and libraries, and goes to the log.
+OUTAGES = {
+    errors.Unreachable: "the database cannot be reached: nothing has changed",
+    errors.Unknown: "the database's answer was lost: the write may have happened",
+    objects.Unavailable: "the store of images cannot be reached",
+    objects.Full: "the store of images has no room",
+}
+LOG_PAUSE = 1.0  # seconds between two lines about outages: a thousand requests a second may meet one
 WHERE = {errors.Empty: {"pointer": "#/upload"}, errors.Reused: {"header": "Idempotency-Key"}}
 # Retry-After, seconds: Redis is back in a second or not soon, disks are cleared in minutes. A refusal may know better.
 AGAIN = {503: "1", 507: "60"}
@@ -101,17 +110,20 @@ def problem(
 
 def answer_to(exception: Exception) -> HTTPResponse:
     """The response to an error, whoever raised it."""
+    outage = OUTAGES.get(type(exception))
+    if outage:
+        log_outage(exception)
     match exception:
         case Problem():
             return problem(exception.status, exception.code, exception.detail, exception.headers, exception.where)
         case errors.Refusal():
             kind = type(exception)
             headers = {} if exception.again is None else {"Retry-After": str(exception.again)}
-            return problem(STATUS[kind], exception.word.lower(), str(exception), headers, WHERE.get(kind))
+            return problem(STATUS[kind], exception.word.lower(), outage or str(exception), headers, WHERE.get(kind))
         case objects.Full():
-            return problem(507, "full", str(exception))
+            return problem(507, "full", outage)
         case objects.Unavailable():
-            return problem(503, errors.Unreachable.word.lower(), str(exception))
+            return problem(503, errors.Unreachable.word.lower(), outage)
         case exceptions.RequestCancelled():
             return problem(408, "timeout", "the connection broke off")  # nobody hears it, and it is no fault of ours
         case exceptions.SanicException():
@@ -121,6 +133,15 @@ def answer_to(exception: Exception) -> HTTPResponse:
             return problem(status, code, detail, exception.headers)
         case _:
             return problem(500, "internal", "this is our fault, and it is logged")
+
+
+_logged = [-LOG_PAUSE]  # when the last outage was logged, by time.monotonic()
+
+
+def log_outage(exception: Exception) -> None:
+    if monotonic() >= _logged[0] + LOG_PAUSE:
+        _logged[0] = monotonic()
+        error_logger.warning("outage: %s", exception)
 
 
 def allowed(request) -> str:

@@ -130,7 +130,8 @@ def fields(request) -> dict:
     try:
         body = orjson.loads(request.body)
     except orjson.JSONDecodeError as error:
-        raise Problem(400, "malformed", f"the body is not JSON: {error}") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Problem(400, "malformed", f"the body is not JSON: it is wrong at {where}") from None
     if not isinstance(body, dict):
         raise invalid("the body must be a JSON object", pointer="#")
     return body

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import RedisServer, Site, connect, until
+from conftest import NOBODY, RedisServer, Site, connect, until
 from making import make_post
 from state import unchanged
 from uploading import begin, joined, offset, picture, stored
@@ -290,3 +290,23 @@ def test_a_post_is_deleted_while_the_store_is_away(on):
         assert alice.delete(f"/v1/posts/{site.post}").status_code == 204
         assert alice.get(f"/v1/posts/{site.post}").status_code == 404
         assert alice.delete(f"/v1/posts/{site.post}").status_code == 404
+
+
+def test_an_outage_is_told_in_words_and_its_cause_goes_to_the_log(tmp_path):
+    """The cause names paths of the server and the words of libraries."""
+    log = tmp_path / "log"
+    site = Site(f"unix://{tmp_path}/no.sock", tmp_path)
+    with log.open("wb") as out:
+        site.start("api", stdout=out, stderr=out)
+    try:
+        with site.client("alice") as client:
+            first = until(lambda: client.get("/v1/posts"), what="an answer")
+            answers = [first, *(client.get("/v1/posts") for _ in range(20))]
+            answers += [client.post("/v1/posts", json={"upload": f"u{NOBODY}"}), client.get("/readyz")]
+    finally:
+        site.close()
+    for answer in answers:
+        assert (answer.status_code, answer.json()["code"]) == (503, "unreachable")
+        assert answer.json()["detail"] == "the database cannot be reached: nothing has changed"
+    lines = [line for line in log.read_text().splitlines() if "no.sock" in line]
+    assert 1 <= len(lines) <= 5

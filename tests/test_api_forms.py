@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import until
 from making import bmp, jpeg, png
-from PIL import GifImagePlugin, Image, TiffImagePlugin  # noqa: F401  the pipeline loads none but its own
+from PIL import GifImagePlugin, IcoImagePlugin, Image, TiffImagePlugin  # noqa: F401  the pipeline loads none but its own
 from state import contents, files, unchanged
 from wire import FORM, dial, exchange, form, head, hear, pour, reset
 
