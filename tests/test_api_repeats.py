@@ -73,7 +73,7 @@ def shown(answer) -> tuple:
 
     A form that is answered before its body was read ends its connection (RFC 9110, section 7.6.1).
     """
-    aside = "idempotent-replayed", "date", "connection"
+    aside = "idempotent-replayed", "date", "request-id", "connection"
     headers = {name: value for name, value in answer.headers.items() if name not in aside}
     return answer.status, headers, answer.body
 
