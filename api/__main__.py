@@ -10,7 +10,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
 
 from sanic import Sanic
 
@@ -18,6 +21,8 @@ from api import tokens
 from api.app import create
 from api.protocol import Protocol
 from storage import settings as environment
+
+STEP = 0.01  # seconds, more than the last step of Sanic's start takes
 
 WELCOME = """
 Imagegram answers at http://{host}:{port} in a moment. In another terminal:
@@ -58,7 +63,25 @@ def _listen(family: int, address: tuple, shared: bool) -> socket.socket:
 
 
 def serve_one(settings, listening: socket.socket) -> None:
+    """Serve on a socket until SIGTERM, which the caller has blocked.
+
+    A thread waits for the signal from the first. Sanic ignores it for a moment while it starts, and a process that
+    was told to stop then would never stop.
+    """
+    loops = SimpleQueue()  # of one event loop, once it serves
+
+    def stop_at_sigterm() -> None:
+        signal.sigwait({signal.SIGTERM})
+        loops.get().call_soon_threadsafe(partial(app.stop, terminate=False))
+
+    threading.Thread(target=stop_at_sigterm, daemon=True).start()
     app = create(settings)
+
+    @app.after_server_start
+    async def started(app):
+        # By a timer, because this is still a step of the start, in the midst of which a stop is an error.
+        app.loop.call_later(STEP, loops.put, app.loop)
+
     app.prepare(sock=listening, protocol=Protocol, single_process=True, access_log=False, motd=False)
     Sanic.serve_single(primary=app)
 
@@ -76,6 +99,7 @@ def serve(settings) -> None:
     # Bound in the parent, so that a port that is taken is reported once, and a port of 0 is one port for all.
     sockets = listen(settings)
     settings = dataclasses.replace(settings, port=sockets[0].getsockname()[1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is handled here; in the children for good
     parent, children = os.getpid(), set()
     for listening in sockets:
         child = os.fork()
@@ -108,13 +132,13 @@ def serve(settings) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     status = 0
     while children:
         child, code = os.wait()
         children.remove(child)
         code = os.waitstatus_to_exitcode(code)
-        # One that was still starting has no handler of SIGTERM yet, and ends by it.
-        if not stopping or code not in (0, -signal.SIGTERM):
+        if code or not stopping:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
             print(f"api: process {child} {how}", file=sys.stderr, flush=True)
             status = 1

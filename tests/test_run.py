@@ -128,6 +128,13 @@ def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
     assert ended(api) == (0, "")
 
 
+def test_an_api_that_is_stopped_while_it_starts_ends_with_status_0_and_no_message(site):
+    api = site.start("api", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert api.stdout.readline().startswith("api: http://")  # both processes are there and do not serve yet
+    api.terminate()
+    assert ended(api) == (0, "")
+
+
 def test_a_second_site_on_the_same_port_is_refused_in_one_line(site, embedded, tmp_path):
     site.api()
     for host in ("127.0.0.1", "0.0.0.0"):
