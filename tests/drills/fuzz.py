@@ -23,12 +23,11 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-from conftest import NOBODY, SECRET, RedisServer, Site, connect, until
+from conftest import NOBODY, RedisServer, Site, application, connect, until
 from making import jpeg, make_post, make_processing, png
 from wire import Answer, form, hear, reset
 
-from api.app import create
-from storage import check, comments, outbox, settings
+from storage import check, comments, outbox
 from storage.objects import open_store
 
 SLOW = 2.0  # seconds
@@ -82,8 +81,8 @@ class Fuzzer:
 
     def __init__(self, site: Site, names: dict[str, list[str]], seed: int):
         self.site, self.names, self.chance = site, names, random.Random(seed)
-        app = create(settings.load({"IMAGEGRAM_DATA": str(site.folder), "IMAGEGRAM_JWT_SECRET": SECRET}))
-        self.routes = sorted({(method, f"/{route.path}") for route in app.router.routes for method in route.methods})
+        routes = application().router.routes
+        self.routes = sorted({(method, f"/{route.path}") for route in routes for method in route.methods})
         self.tokens = {user: f"Bearer {site.token(user, exp=int(time.time()) + 3600)}" for user in USERS}
         odd = [b"", b"GIF89a", b"\xff\xd8\xff", b"BM" + bytes(50)]
         self.images = [jpeg(64, 48), png(40, 30), jpeg(64, 48)[:200], *odd]
