@@ -8,7 +8,7 @@ as it lasts; and shapes pass that a proxy in front may read as another request.
 import re
 from time import monotonic, time
 
-from sanic.exceptions import BadRequest, RequestTimeout, SanicException, ServiceUnavailable
+from sanic.exceptions import BadRequest, RequestCancelled, RequestTimeout, SanicException, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
@@ -101,6 +101,14 @@ class StrictHttp(Http):
         self.expecting_continue = self.keep_alive = False
         self.request_body = None
         self.protocol.refused = True
+
+    async def error_response(self, exception: Exception) -> None:
+        # The client went away while its answer was sent. Sanic would send another one, which nobody hears, and would
+        # fail because the first has begun.
+        if isinstance(exception, RequestCancelled) and self.response and self.protocol.transport.is_closing():
+            self.keep_alive = False
+            return
+        await super().error_response(exception)
 
     def respond(self, response):
         if self.request_body:
