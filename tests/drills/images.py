@@ -42,7 +42,7 @@ class Works(Site):
         db, store = connect(self.server), open_store((self.folder / "store").as_uri())
 
         async def one(number: int, data: bytes) -> str:
-            author, most = f"user{number % 40}", len(images)  # each may have 20 uploads open
+            author, most = f"user{number % 40}", 10_000  # each may have 20 uploads open
             async with uploads.receiving(db, store, author, 1, processing=most) as image:
                 await image.write(data)
                 await image.finish()
