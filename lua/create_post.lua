@@ -81,7 +81,7 @@ if made then
 end
 redis.call('HSET', post, 'author', author, 'caption', caption, 'status', 'processing',
   'attempt', 0, 'upload', upload_id)
-redis.call('HSET', upload, 'post', id, 'length', row[2]) -- whoever joins the chunks checks their sum against it
+redis.call('HSET', upload, 'post', id, 'length', row[2]) -- the worker compares it with the sum of the chunks
 redis.call('HDEL', upload, 'metadata', 'expires', 'offset')
 redis.call('HDEL', uploads, upload_id)
 redis.call('ZREM', due, upload_id)

@@ -10,7 +10,7 @@
 -- ARGV[5] making prefix of the users' `making` keys of this partition, to which users are appended
 -- Returns {{id, lease, 'upload' | 'erase', ms when the post was deleted or failed, or 0}, …}
 -- Refuses nothing
--- The lease is the score it sets: whoever comes with another one was given the work before somebody else was.
+-- The lease is the score it sets. A caller with another score holds an older lease, and the work was given again since.
 -- A failed post is due because a job that ran when it failed may still store a JPEG: that is erased.
 -- Posts whose image is to be made stood in `due` too, before `making` existed. Such a post, in data of that time, goes
 -- there now.
