@@ -1,10 +1,9 @@
-# syntax=docker/dockerfile:1
 # One image for API, worker and backup; the command chooses.
 
 FROM python:3.11-slim-bookworm AS build
 # The headers pillow-simd is compiled with; without liblcms2's it would silently have no colour management.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev libseccomp2
 WORKDIR /app
 COPY .ci/setup .ci/setup
 COPY pyproject.toml setup.cfg requirements.lock ./
@@ -15,17 +14,18 @@ COPY lua lua
 RUN .ci/setup run
 
 FROM python:3.11-slim-bookworm
-# 999 is also the user of the valkey image: Redis' files, which the shipper reads, are for their owner alone.
+# 999 is also the user of the valkey image: only their owner may read Redis' files, and the shipper must read them.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 libseccomp2 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 999 --create-home imagegram \
-    && install -d -o imagegram -g imagegram /data
+    && install -d -o imagegram -g imagegram /data /store /backup
 WORKDIR /app
 COPY --from=build /app /app
 USER 999
-ENV IMAGEGRAM_HOST=0.0.0.0 IMAGEGRAM_DATA=/data PYTHONUNBUFFERED=1
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 IMAGEGRAM_HOST=0.0.0.0 IMAGEGRAM_DATA=/data \
+    IMAGEGRAM_STORE=file:///store IMAGEGRAM_BACKUP_STORE=file:///backup
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-    CMD [".venv/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
-CMD [".venv/bin/python", "-m", "api"]
+HEALTHCHECK --interval=5s --timeout=3s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
+CMD ["imagegram-api"]

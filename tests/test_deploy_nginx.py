@@ -28,7 +28,7 @@ class Front:
         self.url, self.token = f"http://127.0.0.1:{self.port}", site.token
         conf = (DEPLOY / "nginx.conf").read_text()
         for ours, here in {
-            "server api:8000;": f"server 127.0.0.1:{site.port};",
+            "server api:8000 resolve;": f"server 127.0.0.1:{site.port};",  # Debian's nginx does not know `resolve`
             "listen 8080;": f"listen 127.0.0.1:{self.port};",
             "proxy_read_timeout 40s;": f"proxy_read_timeout {patience};",
         }.items():
@@ -37,7 +37,8 @@ class Front:
         (folder / "nginx.conf").write_text(conf.replace("/tmp/", f"{folder}/"))
         (folder / "tls").mkdir()
         tls = (DEPLOY / "tls" / "tls.conf.example").read_text()
-        (folder / "tls" / "tls.conf").write_text(tls.replace("8443", f"127.0.0.1:{self.tls_port}"))
+        tls = tls.replace("listen 8443 ssl;\nhttp2 on;", f"listen 127.0.0.1:{self.tls_port} ssl http2;")  # the older way
+        (folder / "tls" / "tls.conf").write_text(tls)
         key = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "tls" / "key.pem"]
         certificate = ["-subj", "/CN=localhost", "-days", "2", "-out", folder / "tls" / "chain.pem"]
         subprocess.run(["openssl", "req", "-x509", *key, *certificate], check=True, capture_output=True)
