@@ -37,7 +37,7 @@ class Front:
         (folder / "nginx.conf").write_text(conf.replace("/tmp/", f"{folder}/"))
         (folder / "tls").mkdir()
         tls = (DEPLOY / "tls" / "tls.conf.example").read_text()
-        tls = tls.replace("listen 8443 ssl;\nhttp2 on;", f"listen 127.0.0.1:{self.tls_port} ssl http2;")  # the older way
+        tls = tls.replace("listen 8443 ssl;\nhttp2 on;", f"listen 127.0.0.1:{self.tls_port} ssl http2;")
         (folder / "tls" / "tls.conf").write_text(tls)
         key = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "tls" / "key.pem"]
         certificate = ["-subj", "/CN=localhost", "-days", "2", "-out", folder / "tls" / "chain.pem"]
