@@ -1,6 +1,6 @@
 # One image for API, worker and backup; the command chooses.
 
-FROM python:3.11-slim-bookworm AS build
+FROM python:3.11.16-slim-bookworm AS build
 # The headers pillow-simd is compiled with; without liblcms2's it would silently have no colour management.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev libseccomp2
@@ -13,7 +13,7 @@ COPY workers workers
 COPY lua lua
 RUN .ci/setup run
 
-FROM python:3.11-slim-bookworm
+FROM python:3.11.16-slim-bookworm
 # 999 is also the user of the valkey image: only their owner may read Redis' files, and the shipper must read them.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 libseccomp2 \
