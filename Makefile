@@ -4,7 +4,7 @@ python := .venv/bin/python
 
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
-	@$(python) -m api welcome
+	@.venv/bin/imagegram-api welcome
 	@exec .venv/bin/honcho start
 
 test: ## linters, then all tests
@@ -25,7 +25,7 @@ unit:
 test-pillow: ## the workers' tests with Pillow itself, as it is where pillow-simd cannot be compiled
 	@.ci/setup test
 	python3 -m venv .venv-pillow
-	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock pillow -e '.[test]'
+	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[test]'
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest tests/test_workers_*.py
 
@@ -69,7 +69,7 @@ fuzz: ## 10,000 random requests over all routes; three minutes
 
 lock: ## requirements.lock anew, from the newest versions
 	python3 -m venv .venv-lock
-	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[test,bench]'
+	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[run,test,bench]'
 	(echo '# Every version that is installed, for `pip install -c`. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
 	rm -rf .venv-lock

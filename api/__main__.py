@@ -1,5 +1,7 @@
-"""`python -m api` serves; `python -m api token alice` mints a development token; `python -m api welcome` says how to
-make the first call."""
+"""`imagegram-api`, or `python -m api`, serves.
+
+`imagegram-api token alice` mints a development token; `imagegram-api welcome` says how to make the first call.
+"""
 
 import argparse
 import ctypes
@@ -147,7 +149,7 @@ def serve(settings) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m api", description=__doc__)
+    parser = argparse.ArgumentParser(prog="imagegram-api", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("token").add_argument("user")
     commands.add_parser("welcome")

@@ -1,4 +1,4 @@
-"""`python -m storage`: the embedded Redis, and its backup.
+"""`imagegram-storage`, or `python -m storage`: the embedded Redis, and its backup.
 
     redis                              starts the embedded server
     ship                               copies its append-only file to the backup store as it grows
@@ -30,7 +30,7 @@ from storage.settings import Settings, load
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m storage", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog="imagegram-storage", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("redis", "ship", "snapshots", "verify", "retry"):
         commands.add_parser(name)
@@ -106,7 +106,7 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
         print(snapshots.table(await snapshots.snapshots(store), ship.state(settings)))
     elif arguments.command == "verify":
         if not await restore.verify(settings, store, _say):
-            sys.exit("the newest generation cannot be restored: python -m storage snapshots says why")
+            sys.exit("the newest generation cannot be restored: imagegram-storage snapshots says why")
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())

@@ -137,7 +137,7 @@ def report_skipped(reply: list, where: str) -> None:
         for id in reply[4]:
             if id not in _reported and len(_reported) < REPORTED:
                 _reported.add(id)
-                log.warning("%s: %r has no whole post and is skipped; run `python -m storage check`", where, id)
+                log.warning("%s: %r has no whole post and is skipped; run `imagegram-storage check`", where, id)
 
 
 @lru_cache(PAGES)

@@ -1,4 +1,4 @@
-"""`python -m storage restore` and `verify`: a Redis data folder from the backup store, as of any kept second.
+"""`imagegram-storage restore` and `verify`: a Redis data folder from the backup store, as of any kept second.
 
 Puts the files back where Redis expects them and lets Redis load them: nothing here knows what a record does.
 The folder gets its name only after a server has loaded it and the data were checked; until then it is called

@@ -1,4 +1,4 @@
-"""`python -m storage retry`: hands out posts again whose image could not be made for reasons that have passed.
+"""`imagegram-storage retry`: hands out posts again whose image could not be made for reasons that have passed.
 
 For use after an outage or a fault of the workers. A post whose image itself is the reason stays failed.
 """

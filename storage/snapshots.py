@@ -1,4 +1,4 @@
-"""`python -m storage snapshots`: the generations in the backup store, and which seconds can be had back."""
+"""`imagegram-storage snapshots`: the generations in the backup store, and which seconds can be had back."""
 
 import time
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+LOCK = (ROOT / "requirements.lock").read_text()
+SETUP = ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
 
 # Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
 READS = re.compile(
@@ -241,6 +245,29 @@ def test_import_linters_lines_hold():
     linter = Path(sys.executable).with_name("lint-imports")
     run = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
+
+
+# Distributions whose module has another name.
+MODULES = {"pillow": "PIL", "pyjwt": "jwt"}
+
+
+def test_what_is_required_is_imported_and_the_other_way_round():
+    imported = set()
+    for node in (node for path in ROOMS for node in walk(path)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    required = [re.match(r"[\w.-]+", line)[0].lower() for line in SETUP["options"]["install_requires"].split("\n")[1:]]
+    modules = {MODULES.get(name, name.replace("-", "_")) for name in required}
+    assert modules == imported - sys.stdlib_module_names - {"api", "storage", "workers"}
+
+
+def test_every_requirement_has_its_version_in_the_lock():
+    """Those of the extras, too. Names are compared as pip does."""
+    locked = {line.split("==")[0].lower().replace("_", "-") for line in LOCK.splitlines()[1:]}
+    lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()]
+    assert {re.match(r"[\w.-]+", line)[0].lower() for text in lists for line in text.split()} <= locked
 
 
 def test_jobs_are_named_by_paths_that_import():

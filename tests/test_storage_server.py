@@ -23,7 +23,7 @@ def kind(request):
 
 @pytest.fixture
 def started(tmp_path):
-    """Starts `python -m storage redis` as often as asked."""
+    """Starts `imagegram-storage redis` as often as asked."""
     processes = []
 
     def start(kind: str):

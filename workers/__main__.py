@@ -1,6 +1,6 @@
-"""`python -m workers` works: a dispatcher and the RQ workers that make images.
+"""`imagegram-worker`, or `python -m workers`: a dispatcher and the RQ workers that make images.
 
-`python -m workers convert PARENT` is one such RQ worker, which ends with the process of that id.
+`imagegram-worker convert PARENT` is one such RQ worker, which ends with the process of that id.
 """
 
 import argparse
@@ -120,7 +120,7 @@ async def work(chosen: settings.Settings) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="imagegram-worker", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["convert"])
     parser.add_argument("parent", nargs="?", type=int)
     asked = parser.parse_args()

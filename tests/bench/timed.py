@@ -1,4 +1,4 @@
-"""`python -m tests.bench.timed` is `python -m workers` that adds a line to the file TIMED for each image it has made:
+"""`python -m tests.bench.timed` is `imagegram-worker` that adds a line to the file TIMED for each image it has made:
 seconds from the beginning of its attempt to its being shown, and of them those of the conversion."""
 
 import os

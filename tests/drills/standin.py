@@ -1,4 +1,4 @@
-"""`python -m tests.drills.standin` is `python -m workers` with a stand-in for decoding: it waits, and is counted.
+"""`python -m tests.drills.standin` is `imagegram-worker` with a stand-in for decoding: it waits, and is counted.
 
 Each conversion that begins adds a line to the file STANDIN_COUNTED, and takes STANDIN_SECONDS.
 """
