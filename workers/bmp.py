@@ -155,10 +155,9 @@ class Bmp(ImageFile.ImageFile):
         super().load_prepare()
 
     def load_end(self) -> None:
-        """Alpha that makes all of the image invisible was never meant: some programs leave it 0."""
+        """Makes an image opaque whose alpha hides all of it: some programs leave alpha 0 and do not mean it."""
         if self.mode == "RGBA" and not self.im.getbbox(True):
-            self.im.setmode("RGB")
-            self._mode = "RGB"
+            self.putalpha(255)  # not the core image's setmode("RGB"), which Pillow 13 no longer has
 
 
 def _check_kind(size: int, bits: int, compression: int) -> None:
