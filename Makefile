@@ -2,10 +2,11 @@ python := .venv/bin/python
 
 .PHONY: run test lint unit test-pillow load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
+# .env is for containers. honcho would read it, but imagegram-api in another terminal would sign with another secret.
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
 	@.venv/bin/imagegram-api welcome
-	@exec .venv/bin/honcho start
+	@exec .venv/bin/honcho --env /dev/null start
 
 test: ## linters, then all tests
 	@.ci/setup test

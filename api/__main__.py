@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -32,6 +33,10 @@ Imagegram answers at http://{host}:{port} in a moment. In another terminal:
   TOKEN={token}
   curl -H "Authorization: Bearer $TOKEN" -F image=@photo.jpg -F caption=Hello http://{host}:{port}/v1/posts
   curl http://{host}:{port}/v1/posts
+
+To look into the database (redis-cli is in Debian's package redis-tools: apt-get install redis-tools):
+
+  redis-cli -s {socket}
 
 Ctrl-C ends it; the data stays in {data}.
 """
@@ -159,7 +164,8 @@ def main() -> None:
         print(tokens.mint(settings, asked.user))
     elif asked.command == "welcome":
         token = tokens.mint(settings, "alice")
-        print(WELCOME.format(host=settings.host, port=settings.port, data=settings.data, token=token))
+        socket_file = shlex.quote(f"{settings.data}/redis/redis.sock")
+        print(WELCOME.format(**dataclasses.asdict(settings), token=token, socket=socket_file))
     else:
         serve(settings)
 

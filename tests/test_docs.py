@@ -1,45 +1,249 @@
 """The docs' commands, run as they stand."""
 
+import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
+from pathlib import Path
 
+import httpx
 import pytest
 from conftest import ROOT, photograph, until
 from making import jpeg
+from test_run import Run
+
+from storage.restore import clock
 
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
+DURABILITY = (ROOT / "docs" / "durability.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 POST = re.compile(r"\b01[0-9A-HJKMNP-TV-Z]{24}-0")
 UPLOAD = re.compile(r"\bu01[0-9A-HJKMNP-TV-Z]{24}-0")
+SECOND = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
+PROGRAMS = (
+    r"make|imagegram-\w+|python3?|pip3?|docker|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
+)
+COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
+# The blocks that are no commands: what commands print, lines of .env, and tables of what there is.
+PRINTED = "> |generation |ship.1 |found: |1 posts, "
+OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |post     {{|{{|generations/|ACL SETUSER ")
 
 
-def test_the_readme_makes_the_first_call(working_site, tmp_path):
-    """Its shell lines, in a folder with a photo.jpg, against the address of the site."""
-    (tmp_path / "photo.jpg").write_bytes(photograph())
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    for room in ("api", "storage", "lua"):
-        (tmp_path / room).symlink_to(ROOT / room)
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    script = "".join(blocks).replace("http://127.0.0.1:8000", working_site.url)
-    assert working_site.url in script
-    run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env=working_site.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert run.returncode == 0, run.stderr
-    ready, rest = run.stdout.split("\n", 1)
+def section(page: str, heading: str) -> str:
+    return page[page.index(heading) :].split("\n## ")[0]
+
+
+def shell(page: str) -> list[str]:
+    """The blocks of shell commands. A block that is neither one nor in OTHER is an error."""
+    found = []
+    for language, fenced, indented in BLOCK.findall(page):
+        block = fenced or "".join(line[4:] for line in indented.splitlines(keepends=True))
+        if language == "sh" or COMMAND.match(block):
+            found.append(block)
+        else:
+            assert not language and OTHER.match(block), f"marked as sh? Else its beginning is for OTHER: {block}"
+    return found
+
+
+def commands(page: str) -> set[str]:
+    """Every command of the blocks that no test of its own runs, and every one that stands in a sentence."""
+    whole = {block for part, heading in SCRIPTS for block in shell(section(PAGES[part], heading))}
+    lines = "".join(block for block in shell(page) if block not in whole).replace("\\\n", "")
+    sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
+    return set(lines.splitlines()) | {text for text in sentences if COMMAND.match(text)}
+
+
+# Run as a whole: the blocks behind these headings.
+SCRIPTS = [
+    ("README.md", "## Make the first call"),
+    ("durability.md", "## The restore drill"),
+    ("production.md", "## With docker compose"),  # by tests/compose/, which has an engine
+]
+
+
+class Home:
+    """The folder of someone who cloned the project and ran `make run`; `data` is the folder's own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for path in ROOT.iterdir():
+            if path.name not in (".git", ".env", "data"):
+                (folder / path.name).symlink_to(path)
+        (folder / "photo.jpg").write_bytes(photograph())
+        (folder / ".env").write_text("IMAGEGRAM_JWT_SECRET=of the containers, and nothing to those who use make run\n")
+        self.start()
+
+    def start(self) -> None:
+        self.site = Run(self.folder / "data", self.folder)
+        self.environment = {**self.site.environment, "HOME": str(self.folder)}
+        del self.environment["IMAGEGRAM_DATA"]  # the default is meant
+
+    def stop(self) -> str:
+        """Ctrl-C. What the site had said."""
+        if self.site.honcho.poll() is None:
+            os.killpg(self.site.honcho.pid, signal.SIGINT)
+        return self.site.end()[0]
+
+    def run(self, script: str, stdin: str = "") -> str:
+        """What a script prints in a new terminal, after README's first line."""
+        done = self.tried(". .venv/bin/activate\n" + script.replace("http://127.0.0.1:8000", self.site.url), stdin)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def tried(self, script: str, stdin: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("home"))
+    yield home
+    home.stop()
+
+
+def test_the_readme_makes_the_first_call(home):
+    script = "".join(shell(section(README, "## Make the first call")))
+    assert script.startswith(". .venv/bin/activate\nURL=http://127.0.0.1:8000\n")
+    ready, rest = home.run(script).split("\n", 1)
     assert json.loads(ready)["status"] == "ready"
     comment, feed = map(json.loads, rest.replace("}{", "}\n{").splitlines())
     assert comment["text"] == "First!"
-    assert feed["items"] == [{**json.loads(ready), "comment_count": 1, "latest_comments": [comment]}]
-    assert (tmp_path / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
+    assert feed["items"][0] == {**json.loads(ready), "comment_count": 1, "latest_comments": [comment]}
+    assert (home.folder / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
+
+
+def test_what_make_run_says_works_as_written(home):
+    said = home.run("imagegram-api welcome")
+    assert f"http://127.0.0.1:{home.site.port}" in said and "apt-get install redis-tools" in said
+    lines = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert [line.split(maxsplit=1)[0] for line in lines][1:] == ["curl", "curl", "redis-cli"]
+    printed = home.run("\n".join(lines), stdin="PING")
+    assert printed.endswith("PONG\n") and '"caption":"Hello"' in printed
+
+
+def numbered(printed: str) -> list[str]:
+    """The words of what a command printed, with # for each number."""
+    return re.sub(r"\d+", "#", printed).split()
+
+
+def test_the_restore_drill_of_the_durability_page(home):
+    """At the second that is meant here, and what it prints is what is printed there but for its numbers."""
+    drill = section(DURABILITY, "## The restore drill")
+    look, restore = shell(drill)[:2]
+    looked, restored = [numbered(block) for _, block, _ in BLOCK.findall(drill) if block.startswith("generation ")]
+    with httpx.Client(base_url=home.site.url, headers=home.site.user) as alice:
+        sent = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "Lost"})
+        post = f"/v1/posts/{sent.json()['id']}"
+        until(lambda: alice.get(post).json()["status"] == "ready", what="the image")
+        for n in range(40):
+            alice.post(f"{post}/comments", json={"text": str(n)}).raise_for_status()
+        before = alice.get(post).json()
+        good = int(time.time())
+        until(lambda: int(time.time()) > good, what="the next second")
+        alice.delete(post).raise_for_status()
+    until(lambda: SECOND.findall(home.run(look))[-1] > clock(good), what="the shipper")
+    assert numbered(home.run(look)) == looked
+    home.stop()
+    said = home.run(SECOND.sub(clock(good), restore))
+    assert numbered(said) == restored and said.endswith(", 0 flaws)\n")
+    home.start()
+    with httpx.Client(base_url=home.site.url) as client:
+        assert client.get(post).json() == before | {"status": client.get(post).json()["status"]}
+        until(lambda: client.get(f"/v1/images/{before['id']}.jpg").status_code == 200, what="the picture")
+
+
+# Commands that stand in sentences or by themselves: how each is run
+
+
+def dry(home, command):
+    """It exists and its command line is right; what it does takes minutes, or is what this test is a part of."""
+    done = home.tried(command.replace("make ", "make -n "))
+    assert done.returncode == 0 and "Nothing to be done" not in done.stdout, done.stderr
+    for module in re.findall(r"python -m (tests[\w.]+)", done.stdout):
+        assert importlib.util.find_spec(module)
+    for path in re.findall(r"\btests/[\w/]+\.\w+", done.stdout):
+        assert (ROOT / path).exists() or path == "tests/load/report.html"
+
+
+def parse(home, command):
+    """argparse reads what stands before --help."""
+    home.run(command + " --help")
+
+
+def succeed(home, command):
+    home.run(command)
+
+
+def ask(home, command):
+    """redis-cli, which waits for commands."""
+    assert home.run(command, stdin="PING") == "PONG\n"
+
+
+def exist(home, command):
+    """A name alone."""
+    home.run(f"command -v {command}")
+
+
+def install(home, command):
+    """tests/test_wheel.py does it in a venv of its own."""
+
+
+def start(home, command):
+    """One of the parts that are running."""
+    assert f"exec .venv/bin/{command}\n" in (ROOT / "Procfile").read_text()
+
+
+def simulate(home, command):
+    home.run(command.replace("apt-get ", "apt-get --simulate "))
+
+
+def write(home, command):
+    """A line into .env, which is for containers: it goes elsewhere here."""
+    home.run(command.replace(".env", "written.env"))
+    name, _, value = (home.folder / "written.env").read_text().strip().partition("=")
+    assert re.fullmatch(r"[A-Z_]+", name) and value
+
+
+def contain(home, command):
+    """tests/compose/ does it, which has an engine."""
+
+
+RUN = {
+    r"make [\w-]+( REVISION=\w+)?": dry,
+    r"python -m tests\.\S+( .*)?": parse,
+    r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
+    r"imagegram-api token alice": succeed,
+    r"imagegram-storage ship": start,
+    r"imagegram-\w+|redis-cli": exist,
+    r"\. \.venv/bin/activate": succeed,
+    r"redis-cli -s data/redis/redis\.sock": ask,
+    r"pip wheel --no-deps \.|pip install imagegram-0\.1\.0-py3-none-any\.whl": install,
+    r"apt-get install [\w-]+": simulate,
+    r'echo "[^"]*" >\.env': write,
+    r"(TOKEN=\$\()?docker compose\b.*|deploy/\w+\.sh.*": contain,
+}
+
+
+@pytest.mark.parametrize("command", sorted(set().union(*map(commands, PAGES.values()))))
+def test_a_command_of_the_docs_runs_as_written(home, command):
+    ways = [way for pattern, way in RUN.items() if re.fullmatch(pattern, command)]
+    assert ways, "no test knows how to run this"
+    ways[0](home, command)
 
 
 @pytest.fixture

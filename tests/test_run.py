@@ -1,6 +1,7 @@
 """`make run` and the processes of the API: they start, end together, and find their data again."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,14 +15,16 @@ from making import jpeg
 from api.tokens import mint
 from storage import settings
 
+STARTED = re.search(r"@exec (\.venv/bin/honcho .*)", (ROOT / "Makefile").read_text())[1]
+
 
 class Run:
     """`make run` without its set-up, which has been done: the same Procfile under honcho, as a terminal has it."""
 
-    def __init__(self, data):
+    def __init__(self, data, folder=ROOT):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        environment = {
+        self.environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),  # the code beside this test, also where several checkouts share one .venv
             "IMAGEGRAM_DATA": str(data),
@@ -29,16 +32,16 @@ class Run:
             "PYTHONUNBUFFERED": "1",
         }
         self.honcho = subprocess.Popen(
-            [".venv/bin/honcho", "start"],
-            cwd=ROOT,
-            env=environment,
+            STARTED.split(),
+            cwd=folder,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
-        self.user = {"Authorization": f"Bearer {mint(settings.load(environment), 'alice')}"}
+        self.user = {"Authorization": f"Bearer {mint(settings.load(self.environment), 'alice')}"}
         self.parts = psutil.Process(self.honcho.pid).children(recursive=True)
 
     def part(self, *command: str) -> psutil.Process:
