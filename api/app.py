@@ -32,6 +32,7 @@ def create(settings: Settings) -> Sanic:
         KEEP_ALIVE_TIMEOUT=120,  # longer than a proxy keeps its idle connections: it closes first, never in mid-request
         GRACEFUL_SHUTDOWN_TIMEOUT=25,
         MOTD=False,
+        DEPRECATION_FILTER="ignore",  # on Python 3.14 Sanic calls what 3.16 removes, and each process would say so
     )
     app.ctx.settings = settings
     app.ctx.secret = signing_secret(settings)

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import re
 import random
 import secrets
 import time
@@ -133,6 +134,7 @@ async def test_a_manifest_is_read_and_written_as_redis_does(settings, tmp_path):
         text = (redis.aof / aof.MANIFEST).read_text()
         manifest = aof.parse(text)
         lines = [line for line in text.splitlines() if not line.endswith("type h")]
+        lines = [re.sub(r" startoffset \d+$", "", line) for line in lines]  # of Redis 8: for replicas, and optional
         assert aof.render(manifest).splitlines() == lines
         assert manifest.files == [redis.base(), redis.increment().name]
     history = "file a.aof.1.base.rdb seq 1 type h\nfile a.aof.2.incr.aof seq 2 type i\n"
