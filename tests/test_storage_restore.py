@@ -3,8 +3,8 @@
 import asyncio
 import io
 import os
-import re
 import random
+import re
 import secrets
 import time
 from contextlib import asynccontextmanager
@@ -26,7 +26,19 @@ from parts import (
 from state import files
 from uploading import picture
 
-from storage import aof, chain, changes, comments, keys, originals, outbox, posts, scripts, snapshots, uploads
+from storage import (
+    aof,
+    chain,
+    changes,
+    comments,
+    keys,
+    originals,
+    outbox,
+    posts,
+    scripts,
+    snapshots,
+    uploads,
+)
 from storage.aof import Damaged
 from storage.errors import Expired, Outdated
 from storage.objects import open_store
