@@ -6,7 +6,7 @@ python := .venv/bin/python
 run: ## start Redis, API and worker; Ctrl-C ends them
 	@.ci/setup run
 	@.venv/bin/imagegram-api welcome
-	@exec .venv/bin/honcho --env /dev/null start
+	@exec $(python) -m deploy.run
 
 test: ## linters, then all tests
 	@.ci/setup test

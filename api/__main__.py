@@ -4,7 +4,6 @@
 """
 
 import argparse
-import ctypes
 import dataclasses
 import errno
 import logging
@@ -23,6 +22,7 @@ from sanic import Sanic
 from api import tokens
 from api.app import create
 from api.protocol import Protocol
+from storage import processes
 from storage import settings as environment
 
 STEP = 0.01  # seconds, more than the last step of Sanic's start takes
@@ -56,7 +56,10 @@ def listen(settings) -> list[socket.socket]:
         others = [_listen(found[0], first.getsockname(), shared=True) for _ in range(settings.api_processes - 1)]
     except OSError as error:
         reason = f"api: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
-        raise SystemExit(f"{reason}. Set IMAGEGRAM_PORT." if error.errno == errno.EADDRINUSE else reason) from None
+        if error.errno == errno.EADDRINUSE:
+            who = ", ".join(map(str, processes.listening(settings.port)))
+            reason += (f" by process {who}" if who else "") + ". End it or set IMAGEGRAM_PORT."
+        raise SystemExit(reason) from None
     return [first, *others]
 
 
@@ -111,9 +114,7 @@ def serve(settings) -> None:
     for listening in sockets:
         child = os.fork()
         if child == 0:
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no orphan goes on serving
-            if os.getppid() != parent:
-                os._exit(1)
+            processes.die_with_parent(signal.SIGTERM, parent)  # no orphan goes on serving
             # A group of its own: who signals all of ours at once would interrupt, by the parent's second signal, an
             # orderly end that has begun.
             os.setpgid(0, 0)

@@ -7,6 +7,7 @@ newer version wrote; both would say so late and unclearly. A data folder has one
 import fcntl
 import os
 import re
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +61,12 @@ def hold(folder: Path) -> None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
+        # struct flock of 64 bits: type, whence, start, length, process. 0: it has ended, or is in another container.
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        holder = struct.unpack("hhqqi4x", fcntl.fcntl(lock, fcntl.F_GETLK, asked))[4]
         os.close(lock)
-        raise SystemExit(f"{folder} is in use by a server that runs: stop it, or set another IMAGEGRAM_DATA") from None
+        who = f"process {holder}" if holder > 0 else "a server that runs"
+        raise SystemExit(f"{folder} is in use by {who}: stop it, or set another IMAGEGRAM_DATA") from None
 
 
 def claim(folder: Path, server: Server) -> None:

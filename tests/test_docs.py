@@ -87,8 +87,8 @@ class Home:
 
     def stop(self) -> str:
         """Ctrl-C. What the site had said."""
-        if self.site.honcho.poll() is None:
-            os.killpg(self.site.honcho.pid, signal.SIGINT)
+        if self.site.make.poll() is None:
+            os.killpg(self.site.make.pid, signal.SIGINT)
         return self.site.end()[0]
 
     def run(self, script: str, stdin: str = "") -> str:

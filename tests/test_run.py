@@ -1,10 +1,11 @@
 """`make run` and the processes of the API: they start, end together, and find their data again."""
 
 import os
-import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import psutil
@@ -15,14 +16,21 @@ from making import jpeg
 from api.tokens import mint
 from storage import settings
 
-STARTED = re.search(r"@exec (\.venv/bin/honcho .*)", (ROOT / "Makefile").read_text())[1]
+
+def makefile(folder: Path) -> Path:
+    """A Makefile whose `run` is the last line of ours: the lines above it set up what the tests have already."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("run:")))
+    made = folder / "run.mk"
+    made.write_text(f"{lines[0]}\nrun:\n{lines[lines.index('', first) - 1]}\n")
+    return made
 
 
 class Run:
-    """`make run` without its set-up, which has been done: the same Procfile under honcho, as a terminal has it."""
+    """`make run` without its set-up, as a terminal has it."""
 
-    def __init__(self, data, folder=ROOT):
-        self.port = free_port()
+    def __init__(self, data, folder=ROOT, port=None):
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
             "PATH": os.environ["PATH"],
@@ -31,8 +39,8 @@ class Run:
             "IMAGEGRAM_PORT": str(self.port),
             "PYTHONUNBUFFERED": "1",
         }
-        self.honcho = subprocess.Popen(
-            STARTED.split(),
+        self.make = subprocess.Popen(
+            ["make", "-f", str(makefile(data.parent)), "run"],
             cwd=folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -42,7 +50,9 @@ class Run:
         )
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
         self.user = {"Authorization": f"Bearer {mint(settings.load(self.environment), 'alice')}"}
-        self.parts = psutil.Process(self.honcho.pid).children(recursive=True)
+        (self.keeper,) = psutil.Process(self.make.pid).children()
+        (self.honcho,) = self.keeper.children()
+        self.parts = psutil.Process(self.make.pid).children(recursive=True)
 
     def part(self, *command: str) -> psutil.Process:
         return next(part for part in self.parts if part.cmdline()[1:] == list(command))
@@ -50,22 +60,30 @@ class Run:
     def end(self) -> tuple[str, float]:
         """What it said, and how many seconds after `end` was called it had ended."""
         began = time.monotonic()
-        said = self.honcho.communicate(timeout=30)[0]
+        said = self.make.communicate(timeout=30)[0]
         return said, time.monotonic() - began
+
+    def left(self) -> list[psutil.Process]:
+        found = []
+        for part in self.parts:
+            with suppress(psutil.NoSuchProcess):
+                if part.is_running() and part.status() != psutil.STATUS_ZOMBIE:
+                    found.append(part)
+        return found
 
 
 @pytest.fixture
 def start(tmp_path):
     runs = []
 
-    def start():
-        runs.append(Run(tmp_path / "data"))
+    def start(**given):
+        runs.append(Run(tmp_path / "data", **given))
         return runs[-1]
 
     yield start
     for run in runs:
-        if run.honcho.poll() is None:
-            os.killpg(run.honcho.pid, signal.SIGKILL)
+        if run.make.poll() is None:
+            os.killpg(run.make.pid, signal.SIGKILL)
         for part in run.parts:
             if part.is_running():
                 part.kill()
@@ -76,15 +94,63 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_finds_the_data(start):
     sent = httpx.post(f"{run.url}/v1/posts", headers=run.user, files={"image": jpeg()})
     post = sent.json()["id"]
     until(lambda: httpx.get(f"{run.url}/v1/posts/{post}").json()["status"] == "ready", what="the image")
-    os.killpg(run.honcho.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(run.make.pid, signal.SIGINT)  # as a terminal does
     _, seconds = run.end()
     assert seconds < 5
-    assert not [part for part in run.parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+    assert not run.left()
     again = start()
     assert httpx.get(f"{again.url}/v1/posts/{post}").json()["status"] == "ready"
     assert httpx.get(f"{again.url}/v1/images/{post}.jpg").status_code == 200
-    os.killpg(again.honcho.pid, signal.SIGINT)
+    names_the_processes_in_its_way(again)
+    os.killpg(again.make.pid, signal.SIGINT)
     again.end()
+
+
+def names_the_processes_in_its_way(run):
+    """What a second run of the same data and port says of the first."""
+
+    def said(*command: str) -> str:
+        command = [".venv/bin/python", "-m", *command]
+        done = subprocess.run(command, cwd=ROOT, env=run.environment, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 1
+        return done.stderr
+
+    (redis,) = (part for part in run.left() if "valkey" in part.name())
+    assert f"redis is in use by process {redis.pid}: stop it" in said("storage", "redis")
+    serving = [part.pid for part in run.left() if any(line.status == "LISTEN" for line in part.net_connections("tcp"))]
+    assert f"already in use by process {', '.join(map(str, sorted(serving)))}. End it" in said("api")
+
+
+def kill_honcho(run):
+    run.part(".venv/bin/imagegram-worker").suspend()  # and this part does not heed SIGTERM
+    run.honcho.kill()
+
+
+KILLS = {
+    "honcho": kill_honcho,
+    "the keeper": lambda run: run.keeper.kill(),
+    "make": lambda run: run.make.kill(),
+    "the job of the terminal": lambda run: os.killpg(run.make.pid, signal.SIGKILL),
+}
+
+
+def test_whatever_of_it_is_killed_all_of_it_ends_and_the_next_run_goes_on_with_the_same_port_and_data(start):
+    """One run after the other on one folder, so that each also shows that the one before left nothing."""
+    port, made = None, []
+    for what, kill in KILLS.items():
+        run = start(port=port)
+        port = run.port
+        for post in made:
+            assert httpx.get(f"{run.url}/v1/posts/{post}").status_code == 200
+        sent = httpx.post(f"{run.url}/v1/posts", headers=run.user, files={"image": jpeg()})
+        made.append(sent.json()["id"])
+        kill(run)
+        until(lambda run=run: not run.left(), 8, f"the end of all parts when {what} was killed")
+    run = start(port=port)
+    for post in made:
+        until(lambda post=post: httpx.get(f"{run.url}/v1/posts/{post}").json()["status"] == "ready", what="the image")
+    os.killpg(run.make.pid, signal.SIGINT)
+    run.end()
 
 
 @pytest.mark.parametrize("name", ["worker", "api"])
@@ -92,9 +158,9 @@ def test_a_part_that_dies_ends_all_of_it_with_its_name(start, name):
     run = start()
     run.part(f".venv/bin/imagegram-{name}").kill()
     said, _ = run.end()
-    assert run.honcho.returncode != 0
+    assert run.make.returncode != 0
     assert f"{name}.1 stopped (rc=" in said
-    assert not [part for part in run.parts if part.is_running() and part.status() != psutil.STATUS_ZOMBIE]
+    assert not run.left()
 
 
 @pytest.fixture
@@ -146,7 +212,12 @@ def test_a_second_site_on_the_same_port_is_refused_in_one_line(site, embedded, t
         site.processes.append(other.start("api", stderr=subprocess.PIPE, text=True))
         status, said = ended(site.processes[-1])
         assert status == 1
-        assert said == f"api: cannot listen on {host}:{site.port}: Address already in use. Set IMAGEGRAM_PORT.\n"
+        # A socket bound to all addresses and one bound to one are in each other's way.
+        holders = ", ".join(str(child.pid) for child in psutil.Process(site.processes[0].pid).children())
+        assert said == (
+            f"api: cannot listen on {host}:{site.port}: Address already in use by process {holders}. "
+            "End it or set IMAGEGRAM_PORT.\n"
+        )
     assert httpx.get(f"{site.url}/readyz").status_code == 200
 
 

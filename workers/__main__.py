@@ -5,7 +5,6 @@
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -18,20 +17,15 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings
+from storage.processes import die_with_parent
 from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
 AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
 HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis that says nothing; its default is 420
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger("worker")
-
-
-def die_with_parent(signum: int) -> None:
-    """Be sent a signal when the parent has ended, however it did."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 class Converter(Worker):
@@ -44,15 +38,13 @@ class Converter(Worker):
         super().fork_work_horse(job, queue)
 
     def main_work_horse(self, job, queue):
-        die_with_parent(signal.SIGKILL)
+        die_with_parent(signal.SIGKILL, self.pid)
         super().main_work_horse(job, queue)
 
 
 def convert(chosen: settings.Settings, parent: int) -> None:
     """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
-    die_with_parent(signal.SIGTERM)
-    if os.getppid() != parent:  # it ended while this process started
-        return
+    die_with_parent(signal.SIGTERM, parent)
     os.nice(10)  # answers come first: a picture may wait, a reader not
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 

@@ -33,6 +33,7 @@ from dataclasses import replace
 from fcntl import F_DUPFD_CLOEXEC
 from pathlib import Path
 
+from storage.processes import die_with_parent
 from storage.settings import MIB, Settings
 from workers import pipeline
 from workers.errors import Unusable, unusable
@@ -49,7 +50,6 @@ FILES = 16  # open at once; the image and the pipe are two
 ANSWER = 4 * MIB  # bytes of an answer that are read; 0.1 MiB is usual
 DETAIL = 1000  # characters of a fault's detail; a sentence is usual
 NOBODY = 65534
-PR_SET_PDEATHSIG = 1  # prctl(2): the child does not outlive its parent, however that ended
 PR_SET_NO_NEW_PRIVS = 38  # prctl(2): nothing it starts gets more rights than it has
 ENVIRONMENT = {  # of the fork server, and all of it
     # A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in
@@ -323,9 +323,7 @@ def limit(memory: int, cpu: int, parent: int) -> None:
             os.setgid(NOBODY)
             os.setuid(NOBODY)
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: a change of user takes it back
-    if os.getppid() != parent:  # it ended before this was asked for
-        os._exit(1)
+    die_with_parent(signal.SIGKILL, parent)  # last: a change of user takes it back
 
 
 def deny(rules, required: bool) -> None:

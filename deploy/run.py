@@ -1,0 +1,104 @@
+"""What `make run` starts: runs honcho, and ends all of its parts however honcho, make or this process is ended.
+
+honcho starts each part in a session of its own, below a process that ignores signals. After kill -9 of honcho nobody
+would end the parts: they would go on serving and hold port and data. Therefore every process below this one that loses
+its parent becomes its child (prctl(2), PR_SET_CHILD_SUBREAPER), and it ends what honcho has left. When make ends, this
+process gets SIGTERM. When this process ends, honcho gets SIGTERM, and ends its parts itself.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from storage.processes import die_with_parent
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL, as honcho has it
+PAUSE = 0.05  # seconds between two looks at what is left
+
+
+def start() -> int:
+    """Start honcho; its process id."""
+    keeper = os.getpid()
+    honcho = os.fork()
+    if honcho == 0:
+        die_with_parent(signal.SIGTERM, keeper)
+        program = str(Path(sys.executable).with_name("honcho"))
+        os.execv(program, [program, "--env", "/dev/null", "start"])
+    return honcho
+
+
+def below() -> tuple[dict[int, list[int]], set[int]]:
+    """The children of every process of this machine, and the processes that lead a session: proc(5), stat."""
+    children, leaders = defaultdict(list), set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            _, parent, _, session, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            children[int(parent)].append(int(process.name))
+            if session == process.name:
+                leaders.add(int(process.name))
+    return children, leaders
+
+
+def parts(children: dict[int, list[int]], leaders: set[int], process: int) -> Iterator[int]:
+    """The first session leaders below a process. What is below those is theirs to end."""
+    for child in children[process]:
+        if child in leaders:
+            yield child
+        else:
+            yield from parts(children, leaders, child)
+
+
+def everything(children: dict[int, list[int]], process: int) -> Iterator[int]:
+    for child in children[process]:
+        yield child
+        yield from everything(children, child)
+
+
+def end_what_is_left() -> None:
+    """Send SIGTERM to each part once, after GRACE SIGKILL to all, until nothing is below this process."""
+    told, deadline = set(), time.monotonic() + GRACE
+    while True:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        children, leaders = below()
+        if not children[os.getpid()]:
+            return
+        late = time.monotonic() > deadline
+        for process in everything(children, os.getpid()) if late else set(parts(children, leaders, os.getpid())) - told:
+            told.add(process)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(PAUSE)
+
+
+def main() -> None:
+    make = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    die_with_parent(signal.SIGTERM, make)
+    honcho, status = start(), None
+    os.setpgid(0, 0)  # so that kill -9 of the terminal's whole job leaves this process, which ends the parts
+
+    def stop(signum, frame) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(honcho, signal.SIGTERM)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, stop)
+    while status is None:
+        child, code = os.wait()
+        if child == honcho:
+            status = os.waitstatus_to_exitcode(code)
+    end_what_is_left()
+    raise SystemExit(status if status >= 0 else 128 - status)
+
+
+if __name__ == "__main__":
+    main()
