@@ -22,7 +22,7 @@ from sanic import Sanic
 from api import tokens
 from api.app import create
 from api.protocol import Protocol
-from storage import processes
+from storage import processes, watchdog
 from storage import settings as environment
 
 STEP = 0.01  # seconds, more than the last step of Sanic's start takes
@@ -78,6 +78,7 @@ def serve_one(settings, listening: socket.socket) -> None:
     A thread waits for the signal from the first. Sanic ignores it for a moment while it starts, and a process that
     was told to stop then would never stop.
     """
+    watchdog.start(settings.watchdog)
     loops = SimpleQueue()  # of one event loop, once it serves
 
     def stop_at_sigterm() -> None:
@@ -91,6 +92,7 @@ def serve_one(settings, listening: socket.socket) -> None:
     async def started(app):
         # By a timer, because this is still a step of the start, in the midst of which a stop is an error.
         app.loop.call_later(STEP, loops.put, app.loop)
+        watchdog.watch_loop(app.loop)
 
     app.prepare(sock=listening, protocol=Protocol, single_process=True, access_log=False, motd=False)
     Sanic.serve_single(primary=app)

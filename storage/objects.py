@@ -21,6 +21,7 @@ import obstore
 from aiofiles.base import wrap
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
+from storage import watchdog
 from storage.pagecache import at_hand
 
 PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds the memory of a stream
@@ -180,6 +181,8 @@ async def _hop(function, *arguments, missing=Unavailable):
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, RLIMIT_FSIZE
         raise (Full(f"the store has no room: {error.strerror}") if full else Unavailable(str(error))) from error
+    finally:
+        watchdog.step()
 
 
 def _open_tmp(path: Path):
@@ -400,3 +403,5 @@ def _s3_errors(missing=Unavailable) -> Iterator[None]:
     except (BaseError, OSError) as error:
         # obstore's text goes on with a dump of its structures
         raise Unavailable(str(error).split("\n\n")[0]) from error
+    finally:
+        watchdog.step()

@@ -25,7 +25,7 @@ ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, 
 # erase it. So the JPEG is erased every LOOK_MS until no such job can be running any more.
 LOOK_MS = 30_000
 # The longest that a job can run: RQ ends it after 60 s (workers.dispatcher.TIMEOUT). Where that does not work, RQ kills
-# it 60 s later, and looks every 30 s.
+# it 60 s later, and looks every 5 s (workers.__main__.WAIT), or every 20 s where Redis says nothing.
 JOB_MS = 150_000
 # A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
 REWRITE_MS = 3_600_000

@@ -52,6 +52,7 @@ class Settings:
     snapshot_every: int  # seconds after which a rewrite is forced: how much of the AOF a restore replays
     keep_seconds: int  # seconds of the past of which each can be restored
     keep_days: int  # days of the past of which one base is kept each
+    watchdog: int  # seconds after which a process that gives no sign of life is killed; 0: never
     verify_every: int  # seconds between two restores on trial; each holds the data in memory twice; 0: none
     jwt_secret: str  # empty: made on first start and kept in the data folder
     jwt_issuer: str  # `iss` of every token; empty: not checked
@@ -118,6 +119,8 @@ def load(environ=os.environ) -> Settings:
         keep_seconds=integer("KEEP_SECONDS", 86400, 0, 366 * 86400),
         keep_days=integer("KEEP_DAYS", 30, 0, 36600),
         verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
+        # Event loops give a sign of life ten times as often. RQ's waits for 5 s, and for 15 s where Redis says nothing.
+        watchdog=integer("WATCHDOG", 30, 0, 3600),
         jwt_secret=get("JWT_SECRET", ""),
         jwt_issuer=get("JWT_ISSUER", ""),
         jwt_audience=get("JWT_AUDIENCE", ""),

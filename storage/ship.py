@@ -35,7 +35,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from storage import aof, chain, retain
+from storage import aof, chain, retain, watchdog
 from storage.chain import Chain, Copied
 from storage.objects import S3, Exists, Folder, Unavailable, open_store
 from storage.settings import Settings
@@ -112,10 +112,12 @@ class Shipper:
             await asyncio.sleep(LOOK)
 
     async def _work(self) -> None:
-        await self._patiently(self._find)
+        with watchdog.working("shipping"):
+            await self._patiently(self._find)
         while True:
             last, begun = self.stop.is_set(), time.monotonic()
-            more = await self._patiently(self._once)
+            with watchdog.working("shipping"):
+                more = await self._patiently(self._once)
             if last:
                 return
             if not more:
@@ -197,6 +199,8 @@ class Shipper:
             info = await self.redis.info("server", "persistence")
         except (RedisError, OSError):
             return None
+        finally:
+            watchdog.step()
         if info["loading"]:
             return None
         family = info.get("server_name", "redis")
@@ -211,7 +215,7 @@ class Shipper:
         if self.coming:
             log.warning("Redis was started anew: generation %d is begun again", self.coming.generation)
             self.coming = None
-        if self.chain and not self.chain.broken and not await wrap(self._same)(self.chain):
+        if self.chain and not self.chain.broken and not await asyncio.to_thread(self._same, self.chain):
             self._begin_anew(f"the files are not those of generation {self.chain.generation}")
 
     def _same(self, known: Chain) -> bool:
@@ -224,6 +228,7 @@ class Shipper:
             while left and (data := self.files.read(file.name, file.length - left, min(left, 1 << 20))):
                 digest.update(data)
                 left -= len(data)
+                watchdog.step()
             if left or digest.hexdigest() != (file.digest or file.hash.hexdigest()):
                 return False
             if file is not known.copying and self.files.size(file.name) != file.length:
@@ -389,6 +394,8 @@ def main(settings: Settings) -> None:
         shipper = Shipper(settings, open_store(settings.backup_store_url))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, shipper.stop.set)
+        watchdog.start(settings.watchdog)
+        watchdog.watch_loop(asyncio.get_running_loop())
         await shipper.run()
 
     try:

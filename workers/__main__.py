@@ -16,20 +16,20 @@ import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
-from storage import settings
+from storage import settings, watchdog
 from storage.processes import die_with_parent
 from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
 AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
-HEARD = 30  # seconds. RQ waits half of it for a job, and 10 more for a Redis that says nothing; its default is 420
+WAIT = 5  # seconds RQ waits for a job, or for its end, before it gives a sign of life. RQ's defaults are 405 and 30
 
 log = logging.getLogger("worker")
 
 
 class Converter(Worker):
-    """RQ's worker, whose forks die with it."""
+    """RQ's worker, whose forks die with it, and which gives signs of life while it waits for a job or for its end."""
 
     max_connection_wait_time = AGAIN  # it would double to 60
 
@@ -41,6 +41,14 @@ class Converter(Worker):
         die_with_parent(signal.SIGKILL, self.pid)
         super().main_work_horse(job, queue)
 
+    def heartbeat(self, timeout=None, pipeline=None):
+        watchdog.alive()
+        super().heartbeat(timeout, pipeline)
+
+    def maintain_heartbeats(self, job, execution):
+        with suppress(redis.RedisError):  # away for a moment, it would end the job that is under way
+            super().maintain_heartbeats(job, execution)
+
 
 def convert(chosen: settings.Settings, parent: int) -> None:
     """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
@@ -48,10 +56,18 @@ def convert(chosen: settings.Settings, parent: int) -> None:
     os.nice(10)  # answers come first: a picture may wait, a reader not
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
+    watchdog.start(chosen.watchdog)
     queue = dispatcher.queue(chosen.queue_url)
     await_redis(queue.connection)
+    wait = max(1, min(WAIT, chosen.watchdog // 6))
     try:
-        worker = Converter([queue], connection=queue.connection, serializer=JSONSerializer, worker_ttl=HEARD)
+        worker = Converter(
+            [queue],
+            connection=queue.connection,
+            serializer=JSONSerializer,
+            worker_ttl=wait + 15,  # RQ takes 15 of them off, and waits 10 more for a Redis that says nothing
+            job_monitoring_interval=wait,
+        )
         worker.work(logging_level="WARNING")
     except redis.RedisError as error:
         raise SystemExit(f"converter: {error}") from None
@@ -60,6 +76,7 @@ def convert(chosen: settings.Settings, parent: int) -> None:
 def await_redis(connection: redis.Redis) -> None:
     """RQ's worker would end at once, and starting it again and again would take a core."""
     while True:
+        watchdog.alive()
         try:
             connection.ping()
             return
@@ -98,6 +115,8 @@ async def work(chosen: settings.Settings) -> int:
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
+    watchdog.start(chosen.watchdog)
+    watchdog.watch_loop(asyncio.get_running_loop())
     db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
     parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
     parts.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))

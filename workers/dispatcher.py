@@ -12,7 +12,7 @@ import redis
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
-from storage import objects, outbox
+from storage import objects, outbox, watchdog
 from storage.errors import Unknown, Unreachable
 from storage.scripts import Redis
 from storage.settings import Settings
@@ -95,25 +95,28 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
     trouble, first = Trouble(), 0
     while True:
         pause = PAUSE
-        try:
-            free = await asyncio.to_thread(room, hints, chosen.converters)
-            # Each round begins behind the partition that was served last.
-            for partition in [*range(first, chosen.partitions), *range(first)]:
-                name = f"image work of partition {partition}"
-                if not free or trouble.pauses(name):
-                    continue
-                try:
-                    images = await outbox.lease_images(db, partition, free)
-                except AWAY as fault:
-                    trouble.failed(name, fault, *PAUSES_AWAY)
-                    continue
-                trouble.over(name)
-                for image in images:
-                    await asyncio.to_thread(hint, hints, image.id, image.lease)
-                    free, first, pause = free - 1, partition + 1, PAUSE_BUSY
-            trouble.over("the queue")
-        except redis.RedisError as fault:
-            pause = trouble.failed("the queue", fault, *PAUSES_AWAY)
+        with watchdog.working("handing out image work"):
+            try:
+                free = await asyncio.to_thread(room, hints, chosen.converters)
+                # Each round begins behind the partition that was served last.
+                for partition in [*range(first, chosen.partitions), *range(first)]:
+                    watchdog.step()
+                    name = f"image work of partition {partition}"
+                    if not free or trouble.pauses(name):
+                        continue
+                    try:
+                        images = await outbox.lease_images(db, partition, free)
+                    except AWAY as fault:
+                        trouble.failed(name, fault, *PAUSES_AWAY)
+                        continue
+                    trouble.over(name)
+                    for image in images:
+                        watchdog.step()
+                        await asyncio.to_thread(hint, hints, image.id, image.lease)
+                        free, first, pause = free - 1, partition + 1, PAUSE_BUSY
+                trouble.over("the queue")
+            except redis.RedisError as fault:
+                pause = trouble.failed("the queue", fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)
 
 
@@ -123,19 +126,22 @@ async def _clean_up(db: Redis, store: objects.Folder | objects.S3, kept: outbox.
     ends = {"upload": outbox.end_upload, "erase": outbox.erase}
     while True:
         pause = PAUSE
-        try:
-            for due in await outbox.lease(db, partition):
-                try:
-                    await ends[due.kind](db, store, kept, due, named_ms)
-                except (Unreachable, Unknown):
-                    raise
-                except Exception as fault:  # whatever one entry does, the others are not its fault
-                    await store.answers()  # raises Unavailable: then it is the store. The lease brings the entry back
-                    later = trouble.failed(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
-                    await outbox.postpone(db, due, int(later * 1000))
-                else:
-                    trouble.over(f"cleaning up {due.id!r}")
-            trouble.over(name)
-        except AWAY as fault:
-            pause = trouble.failed(name, fault, *PAUSES_AWAY)
+        with watchdog.working(name):
+            try:
+                for due in await outbox.lease(db, partition):
+                    watchdog.step()
+                    try:
+                        await ends[due.kind](db, store, kept, due, named_ms)
+                    except (Unreachable, Unknown):
+                        raise
+                    except Exception as fault:  # whatever one entry does, the others are not its fault
+                        # Raises Unavailable if it is the store. Then the lease brings the entry back.
+                        await store.answers()
+                        later = trouble.failed(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
+                        await outbox.postpone(db, due, int(later * 1000))
+                    else:
+                        trouble.over(f"cleaning up {due.id!r}")
+                trouble.over(name)
+            except AWAY as fault:
+                pause = trouble.failed(name, fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)

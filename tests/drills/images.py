@@ -26,7 +26,7 @@ from golden import goldens
 from hostile import mutated as mutate
 from making import jpeg
 
-from storage import keys, posts, uploads
+from storage import keys, posts, uploads, watchdog
 from storage.objects import open_store
 from workers import sandbox
 
@@ -101,6 +101,8 @@ def family(worker: psutil.Process) -> list[list[psutil.Process]]:
         # A worker that starts has a fork server of its own for a moment, which tries the sandbox.
         found[1] = [child for child in worker.children() if "convert" in child.cmdline()]
         for child in [child for parent in found[1] for child in parent.children()]:
+            if watchdog.__file__ in child.cmdline():
+                continue
             found[3 if sandbox.PROGRAM in child.cmdline() else 2].append(child)
         found[4] = [child for server in found[3] for child in server.children()]
     return found
