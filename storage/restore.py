@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from aiofiles.base import wrap
 from redis.asyncio import Redis
@@ -225,7 +226,7 @@ async def running(settings: Settings, folder: Path):
 
 def url(client: Redis) -> str:
     """Where the server is that `running` started."""
-    return f"unix://{client.connection_pool.connection_kwargs['path']}"
+    return f"unix://{quote(client.connection_pool.connection_kwargs['path'])}"
 
 
 async def _loaded(client: Redis) -> bool:

@@ -38,7 +38,7 @@ from redis.exceptions import RedisError
 from storage import aof, chain, retain
 from storage.chain import Chain, Copied
 from storage.objects import S3, Exists, Folder, Unavailable, open_store
-from storage.settings import Settings
+from storage.settings import Settings, refused
 from storage.watch import Files
 
 log = logging.getLogger("imagegram.ship")
@@ -398,3 +398,5 @@ def main(settings: Settings) -> None:
         sys.exit(3)
     except Unavailable as error:
         sys.exit(f"stopped with the store behind: {error}")
+    except OSError as error:
+        raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None

@@ -18,6 +18,7 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings
+from storage.objects import require_stores
 from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
 
@@ -130,6 +131,7 @@ def main() -> None:
     if asked.command:
         convert(chosen, asked.parent)
     else:
+        require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)
         raise SystemExit(asyncio.run(work(chosen)))
 
