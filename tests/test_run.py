@@ -59,7 +59,7 @@ def start(tmp_path):
     runs = []
 
     def start():
-        runs.append(Run(tmp_path / "a #b%20?é"))  # characters with a meaning in URLs
+        runs.append(Run(tmp_path / "a #b%20?=é"))  # characters with a meaning in URLs
         return runs[-1]
 
     yield start

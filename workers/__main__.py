@@ -58,6 +58,8 @@ def convert(chosen: settings.Settings, parent: int) -> None:
     import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
 
     queue = dispatcher.queue(chosen.queue_url)
+    # RQ asks for its own address, which redis-py cannot parse if the path of the socket has a blank or `=` in it.
+    queue.connection.set_response_callback("CLIENT INFO", lambda reply, **options: {"addr": "unknown"})
     await_redis(queue.connection)
     try:
         worker = Converter([queue], connection=queue.connection, serializer=JSONSerializer, worker_ttl=HEARD)
