@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
-from storage import check, restore, retry, server, ship, snapshots, sweep
+from storage import chain, check, restore, retry, server, ship, snapshots, sweep
 from storage.aof import Damaged
 from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
@@ -120,10 +120,12 @@ async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
-        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings)))
+        # Asked of the store, because the shipper here looks at the last trial once a minute only.
+        proof = await chain.verified(store)
+        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings), proof))
     elif arguments.command == "verify":
         if not await restore.verify(settings, store, _say):
-            sys.exit("the newest generation cannot be restored: imagegram-storage snapshots says why")
+            sys.exit("the newest generation cannot be restored")
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())
