@@ -84,7 +84,7 @@ def require_stores(settings: Settings, *names: str) -> None:
                 raise refused("DATA", str(settings.data), reason) from None
             raise refused(name, url, reason) from None
         except BaseError as error:
-            raise refused(name, url, f"check the AWS_* variables: {_first_line(error)}") from None
+            raise refused(name, url, f"check the AWS_* variables: {_in_one_line(error)}") from None
 
 
 def _checked(name: str) -> str:
@@ -415,16 +415,16 @@ def _s3_errors(missing=Unavailable) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise missing(_first_line(error)) from error
+        raise missing(_in_one_line(error)) from error
     except (AlreadyExistsError, PreconditionError) as error:
         raise Exists(str(error)) from error
     except (BaseError, OSError) as error:
-        reason = _first_line(error)
+        reason = _in_one_line(error)
         if METADATA_SERVICE in reason:
             reason = "no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set, and this machine provides none"
         raise Unavailable(reason) from error
 
 
-def _first_line(error: Exception) -> str:
-    """obstore's text goes on with a dump of its structures."""
-    return str(error).split("\n")[0]
+def _in_one_line(error: Exception) -> str:
+    """What obstore says, with the code in S3's answer. After an empty line it dumps its structures."""
+    return " ".join(str(error).split("\n\n")[0].split())
