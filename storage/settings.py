@@ -85,7 +85,7 @@ def load(environ=os.environ) -> Settings:
     def get(name: str, default: str) -> str:
         text = environ.get(f"IMAGEGRAM_{name}", default)
         if any("\ud800" <= character <= "\udfff" for character in text):  # what os.environ makes of other bytes
-            raise refused(name, text, "wanted text in UTF-8")
+            raise SystemExit(f"IMAGEGRAM_{name}: wanted text in UTF-8")  # without the value, which may be a secret
         return text
 
     def integer(name: str, default: int, least: int, most: int) -> int:

@@ -416,7 +416,7 @@ async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings
     assert await verify(settings, store)
     assert files(settings.data / "store") == before
     text = snapshots.table([], ship.state(settings), await chain.verified(store))
-    assert "0 h ago: generation 1 restored up to 20" in text and "1 posts, 0 comments, 0 open uploads, 1 FLAWS" in text
+    assert "0 h ago: generation 1 restored up to 20" in text and "1 posts, 1 comments, 0 open uploads, 1 FLAWS" in text
 
 
 async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_next(

@@ -35,6 +35,7 @@ WRONG = {
     "SANDBOX": ["maybe", "required\n"],
     "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
     "JWT_ISSUER": ["\udcff"],
+    "JWT_SECRET": ["word@host" * 4 + "\udcff"],
 }
 
 
