@@ -24,6 +24,7 @@ from api.app import create
 from api.protocol import Protocol
 from storage import processes, watchdog
 from storage import settings as environment
+from storage.objects import require_stores
 
 STEP = 0.01  # seconds, more than the last step of Sanic's start takes
 
@@ -51,15 +52,19 @@ def listen(settings) -> list[socket.socket]:
     """
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError):  # UnicodeError: a label of more than 63 characters
+        raise environment.refused("HOST", settings.host, "wanted an address or a name of this machine") from None
+    try:
         first = _listen(found[0], found[4], shared=False)
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         others = [_listen(found[0], first.getsockname(), shared=True) for _ in range(settings.api_processes - 1)]
     except OSError as error:
+        variable = "IMAGEGRAM_HOST" if error.errno == errno.EADDRNOTAVAIL else "IMAGEGRAM_PORT"
         reason = f"api: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
         if error.errno == errno.EADDRINUSE:
             who = ", ".join(map(str, processes.listening(settings.port)))
-            reason += (f" by process {who}" if who else "") + ". End it or set IMAGEGRAM_PORT."
-        raise SystemExit(reason) from None
+            raise SystemExit(f"{reason}{f' by process {who}' if who else ''}. End it or set {variable}.") from None
+        raise SystemExit(f"{reason}. Set {variable}.") from None
     return [first, *others]
 
 
@@ -107,6 +112,7 @@ def serve(settings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("sanic.server").setLevel(logging.WARNING)
     logging.getLogger("sanic.root").setLevel(logging.WARNING)
+    require_stores(settings, "STORE")
     environment.signing_secret(settings)  # made once, before there are several who want it
     # Bound in the parent, so that a port that is taken is reported once, and a port of 0 is one port for all.
     sockets = listen(settings)
@@ -164,6 +170,8 @@ def main() -> None:
     asked = parser.parse_args()
     settings = environment.load()
     if asked.command == "token":
+        if not tokens.SUBJECT.fullmatch(asked.user):
+            raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
         print(tokens.mint(settings, asked.user))
     elif asked.command == "welcome":
         token = tokens.mint(settings, "alice")

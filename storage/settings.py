@@ -1,13 +1,16 @@
 """Every environment variable, in one place: name, default, unit and reason.
 
-Read once, when the process starts. A wrong value ends the process with the variable's name.
+Read once, when the process starts. A wrong value ends the process with one line that names the variable.
 """
 
+import errno
 import os
+import re
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
 
 MIB = 1024 * 1024
 
@@ -27,6 +30,10 @@ FORM_BYTES = 4 * MIB  # the least a form reserves: what it may hold in memory. S
 LEASE_MS = 60_000  # how long a hint to image work may wait before it is given again, and the first attempt's time
 PROCESSING = 30  # posts of a user that may be processing, unless it is set otherwise
 SECRET_BYTES = 32  # RFC 7518, section 3.2: a key for HS256 is at least as long as its digest
+
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # wider than S3's rule: other servers allow more
+STORE_URLS = "wanted file:///absolute/path or s3://bucket/prefix, with % # ? written as %25 %23 %3F"
+REDIS_URLS = "wanted redis://host:port/number, rediss:// or unix:///absolute/path, with % # ? written as %25 %23 %3F"
 
 
 @dataclass(frozen=True)
@@ -71,29 +78,49 @@ class Settings:
 
 
 def load(environ=os.environ) -> Settings:
-    """Settings from the environment.
+    """Settings from the environment. Judges the form of the values, and opens neither files nor connections.
 
-    Raises SystemExit naming the variable whose value is of no use.
+    Raises SystemExit with one line that names the variable whose value cannot be used.
     """
 
     def get(name: str, default: str) -> str:
-        return environ.get(f"IMAGEGRAM_{name}", default)
+        text = environ.get(f"IMAGEGRAM_{name}", default)
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what os.environ makes of other bytes
+            raise SystemExit(f"IMAGEGRAM_{name}: wanted text in UTF-8")  # without the value, which may be a secret
+        return text
 
     def integer(name: str, default: int, least: int, most: int) -> int:
         text = get(name, str(default))
-        if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-            raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted a whole number from {least} to {most}")
+        # By its length first: int() raises ValueError for more than 4300 digits.
+        if len(text) > 20 or not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+            raise refused(name, text, f"wanted a whole number from {least} to {most}")
         return int(text)
 
     def one_of(name: str, default: str, *others: str) -> str:
         text = get(name, default)
         if text not in (default, *others):
-            raise SystemExit(f"IMAGEGRAM_{name}={text}: wanted {' or '.join((default, *others))}")
+            raise refused(name, text, f"wanted {' or '.join((default, *others))}")
+        return text
+
+    def store(name: str, default: str) -> str:
+        text = get(name, default)
+        try:
+            store_place(text)
+        except ValueError:
+            raise refused(name, text, STORE_URLS) from None
+        return text
+
+    def redis(name: str, default: str) -> str:
+        text = get(name, default)
+        if not _is_redis_url(text):
+            raise SystemExit(f"IMAGEGRAM_{name}: {REDIS_URLS}")  # without the value, which may hold a password
         return text
 
     data = Path(get("DATA", "data")).absolute()
+    if not get("DATA", "data") or (os.path.exists(data) and not data.is_dir()):
+        raise refused("DATA", get("DATA", "data"), "wanted a folder")
     # A socket file, not a port: nothing else can be in its place, and only this user may open it.
-    redis_url = get("REDIS_URL", f"unix://{data}/redis/redis.sock")
+    redis_url = redis("REDIS_URL", f"unix://{quote(str(data))}/redis/redis.sock")
     return Settings(
         host=get("HOST", "127.0.0.1"),
         port=integer("PORT", 8000, 0, 65535),
@@ -108,12 +135,12 @@ def load(environ=os.environ) -> Settings:
         sandbox=one_of("SANDBOX", "required", "optional"),
         redis_url=redis_url,
         redis_server=get("REDIS_SERVER", ""),
-        queue_url=get("QUEUE_URL", redis_url),
-        store_url=get("STORE", (data / "store").as_uri()),
+        queue_url=redis("QUEUE_URL", redis_url),
+        store_url=store("STORE", (data / "store").as_uri()),
         # Where Redis is on the same disk, comments go on when uploads have ended: at the forecast's 28 a second its
         # file grows by so much in six hours (780 bytes a comment).
         free_space=integer("FREE_SPACE", 512, 0, 2**30),
-        backup_store_url=get("BACKUP_STORE", (data / "backup").as_uri()),
+        backup_store_url=store("BACKUP_STORE", (data / "backup").as_uri()),
         ship_interval=integer("SHIP_INTERVAL", 1, 1, 3600),
         snapshot_every=integer("SNAPSHOT_EVERY", 6 * 3600, 1, 366 * 86400),
         keep_seconds=integer("KEEP_SECONDS", 86400, 0, 366 * 86400),
@@ -129,13 +156,68 @@ def load(environ=os.environ) -> Settings:
     )
 
 
+def refused(name: str, text: str, reason: str) -> SystemExit:
+    """How a process ends that cannot use the value of a variable. One line, whatever the value has in it."""
+    return SystemExit(f"IMAGEGRAM_{name}={repr(text)[1:-1]}: {reason}")
+
+
+def store_place(url: str) -> tuple[str, str, str]:
+    """Scheme, bucket and path of a store's URL: ("file", "", "/folder") or ("s3", "bucket", "prefix").
+
+    Raises ValueError for any other URL, and for one with a query or a fragment: they would be cut off a path.
+    """
+    parts = urlsplit(url)
+    path = unquote(parts.path, errors="strict")
+    if url.isprintable() and not set("?#") & set(url) and "\0" not in path:
+        if parts.scheme == "file" and not parts.netloc and path.startswith("/"):
+            return "file", "", path
+        if parts.scheme == "s3" and BUCKET.fullmatch(parts.netloc):
+            return "s3", parts.netloc, path.strip("/")
+    raise ValueError(f"{url}: {STORE_URLS}")
+
+
+def _is_redis_url(url: str) -> bool:
+    """Whether redis-py can connect by this URL. It ignores what it does not understand, so the form is judged here."""
+    from redis import ConnectionPool, RedisError  # not on top: the decoder's process imports this module and needs none
+
+    try:
+        parts = urlsplit(url)
+        ConnectionPool.from_url(url).make_connection()
+    except (ValueError, TypeError, RedisError):  # of the URL, of an option that is unknown, of TLS
+        return False
+    path = unquote(parts.path)
+    if not url.isprintable() or "#" in url or "\0" in path:
+        return False
+    if parts.scheme == "unix":
+        return len(path) > 1 and not parts.hostname
+    return bool(re.fullmatch(r"/?[0-9]*", path))
+
+
+def make_data(settings: Settings) -> None:
+    """Makes the data folder, for a command that writes into it. Raises SystemExit if it cannot be written."""
+    try:
+        settings.data.mkdir(parents=True, exist_ok=True)
+        if not os.access(settings.data, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise refused("DATA", str(settings.data), f"cannot be written: {error.strerror}") from None
+
+
 def signing_secret(settings: Settings) -> str:
     """The HS256 secret: the one set, else the one kept in the data folder, made now if there is none.
 
-    Raises SystemExit for a secret shorter than SECRET_BYTES.
+    Raises SystemExit for a secret shorter than SECRET_BYTES, and where none can be kept.
     """
     if settings.jwt_secret:
         return _long_enough(settings.jwt_secret, "IMAGEGRAM_JWT_SECRET")
+    try:
+        return _kept_secret(settings)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise refused("DATA", str(settings.data), f"jwt-secret cannot be kept there: {reason}") from None
+
+
+def _kept_secret(settings: Settings) -> str:
     kept = settings.data / "jwt-secret"
     if not kept.exists():
         settings.data.mkdir(parents=True, exist_ok=True)

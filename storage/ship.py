@@ -38,7 +38,7 @@ from redis.exceptions import RedisError
 from storage import aof, chain, retain, watchdog
 from storage.chain import Chain, Copied
 from storage.objects import S3, Exists, Folder, Unavailable, open_store
-from storage.settings import Settings
+from storage.settings import Settings, refused
 from storage.watch import Files
 
 log = logging.getLogger("imagegram.ship")
@@ -75,6 +75,7 @@ class Shipper:
         self.stop = asyncio.Event()
         self.run_id = ""  # of the Redis whose files are known to be those of the chain
         self.chain: Chain | None = None  # the generation that restore would find
+        self.gap = False  # it misses an increment, so the newest data are only in the coming generation
         self.coming: Chain | None = None  # the next one, until its base is in the store
         self.refused: tuple[str, int] | None = None  # base that begins no generation: a newer one was wanted
         self.number = 1  # of the next generation
@@ -171,8 +172,10 @@ class Shipper:
         if manifest is None or not self.run_id:
             return False
         if self.chain and not self.chain.broken:
-            whole = await self._copy(self.chain)
-            if whole and not self.coming:
+            copied = await self._copy(self.chain)
+            self.gap = manifest.files[-1] not in [file.name for file in self.chain.files]
+            # A base that is on its way meanwhile does not matter: this chain has every second.
+            if copied and not self.gap:
                 self.caught = begun
         base = self.files.base()
         ended = self.chain is None or self.chain.broken or self.chain.base != base[0]
@@ -327,7 +330,7 @@ class Shipper:
         }
         await self._create(chain.description_name(coming.generation), chain.seal(description))
         log.info("generation %d begins with %s, %d bytes", coming.generation, base.name, base.length)
-        self.chain, self.coming = coming, None
+        self.chain, self.coming, self.gap = coming, None, False
         try:
             await retain.sweep(self.store, self.settings, coming.generation)
         except Unavailable as error:
@@ -345,7 +348,7 @@ class Shipper:
         state = {
             "caught": self.caught,
             "generation": self.chain.generation if self.chain else None,
-            "trouble": trouble,
+            "trouble": trouble or self._beginning(),
             "verified": self.verified,
         }
         path = state_path(self.settings)
@@ -353,6 +356,16 @@ class Shipper:
             draft = path.with_suffix(".tmp")
             draft.write_text(json.dumps(state))
             draft.rename(path)
+
+    def _beginning(self) -> str:
+        """Why the lag grows although nothing fails: no chain is there that could grow. Empty if one is."""
+        if self.chain and not self.chain.broken and not self.gap:
+            return ""
+        if not self.coming:
+            return "a generation is to begin: waits for Redis to write its base"
+        base = self.coming.files[0]
+        done, whole = (length / (1 << 20) for length in (base.length, self.files.size(base.name)))
+        return f"generation {self.coming.generation} begins: {done:.1f} of {whole:.1f} MiB of its base are shipped"
 
     async def _verify(self) -> None:
         """Start `verify` once a day, as a process of its own: it loads the whole data set a second time."""
@@ -376,7 +389,8 @@ def state_path(settings: Settings) -> Path:
 def state(settings: Settings) -> dict:
     """How the backup stands: `lag` in seconds (None: never caught up), `generation`, `trouble`, `verified`.
 
-    The lag of a shipper that died grows by itself.
+    `trouble` says why the lag grows: the store fails, or the first base is on its way. `verified` is what the shipper
+    knows, up to LOOK_AGAIN old. The lag of a shipper that died grows by itself.
     """
     try:
         kept = json.loads(state_path(settings).read_text())
@@ -405,3 +419,5 @@ def main(settings: Settings) -> None:
         sys.exit(3)
     except Unavailable as error:
         sys.exit(f"stopped with the store behind: {error}")
+    except OSError as error:
+        raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None

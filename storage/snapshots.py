@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from storage import chain
 from storage.objects import S3, Folder
-from storage.restore import clock
+from storage.restore import clock, outcome
 
 
 @dataclass
@@ -39,8 +39,8 @@ async def snapshots(store: Folder | S3) -> list[Snapshot]:
     return found
 
 
-def table(found: list[Snapshot], state: dict) -> str:
-    """For people. `state` is that of the shipper here (`ship.state`)."""
+def table(found: list[Snapshot], state: dict, proof: dict | None) -> str:
+    """For people. `state` is that of the shipper here (`ship.state`), `proof` the store's (`chain.verified`)."""
     lines = ["generation  base                  until                 objects       MiB  state   server"]
     for one in found:
         lines.append(
@@ -49,12 +49,9 @@ def table(found: list[Snapshot], state: dict) -> str:
         )
     lag = "never caught up" if state["lag"] is None else f"{state['lag']:.1f} s behind"
     lines.append(f"shipper here: {lag}" + (f", {state['trouble']}" if state["trouble"] else ""))
-    if proof := state["verified"]:
-        outcome = f"generation {proof['good']} restored" if proof["ok"] else f"FAILED: {proof['detail']}"
-        if flaws := proof.get("counts", {}).get("flaws"):
-            outcome += f", {flaws} FLAWS"
+    if proof:
         age = (time.time() - proof["time"]) / 3600
-        lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome}")
+        lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome(proof)}")
     else:
         lines.append("verified: never")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from storage import server
 from storage.objects import open_store
 from storage.restore import restore, running
 from storage.settings import Settings, load
-from storage.ship import Shipper
+from storage.ship import Shipper, state
 
 PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
 DEADLINE = 20  # seconds a condition may take to come true
@@ -117,8 +117,13 @@ async def shipping(settings: Settings, store=None):
 async def shipped(shipper: Shipper) -> None:
     """All that is in Redis' files now is in the store, in a generation that restore finds."""
     now = time.time()
+
+    def told() -> bool:
+        lag = state(shipper.settings)["lag"]
+        return lag is not None and time.time() - lag > now
+
     await until(
-        lambda: shipper.task.done() or (shipper.chain and shipper.chain.second and shipper.caught > now),
+        lambda: shipper.task.done() or (shipper.chain and shipper.chain.second and shipper.caught > now and told()),
         "the shipper caught up",
     )
     if shipper.task.done():

@@ -46,7 +46,7 @@ def test_composes_redis_makes_its_folder_on_an_empty_volume_only(tmp_path, found
 
 
 def test_only_settings_that_exist_are_set():
-    known = set(re.findall(r'(?:get|integer|one_of)\("([A-Z_]+)"', CODE))
+    known = set(re.findall(r'(?:get|integer|one_of|store|redis)\("([A-Z_]+)"', CODE))
     assert len(known) >= len(fields(settings.Settings)) - 1
     for text in ((ROOT / "docker-compose.yml").read_text(), DOCKERFILE):
         assert set(re.findall(r"IMAGEGRAM_([A-Z_]+)", text)) <= known

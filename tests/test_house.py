@@ -184,7 +184,7 @@ def test_check_knows_the_type_of_every_key_of_the_key_page():
 
 def test_every_setting_is_in_the_readme_with_its_default():
     calls = [node for node in walk(Path(settings.__file__)) if isinstance(node, ast.Call)]
-    readers = ("get", "integer", "one_of")
+    readers = ("get", "integer", "one_of", "store", "redis")
     read = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id in readers]
     defaults = {name.value: default for name, default, *_ in read if isinstance(name, ast.Constant)}
     told = {}

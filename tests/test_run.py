@@ -77,7 +77,7 @@ def start(tmp_path):
     runs = []
 
     def start(**given):
-        runs.append(Run(tmp_path / "data", **given))
+        runs.append(Run(tmp_path / "a #b%20?=é", **given))  # characters with a meaning in URLs
         return runs[-1]
 
     yield start

@@ -36,6 +36,7 @@ from storage import (
     outbox,
     posts,
     scripts,
+    ship,
     snapshots,
     uploads,
 )
@@ -414,8 +415,8 @@ async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings
     assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in said
     assert await verify(settings, store)
     assert files(settings.data / "store") == before
-    proved = {"lag": 0.0, "trouble": "", "verified": await chain.verified(store)}
-    assert "generation 1 restored, 1 FLAWS" in snapshots.table([], proved)
+    text = snapshots.table([], ship.state(settings), await chain.verified(store))
+    assert "0 h ago: generation 1 restored up to 20" in text and "1 posts, 1 comments, 0 open uploads, 1 FLAWS" in text
 
 
 async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_next(
@@ -450,5 +451,5 @@ async def test_snapshots_tell_generations_seconds_and_lag(settings, store):
     assert [(one.generation, one.state) for one in found] == [(1, "closed"), (2, "closed"), (3, "open")]
     for one, after in zip(found, found[1:], strict=False):
         assert one.second <= after.second <= one.until + 1
-    text = snapshots.table(found, {"lag": 1.25, "trouble": "", "verified": None})
+    text = snapshots.table(found, {"lag": 1.25, "trouble": ""}, None)
     assert "1.2 s behind" in text and "verified: never" in text

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -278,6 +279,99 @@ async def test_while_the_store_is_away_the_lag_is_known_and_rewrites_lose_nothin
     _, found = await restored(settings, store, writers, tmp_path)
     for writer, numbers in zip(writers, found, strict=True):
         assert set(writer.answered) <= set(numbers) <= set(writer.begun)
+
+
+class SlowBases:
+    """A store that takes its time for each piece of a base: 5 s for one of 4 MiB, in pieces of 64 KiB."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, verb):
+        return getattr(self._store, verb)
+
+    async def create(self, name, data):
+        if ".base." in name:
+            await asyncio.sleep(0.08)
+        await self._store.create(name, data)
+
+
+async def lags(settings, shipper, generation: int) -> tuple[float, float, set[str]]:
+    """Until a generation is the current one: the seconds it took, the longest lag, and the troubles told meanwhile."""
+    began, worst, troubles = time.monotonic(), 0.0, set()
+    while not shipper.chain or shipper.chain.generation != generation or not shipper.chain.second:
+        assert not shipper.task.done() and time.monotonic() < began + 60
+        known = ship.state(settings)
+        worst = max(worst, float("inf") if known["lag"] is None else known["lag"])
+        troubles.add(known["trouble"])
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began, worst, troubles
+
+
+@pytest.fixture
+def slow(settings, store, monkeypatch):
+    monkeypatch.setattr(chain, "SEGMENT", 64 * 1024)
+    return SlowBases(store)
+
+
+one_server = pytest.mark.parametrize("settings", ["valkey-folder"], indirect=True)
+
+
+@one_server
+async def test_there_is_no_lag_while_a_large_base_is_shipped_beside_a_chain_that_grows(settings, store, tmp_path, slow):
+    async with redis_on(settings) as redis, shipping(settings, slow) as shipper:
+        await shipped(shipper)
+        await redis.client.set("large", os.urandom(4 << 20))
+        await shipped(shipper)
+        async with writing(settings) as writers:
+            await redis.rewrite()
+            watched = asyncio.ensure_future(lags(settings, shipper, 2))
+            await until(lambda: writers[0].number > 50 and shipper.coming, "writes while the base is on its way")
+            await shipped(shipper)
+            moment = time.time() - ship.state(settings)["lag"]
+            done, (found,) = await restored(settings, store, writers, tmp_path)
+            assert done.generation == 1 and shipper.coming, "the base was shipped too early"
+            took, worst, troubles = await watched
+        assert took > 4 and worst < took / 2 and troubles == {""}
+    # What the lag claims is true: without the new base, nothing older than that is missing
+    assert {number for number, at in writers[0].answered.items() if at <= moment} <= set(found)
+
+
+@one_server
+async def test_the_lag_grows_and_is_explained_while_the_first_base_or_that_after_a_break_is_shipped(settings, slow):
+    async with redis_on(settings) as redis:
+        await redis.client.set("large", os.urandom(2 << 20))
+        await redis.rewrite()
+        async with shipping(settings, slow) as shipper:
+            _, worst, troubles = await lags(settings, shipper, 1)
+            assert worst == float("inf")  # never caught up
+            assert len([told for told in troubles if re.fullmatch(r"generation 1 begins: .* of 2.0 MiB .*", told)]) > 5
+            await redis.client.set("lost", "by the cut")
+            await shipped(shipper)
+            assert not ship.state(settings)["trouble"]
+            redis.kill()
+            os.truncate(redis.increment(), 0)
+            await redis.start()
+            took, worst, troubles = await lags(settings, shipper, 2)
+            assert took > 2 and worst > took - 1
+            assert any(told.startswith("generation 2 begins: ") for told in troubles)
+
+
+@one_server
+async def test_the_lag_grows_while_the_newest_data_are_in_the_coming_generation_only(settings, slow, monkeypatch):
+    async with redis_on(settings) as redis, shipping(settings, slow) as shipper:
+        await redis.client.set("large", os.urandom(4 << 20))
+        await shipped(shipper)
+        monkeypatch.setattr(shipper.files, "look", lambda: None)  # as if both rewrites came between two looks
+        await redis.rewrite()
+        await redis.rewrite()
+        monkeypatch.undo()
+        monkeypatch.setattr(chain, "SEGMENT", 64 * 1024)
+        await until(lambda: shipper.coming, "the next base is on its way")
+        took, worst, troubles = await lags(settings, shipper, shipper.coming.generation)
+        assert took > 4 and worst > took - 1
+        assert any(told.startswith("generation 2 begins: ") for told in troubles)
+    assert (await chain.load(slow, 1)).end["gap"] is True
 
 
 async def test_ten_rewrites_in_a_row_lose_nothing(settings, store, tmp_path):

@@ -1,12 +1,15 @@
 """Restores on trial: begun by the shipper on schedule, their result told, nothing left of one that is stopped."""
 
 import asyncio
+import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
 
 import psutil
 import pytest
+from conftest import ROOT
 from parts import PROGRAMS, make_settings, redis_on, s3_url, shipped, shipping, until
 
 from storage import chain, ship, snapshots
@@ -49,7 +52,7 @@ async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store)
         await shipped(shipper)
         first = await until(lambda: told(True), "a trial that went well")
         assert first["good"] == 1 and first["counts"]["flaws"] == 0
-        table = snapshots.table(await snapshots.snapshots(store), ship.state(daily))
+        table = snapshots.table(await snapshots.snapshots(store), ship.state(daily), first)
         assert "0 h ago: generation 1 restored" in table
         again = await until(lambda: (proof := told(True))["time"] > first["time"] and proof, "another")
         assert again["time"] >= first["time"] + daily.verify_every
@@ -58,10 +61,35 @@ async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store)
         await store.put(name, good[:-1] + bytes([good[-1] ^ 1]))
         failed = await until(lambda: told(False), "a trial that found the flipped bit")
         assert "digest does not hold" in failed["detail"] and failed["good"] == 1
-        assert "FAILED: " in snapshots.table([], ship.state(daily))
+        assert "FAILED: " in snapshots.table([], ship.state(daily), failed)
         await store.put(name, good)
         await until(lambda: told(True), "all is well again")
     assert [path.name for path in daily.data.glob("verify-*")] == []
+
+
+async def test_verify_says_its_result_and_snapshots_show_it_at_once(daily, store):
+    def run(command):
+        process = [sys.executable, "-m", "storage", command]
+        return subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+
+    settings = replace(daily, verify_every=0)
+    async with redis_on(settings) as redis, shipping(settings, store) as shipper:
+        await shipped(shipper)
+        assert "verified: never" in (await asyncio.to_thread(run, "snapshots")).stdout
+        done = await asyncio.to_thread(run, "verify")
+        result = r"generation 1 restored up to 20\S+Z \(0 posts, 0 comments, 0 open uploads, 0 flaws\)"
+        assert done.returncode == 0 and re.fullmatch(rf"{result}; it took \d+\.\d s", done.stdout.splitlines()[-1])
+        shown = (await asyncio.to_thread(run, "snapshots")).stdout
+        assert ship.state(settings)["verified"] is None  # the shipper has not looked since
+        assert re.fullmatch(rf"verified 20\S+Z, 0 h ago: {result}", shown.splitlines()[-1])
+        name = chain.segment_name(1, redis.base(), 0)
+        good = await store.get(name)
+        await store.put(name, b"damaged")
+        failed = await asyncio.to_thread(run, "verify")
+        assert failed.returncode == 1 and failed.stderr == "the newest generation cannot be restored\n"
+        assert re.match(r"FAILED: .*digest does not hold; it took", failed.stdout.splitlines()[-1])
+        await store.put(name, good)
+        assert "0 h ago: FAILED: " in (await asyncio.to_thread(run, "snapshots")).stdout
 
 
 async def test_a_trial_that_another_process_has_done_is_told_too(settings, store, monkeypatch):

@@ -17,6 +17,7 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings, watchdog
+from storage.objects import require_stores
 from storage.processes import die_with_parent
 from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
@@ -58,6 +59,8 @@ def convert(chosen: settings.Settings, parent: int) -> None:
 
     watchdog.start(chosen.watchdog)
     queue = dispatcher.queue(chosen.queue_url)
+    # RQ asks for its own address, which redis-py cannot parse if the path of the socket has a blank or `=` in it.
+    queue.connection.set_response_callback("CLIENT INFO", lambda reply, **options: {"addr": "unknown"})
     await_redis(queue.connection)
     wait = max(1, min(WAIT, chosen.watchdog // 6))
     try:
@@ -141,6 +144,7 @@ def main() -> None:
     if asked.command:
         convert(chosen, asked.parent)
     else:
+        require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)
         raise SystemExit(asyncio.run(work(chosen)))
 

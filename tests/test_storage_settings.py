@@ -1,0 +1,146 @@
+"""Settings that cannot be used end every command with one line that names the variable; odd folders just work."""
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from parts import make_settings, redis_on, restored, shipped, shipping, writing
+
+from storage import scripts, settings
+from storage.objects import S3, Folder, open_store
+from workers import dispatcher
+
+COMMANDS = {
+    "api": ["api"],
+    "token": ["api", "token", "alice"],
+    "welcome": ["api", "welcome"],
+    "workers": ["workers"],
+    "restore": ["storage", "restore", "--to", "restored"],
+    **{name: ["storage", name] for name in ("redis", "ship", "snapshots", "verify", "check", "sweep", "retry")},
+}
+STORES = ["foo", "", "s3://", "s3://b ucket/x", "s3://id:secret@bucket/x", "file:relative", "file://relative"]
+STORES += ["file://host/x", "file:///a#b", "file:///a?b", "file:///a%00b", "file:///a%FFb", "file:///a\nb", "file://["]
+REDIS = ["foo", "", "http://host", "redis://host:port", "redis://host:99999", "redis://host/name", "redis://["]
+REDIS += ["unix://", "unix://relative/redis.sock", "unix:///a#b", "unix:///a?db=x", "redis://host?no_such_option=1"]
+REDIS += ["redis://:pass#word@host", "rediss://host?ssl_cert_reqs=foo", "redis://ho\nst"]
+WRONG = {
+    "STORE": STORES,
+    "BACKUP_STORE": STORES,
+    "REDIS_URL": REDIS,
+    "QUEUE_URL": REDIS,
+    "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
+    "SANDBOX": ["maybe", "required\n"],
+    "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
+    "JWT_ISSUER": ["\udcff"],
+    "JWT_SECRET": ["word@host" * 4 + "\udcff"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_value_of_the_wrong_form_is_refused_in_one_line(name, value):
+    with pytest.raises(SystemExit, match=f"^IMAGEGRAM_{name}[=:]") as ended:
+        settings.load({f"IMAGEGRAM_{name}": value})
+    assert str(ended.value).isprintable() and "word@host" not in str(ended.value)
+
+
+def run_all(folder, commands, **variables) -> dict[str, tuple[int, str]]:
+    """Runs commands at the same time; the exit status and stderr of each."""
+    known = {"IMAGEGRAM_DATA": f"{folder}/data", "IMAGEGRAM_PORT": "0", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], **known, **variables}
+    running = {}
+    for name in commands:
+        command = [sys.executable, "-m", *COMMANDS[name]]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running[name] = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    try:
+        said = {name: process.communicate(timeout=60)[1] for name, process in running.items()}
+        return {name: (process.returncode, said[name]) for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def in_one_line(found: dict[str, tuple[int, str]], variable: str) -> None:
+    for name, (status, said) in found.items():
+        assert status == 1 and said.startswith(f"IMAGEGRAM_{variable}") and said.count("\n") == 1, (name, status, said)
+
+
+def test_every_command_refuses_a_wrong_variable_in_one_line(tmp_path):
+    in_one_line(run_all(tmp_path, COMMANDS, IMAGEGRAM_REDIS_URL="foo"), "REDIS_URL")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_no_folder_is_refused_by_every_command_that_opens_it(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    opens = ("api", "workers", "restore", "verify", "check", "sweep")
+    in_one_line(run_all(tmp_path, opens, IMAGEGRAM_STORE=(tmp_path / "file").as_uri()), "STORE")
+    opens = ("workers", "restore", "ship", "snapshots", "verify", "sweep")
+    in_one_line(run_all(tmp_path, opens, IMAGEGRAM_BACKUP_STORE=(tmp_path / "file" / "below").as_uri()), "BACKUP_STORE")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path):
+    commands = [name for name in COMMANDS if name != "retry"]  # which only connects to Redis
+    in_one_line(run_all(tmp_path, commands, IMAGEGRAM_DATA="/proc/imagegram"), "DATA")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "redis").write_text("a file")
+    in_one_line(run_all(tmp_path, ["redis"]), "DATA")
+    (tmp_path / "data" / "jwt-secret").write_bytes(b"\xff" * 40)
+    in_one_line(run_all(tmp_path, ["api", "token", "welcome"]), "DATA")
+
+
+@pytest.mark.parametrize("program", ["/etc/passwd", "/tmp", "/bin/ls"])
+def test_what_is_no_server_is_refused_in_one_line(tmp_path, program):
+    in_one_line(run_all(tmp_path, ["redis"], IMAGEGRAM_REDIS_SERVER=program), "REDIS_SERVER")
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300, "256.1.1.1", "a b"])
+def test_a_host_that_is_none_is_refused_in_one_line(tmp_path, host):
+    in_one_line(run_all(tmp_path, ["api"], IMAGEGRAM_HOST=host), "HOST")
+
+
+def test_a_host_of_another_machine_is_refused_in_one_line(tmp_path):
+    [(status, said)] = run_all(tmp_path, ["api"], IMAGEGRAM_HOST="192.0.2.1").values()  # RFC 5737: documentation
+    assert status == 1 and said.endswith("Set IMAGEGRAM_HOST.\n") and said.count("\n") == 1
+
+
+def test_s3_settings_of_no_use_are_refused_in_one_line(tmp_path):
+    wrong = {"AWS_ACCESS_KEY_ID": "without its secret"}
+    in_one_line(run_all(tmp_path, ["api", "check"], IMAGEGRAM_STORE="s3://bucket/x", **wrong), "STORE")
+    wrong = {"AWS_ALLOW_HTTP": "perhaps"}
+    in_one_line(run_all(tmp_path, ["ship"], IMAGEGRAM_BACKUP_STORE="s3://bucket", **wrong), "BACKUP_STORE")
+
+
+def test_stores_of_the_right_form_are_opened(tmp_path):
+    assert isinstance(open_store((tmp_path / "a #b%20?é").as_uri()), Folder)
+    assert (tmp_path / "a #b%20?é").is_dir()
+    assert isinstance(open_store("s3://my_Bucket.1/some/prefix"), S3)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a%20b", "a?b", "a b", "aé", "a\"'\\b", "a\nb", "a@b:c"])
+async def test_a_data_folder_of_any_name_works(tmp_path, name):
+    chosen = make_settings(tmp_path / name, "", (tmp_path / name / "backup").as_uri())
+    async with redis_on(chosen), shipping(chosen) as shipper:
+        async with writing(chosen) as writers:
+            await shipped(shipper)
+        db = scripts.Redis(chosen.redis_url)
+        await db.ping()
+        await db.close()
+        assert await asyncio.to_thread(dispatcher.queue(chosen.queue_url).connection.ping)
+        await shipped(shipper)
+    _, [found] = await restored(chosen, open_store(chosen.backup_store_url), writers, tmp_path)
+    assert set(writers[0].answered) <= set(found)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("restored")] == [name]
+
+
+@pytest.mark.parametrize("user", ["", "al ice", "alicé", "a" * 256, "a\n", "\udcff"])
+def test_no_token_is_made_for_a_user_that_the_server_refuses(tmp_path, user):
+    command = [sys.executable, "-m", "api", "token", user]
+    environment = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path / "data")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "1 to 255 visible ASCII" in done.stderr and not (tmp_path / "data").exists()
