@@ -79,6 +79,9 @@ def require_stores(settings: Settings, *names: str) -> None:
         url = urls[name]
         try:
             open_store(url)
+            scheme, _, path = store_place(url)
+            if scheme == "file" and not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
             if url.startswith(settings.data.as_uri() + "/"):  # as by default
@@ -110,8 +113,6 @@ class Folder:
     def __init__(self, root: Path, spare: int = 0):
         self._root, self._spare = root, spare
         _make_folder(root)
-        if not root.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
