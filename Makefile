@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit test-pillow load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
+.PHONY: run test lint unit test-pillow test-compose load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
 # .env is for containers. honcho would read it, but imagegram-api in another terminal would sign with another secret.
 run: ## start Redis, API and worker; Ctrl-C ends them
@@ -29,6 +29,10 @@ test-pillow: ## the workers' tests with Pillow itself, as it is where pillow-sim
 	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[test]'
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest tests/test_workers_*.py
+
+test-compose: ## the containers, by a real engine: the README's commands, kills, a restore; four minutes, needs root
+	@.ci/setup test
+	@$(python) -m tests.compose
 
 load: ## locust against a started system, at the forecast's mix
 	@.ci/setup test
@@ -76,4 +80,4 @@ lock: ## requirements.lock anew, from the newest versions
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-pillow data
+	rm -rf .venv .venv-lock .venv-pillow .cache data
