@@ -201,10 +201,11 @@ class Writers:
 
     def failed(self, kind: str, since: float, end: float) -> str:
         """How many seconds a kind of call failed: from the first failing one to the first success behind the last."""
-        mine = sorted(tried for tried in self.tries if tried[0] == kind and tried[2] >= since and tried[1] <= end)
-        failures = [began for _, began, _, good in mine if not good]
+        mine = sorted(tried for tried in self.tries if tried[0] == kind and tried[2] >= since)
+        during = [tried for tried in mine if tried[1] <= end]
+        failures = [began for _, began, _, good in during if not good]
         if not failures:
-            return f"no, slowest {max(ended - began for _, began, ended, _ in mine):.2f}"
+            return f"no, slowest {max(ended - began for _, began, ended, _ in during):.2f}"
         return f"{min(ended for _, began, ended, good in mine if good and began > failures[-1]) - failures[0]:.1f}"
 
     def table(self, events: list[tuple[str, float, float, float]]) -> list[tuple[str, ...]]:
