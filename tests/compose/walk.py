@@ -282,6 +282,9 @@ def walk(project: Project, again: Project) -> None:
         compared = writers.compare()
     with step("TLS"):
         tls(project)
+    with step("restores refused and interrupted"):
+        interrupt(project)
+        writers.compare()
     with step("restored twice in place"):
         for _ in range(2):
             project.shell("deploy/restore.sh")
@@ -316,6 +319,8 @@ def first_calls(project: Project) -> None:
     token = re.search(r"`(TOKEN=\$\(docker .*?\))`", (ROOT / "README.md").read_text())[1]
     calls, changed = re.subn(r"^TOKEN=.*$", lambda _: token, calls, flags=re.MULTILINE)
     assert changed == 1 and "First!" in project.shell(calls), "the last call shows the comment in the feed"
+    look = re.search(r"`(docker compose exec redis .*?)`", (ROOT / "README.md").read_text())[1]
+    assert project.shell(look.replace("exec", "exec -T") + " ping") == "PONG\n"
     services = [json.loads(line) for line in project.compose("ps", "--format", "json").splitlines()]
     assert {service["Service"] for service in services} == set(PARTS)
     for service in services:
@@ -386,6 +391,18 @@ def tls(project: Project) -> None:
     project.shell("\n".join(made))
     until(lambda: project.tries(asked), 10, asked)  # nginx takes a moment to reload; a reader types more slowly
     project.shell(f"{asked} -fsSI --http2 | grep '^HTTP/2 200'")
+
+
+def interrupt(project: Project) -> None:
+    """A restore that is refused changes nothing. After one killed between its renames Redis does not start."""
+    assert not project.tries("deploy/restore.sh --at 2001-01-01T00:00:00Z")
+    in_ship = ["run", "--rm", "--no-deps", "-T", "ship", "sh", "-c"]
+    project.compose(*in_ship, "mv /data/redis /data/redis.lost-here")
+    project.compose("up", "-d", "--no-deps", "redis")
+    until(lambda: project.inspect("redis")["RestartCount"] > 1, 30, "redis refuses to start")
+    project.compose("stop", "redis")
+    project.compose(*in_ship, "test ! -e /data/redis && mv /data/redis.lost-here /data/redis")
+    project.compose("up", "-d", "--wait")
 
 
 def move(project: Project, again: Project) -> None:
