@@ -19,7 +19,6 @@ from pathlib import Path
 
 os.environ["VIPS_CONCURRENCY"] = "1"
 
-import pyvips  # noqa: E402
 from colours import ciede2000, to_lab  # noqa: E402
 from conftest import photograph as portrait  # noqa: E402
 from conftest import until  # noqa: E402
@@ -102,6 +101,7 @@ def with_sandbox(path: Path, converter: subprocess.Popen) -> tuple[float, float,
 
 
 def with_libvips(path: Path) -> bytes:
+    import pyvips  # here, as a part of the bench that makes no pictures needs none
     image = pyvips.Image.thumbnail(str(path), 600, height=600, crop="centre", fail_on="truncated")
     if image.hasalpha():
         image = image.flatten(background=255)
@@ -119,6 +119,7 @@ def here(way, path: Path) -> tuple[float, float, int]:
 
 
 def beside_libvips(folder: Path) -> None:
+    import pyvips
     pyvips.cache_set_max(0)
     print(f"Pillow {pipeline.Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}, ", end="")
     print(f"libvips {pyvips.version(0)}.{pyvips.version(1)}.{pyvips.version(2)}; {ROUNDS} rounds, ms of wall (CPU)\n")
