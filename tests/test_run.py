@@ -147,8 +147,8 @@ def test_whatever_of_it_is_killed_all_of_it_ends_and_the_next_run_goes_on_with_t
         kill(run)
         until(lambda run=run: not run.left(), 8, f"the end of all parts when {what} was killed")
     run = start(port=port)
-    for post in made:
-        until(lambda post=post: httpx.get(f"{run.url}/v1/posts/{post}").json()["status"] == "ready", what="the image")
+    for post in made:  # one that was being made when its worker was killed is handed out again after a minute
+        until(lambda post=post: httpx.get(f"{run.url}/v1/posts/{post}").json()["status"] == "ready", 80, "the image")
     os.killpg(run.make.pid, signal.SIGINT)
     run.end()
 

@@ -9,7 +9,6 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-import asyncpg
 import httpx
 
 from tests.bench.fill import TEXT, rows
@@ -64,6 +63,8 @@ class Peer:
         until(lambda: httpx.get(f"{self.url}/v1/posts?limit=1").status_code == 200, what="the peer")
 
     async def fill(self, counts: list[int]) -> None:
+        import asyncpg  # here, as --help and the parts without a peer need none
+
         for _ in range(50):
             try:
                 connection = await asyncpg.connect(self.dsn)
@@ -93,6 +94,8 @@ class Peer:
         """Places spread evenly over the feed."""
 
         async def found():
+        import asyncpg  # here, as --help and the parts without a peer need none
+
             connection = await asyncpg.connect(self.dsn)
             order = "SELECT comment_count, id FROM posts ORDER BY comment_count DESC, id DESC"
             places = await connection.fetch(order)
