@@ -93,9 +93,9 @@ class Peer:
     def cursors(self, number: int) -> list[str]:
         """Places spread evenly over the feed."""
 
-        async def found():
-        import asyncpg  # here, as --help and the parts without a peer need none
+        import asyncpg
 
+        async def found():
             connection = await asyncpg.connect(self.dsn)
             order = "SELECT comment_count, id FROM posts ORDER BY comment_count DESC, id DESC"
             places = await connection.fetch(order)
