@@ -92,7 +92,6 @@ class Peer:
 
     def cursors(self, number: int) -> list[str]:
         """Places spread evenly over the feed."""
-
         import asyncpg
 
         async def found():
