@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def main() -> None:
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
 
 async def _until_told(work: Coroutine) -> None:
@@ -138,10 +138,11 @@ def _say(text: str) -> None:
 
 def _second(text: str) -> int:
     """Unix seconds of a time in RFC 3339. One without a zone is refused: nobody should restore an hour beside."""
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError(text)
-    return int(moment.timestamp())
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo:
+            return int(moment.timestamp())
+    raise argparse.ArgumentTypeError(f"{text!r}: wanted a time with its zone, as 2026-11-23T07:00:00Z")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from redis.exceptions import RedisError
 from storage import aof, chain, retain, watchdog
 from storage.chain import Chain, Copied
 from storage.objects import S3, Exists, Folder, Unavailable, open_store
+from storage.server import hold
 from storage.settings import Settings, refused
 from storage.watch import Files
 
@@ -403,6 +404,11 @@ def state(settings: Settings) -> dict:
 def main(settings: Settings) -> None:
     """Ship until SIGTERM or SIGINT. Exits with 3 if another shipper writes the same chain."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+
+    try:
+        hold(settings.data)  # a second one would take the chain of the first, which would then end
+    except OSError as error:
+        raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None
 
     async def ship() -> None:
         shipper = Shipper(settings, open_store(settings.backup_store_url))

