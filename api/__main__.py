@@ -62,7 +62,7 @@ def listen(settings) -> list[socket.socket]:
         variable = "IMAGEGRAM_HOST" if error.errno == errno.EADDRNOTAVAIL else "IMAGEGRAM_PORT"
         reason = f"api: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
         if error.errno == errno.EADDRINUSE:
-            who = ", ".join(map(str, processes.listening(settings.port)))
+            who = " and ".join(map(str, processes.listening(settings.port)))
             raise SystemExit(f"{reason}{f' by process {who}' if who else ''}. End it or set {variable}.") from None
         raise SystemExit(f"{reason}. Set {variable}.") from None
     return [first, *others]

@@ -1,13 +1,17 @@
-"""What `make run` starts: runs honcho, and ends all of its parts however honcho, make or this process is ended.
+"""What `make run` starts: runs honcho, and ends all of its parts when honcho, make or the terminal has ended.
 
 honcho starts each part in a session of its own, below a process that ignores signals. After kill -9 of honcho nobody
 would end the parts: they would go on serving and hold port and data. Therefore every process below this one that loses
 its parent becomes its child (prctl(2), PR_SET_CHILD_SUBREAPER), and it ends what honcho has left. When make ends, this
 process gets SIGTERM. When this process ends, honcho gets SIGTERM, and ends its parts itself.
+
+honcho cannot end its parts once its output is gone (a closed terminal, a broken pipe): it fails at the first line that
+it writes. So this process watches the output too, and kills a honcho that does not end.
 """
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -20,6 +24,8 @@ from storage.processes import die_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL, as honcho has it
+ENOUGH = 7  # seconds from SIGTERM to SIGKILL of honcho, which has those of its parts in between
+OUTPUT = 1  # file descriptor
 PAUSE = 0.05  # seconds between two looks at what is left
 
 
@@ -83,19 +89,30 @@ def main() -> None:
     make = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGTERM, make)
-    honcho, status = start(), None
+    honcho = start()
     os.setpgid(0, 0)  # so that kill -9 of the terminal's whole job leaves this process, which ends the parts
+    ended = os.pidfd_open(honcho)
 
-    def stop(signum, frame) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(honcho, signal.SIGTERM)
+    def send(signum: int) -> None:
+        with suppress(ProcessLookupError):  # it has ended
+            signal.pidfd_send_signal(ended, signum)
+
+    def stop(*_) -> None:
+        send(signal.SIGTERM)
+        signal.alarm(ENOUGH)
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, stop)
-    while status is None:
-        child, code = os.wait()
-        if child == honcho:
-            status = os.waitstatus_to_exitcode(code)
+    signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))
+    waits = select.poll()
+    waits.register(ended, select.POLLIN)
+    waits.register(OUTPUT, 0)  # only that it is gone
+    while ended not in (ready := [file for file, _ in waits.poll()]):
+        if OUTPUT in ready:
+            waits.unregister(OUTPUT)
+            stop()
+    status = os.waitstatus_to_exitcode(os.waitpid(honcho, 0)[1])
+    signal.alarm(0)
     end_what_is_left()
     raise SystemExit(status if status >= 0 else 128 - status)
 

@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
-from storage import chain, check, restore, retry, server, ship, snapshots, sweep
+from storage import chain, check, processes, restore, retry, server, ship, snapshots, sweep
 from storage.aof import Damaged
 from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
@@ -38,22 +38,7 @@ STORES = {  # by command, the stores that it opens
 
 
 def main() -> None:
-    """Run a command, and end without Python's finalization.
-
-    A thread of obstore that is still closing a connection to S3 may abort the process during it (SIGABRT), after the
-    work is done: about 1 of 20 `verify` ended so.
-    """
-    status = 0
-    try:
-        run()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    with suppress(OSError):  # nobody reads any more
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    processes.end_after(run)
 
 
 def run() -> None:

@@ -1,13 +1,35 @@
-"""Processes of this machine: the end of a parent, and who listens on a port."""
+"""Processes of this machine: their own end, the end of a parent, and who listens on a port."""
 
 import ctypes
 import os
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _libc = ctypes.CDLL(None)
+
+
+def end_after(command: Callable[[], None]) -> NoReturn:
+    """Run a command, then end the process with the status of its SystemExit, without Python's finalization.
+
+    obstore has threads of its own, for S3. One that is not idle yet when Python is finalized aborts the process with
+    SIGABRT, after all work was done: 3 of 70 runs of `imagegram-storage snapshots` ended so.
+    """
+    status = 0
+    try:
+        command()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    with suppress(OSError):  # nobody may read any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def die_with_parent(signum: int, parent: int) -> None:

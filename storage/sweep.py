@@ -35,7 +35,8 @@ class Found:
     names: list[str] = field(default_factory=list)  # the first ones lost
 
     def __str__(self) -> str:
-        told = f"{self.lost} objects of {self.seen} are nobody's, {self.size} bytes; {self.waiting} wait"
+        told = f"nobody owns {self.lost} of {self.seen} objects older than a day ({self.size} bytes)"
+        told += f"; {self.waiting} more are kept, because a backup may name them"
         return f"{told}: {', '.join(self.names)}" if self.names else told
 
 
@@ -51,6 +52,7 @@ async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: boo
         found = await sweep(db, objects, settings, remove=False)
         if found.lost > max(FEW, found.seen // 2):
             raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
+    await db.ping()  # also where no object is old enough to ask about
     kept, restored = outbox.Kept(open_store(settings.backup_store_url)), {}
     found = Found()
     async for batch in _batches(objects, time.time() - DAY):

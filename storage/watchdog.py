@@ -14,6 +14,7 @@ wait under way is over too early, and one byte begins the count again. One diffe
 """
 
 import faulthandler
+import logging
 import os
 import select
 import signal
@@ -23,6 +24,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+
+log = logging.getLogger("imagegram")
 
 WAITS = 10  # without a byte, after which the process is killed
 PATIENCE = 4  # limits that work on a running loop may take from one step to the next: 120 s. S3 answers within 66 s
@@ -53,7 +56,7 @@ def start(limit: float) -> None:
     import subprocess  # here, because the watchdog runs this file and would be larger by 1 MB
 
     if os.getpid() == 1:  # signals of its own namespace, even SIGKILL, do not end it: pid_namespaces(7)
-        print("watchdog: it cannot kill process 1: start the container with --init", file=sys.stderr, flush=True)
+        log.warning("watchdog: it cannot kill process 1: start the container with --init")
     faulthandler.register(signal.SIGUSR1, file=2)
     receive, _pipe = os.pipe()  # closed by exec; forks close it below
     os.set_blocking(_pipe, False)
@@ -87,7 +90,7 @@ def alive() -> None:
     except BlockingIOError:  # the watchdog is stopped, and has unread signs enough
         pass
     except BrokenPipeError:
-        print("watchdog: it was ended, so the process it watches ends too", file=sys.stderr, flush=True)
+        log.error("watchdog: it was ended, so the process it watches ends too")
         _let_go()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -101,8 +104,7 @@ def watch_loop(loop) -> None:
         work.silent += 1
         if work.silent > PATIENCE * WAITS:
             limit = round(PATIENCE * WAITS * _period)
-            told = f"watchdog: {work.name} made no step for {limit} s: the process is killed"
-            print(told, file=sys.stderr, flush=True)
+            log.error("watchdog: %s made no step for %d s: the process is killed", work.name, limit)
             faulthandler.dump_traceback(file=2)
             os.kill(os.getpid(), signal.SIGKILL)
     loop.call_later(_period, watch_loop, loop)

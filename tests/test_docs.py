@@ -53,7 +53,7 @@ def shell(page: str) -> list[str]:
 
 
 def commands(page: str) -> set[str]:
-    """Every command of the blocks that no test of its own runs, and every one that stands in a sentence."""
+    """The commands in blocks that no other test runs as a whole, and the commands in sentences."""
     whole = {block for part, heading in SCRIPTS for block in shell(section(PAGES[part], heading))}
     lines = "".join(block for block in shell(page) if block not in whole).replace("\\\n", "")
     sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
@@ -232,7 +232,7 @@ RUN = {
     r"imagegram-\w+|redis-cli": exist,
     r"\. \.venv/bin/activate": succeed,
     r"redis-cli -s data/redis/redis\.sock": ask,
-    r"pip wheel --no-deps \.|pip install imagegram-0\.1\.0-py3-none-any\.whl": install,
+    r"pip wheel --no-deps \.|pip install -c requirements\.lock imagegram-0\.1\.0-py3-none-any\.whl": install,
     r"apt-get install [\w-]+": simulate,
     r'echo "[^"]*" >\.env': write,
     r"(TOKEN=\$\()?docker compose\b.*|deploy/\w+\.sh.*": contain,

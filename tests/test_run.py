@@ -29,7 +29,7 @@ def makefile(folder: Path) -> Path:
 class Run:
     """`make run` without its set-up, as a terminal has it."""
 
-    def __init__(self, data, folder=ROOT, port=None):
+    def __init__(self, data, folder=ROOT, port=None, stdout=subprocess.PIPE):
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
@@ -43,7 +43,7 @@ class Run:
             ["make", "-f", str(makefile(data.parent)), "run"],
             cwd=folder,
             env=self.environment,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -118,7 +118,7 @@ def names_the_processes_in_its_way(run):
     (redis,) = (part for part in run.left() if "valkey" in part.name())
     assert f"redis is in use by process {redis.pid}: stop it" in said("storage", "redis")
     serving = [part.pid for part in run.left() if any(line.status == "LISTEN" for line in part.net_connections("tcp"))]
-    assert f"already in use by process {', '.join(map(str, sorted(serving)))}. End it" in said("api")
+    assert f"already in use by process {' and '.join(map(str, sorted(serving)))}. End it" in said("api")
 
 
 def kill_honcho(run):
@@ -151,6 +151,16 @@ def test_whatever_of_it_is_killed_all_of_it_ends_and_the_next_run_goes_on_with_t
         until(lambda post=post: httpx.get(f"{run.url}/v1/posts/{post}").json()["status"] == "ready", 80, "the image")
     os.killpg(run.make.pid, signal.SIGINT)
     run.end()
+
+
+@pytest.mark.parametrize("output", [os.openpty, os.pipe], ids=["terminal", "pipe"])
+def test_when_its_terminal_or_the_reader_of_its_output_is_gone_all_of_it_ends(start, output):
+    """honcho fails then at the first line that it writes, and ends nothing."""
+    ours, its = output()
+    run = start(stdout=its)
+    os.close(its)
+    os.close(ours)
+    until(lambda: not run.left(), 20, "the end of all parts")
 
 
 def test_a_second_shipper_of_the_same_data_is_refused_and_the_first_goes_on(start):
@@ -221,7 +231,7 @@ def test_a_second_site_on_the_same_port_is_refused_in_one_line(site, embedded, t
         status, said = ended(site.processes[-1])
         assert status == 1
         # A socket bound to all addresses and one bound to one are in each other's way.
-        holders = ", ".join(str(child.pid) for child in psutil.Process(site.processes[0].pid).children())
+        holders = " and ".join(str(child.pid) for child in psutil.Process(site.processes[0].pid).children())
         assert said == (
             f"api: cannot listen on {host}:{site.port}: Address already in use by process {holders}. "
             "End it or set IMAGEGRAM_PORT.\n"

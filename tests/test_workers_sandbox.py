@@ -318,5 +318,5 @@ def test_what_is_missing_and_accepted_is_said_in_one_line_and_images_are_made(la
             until(lambda: site.statuses([post])["ready"], what="the image")
         finally:
             worker.terminate()
-            told, _ = worker.communicate(timeout=30)
-        assert re.fullmatch(said + r"\nworker: 1 images at once\n", told)
+            told, logged = worker.communicate(timeout=30)
+        assert re.fullmatch(said + r"\n", told) and "worker: converters: 1\n" in logged

@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 
 from storage import settings, watchdog
 from storage.objects import require_stores
-from storage.processes import die_with_parent
+from storage.processes import die_with_parent, end_after
 from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
 
@@ -62,7 +62,7 @@ def convert(chosen: settings.Settings, parent: int) -> None:
     # RQ asks for its own address, which redis-py cannot parse if the path of the socket has a blank or `=` in it.
     queue.connection.set_response_callback("CLIENT INFO", lambda reply, **options: {"addr": "unknown"})
     await_redis(queue.connection)
-    wait = max(1, min(WAIT, chosen.watchdog // 6))
+    wait = max(1, min(WAIT, chosen.watchdog // 6)) if chosen.watchdog else WAIT
     try:
         worker = Converter(
             [queue],
@@ -123,7 +123,7 @@ async def work(chosen: settings.Settings) -> int:
     db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
     parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
     parts.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
-    print(f"worker: {chosen.converters} images at once", flush=True)
+    log.info("converters: %d", chosen.converters)
     await asyncio.wait([asyncio.create_task(stopped.wait()), *parts], return_when=asyncio.FIRST_COMPLETED)
     for part in parts:
         part.cancel()
@@ -134,6 +134,10 @@ async def work(chosen: settings.Settings) -> int:
 
 
 def main() -> None:
+    end_after(run)
+
+
+def run() -> None:
     parser = argparse.ArgumentParser(prog="imagegram-worker", description=__doc__)
     parser.add_argument("command", nargs="?", choices=["convert"])
     parser.add_argument("parent", nargs="?", type=int)
