@@ -146,7 +146,8 @@ def _watch(limit: float) -> None:
     if os.getppid() != parent:
         return
     if select.select([], [2], [], 0)[1]:  # nobody may be reading: then the process may hang for that very reason
-        os.write(2, f"watchdog: process {parent} gave no sign of life for {limit:g} s: it is killed\n".encode())
+        with suppress(OSError):
+            os.write(2, f"watchdog: process {parent} gave no sign of life for {limit:g} s: it is killed\n".encode())
     with suppress(ProcessLookupError):
         os.kill(parent, signal.SIGUSR1)  # it writes where its threads are, if it can
         time.sleep(DUMPING)

@@ -110,6 +110,14 @@ def test_what_freezes_everything_kills_nothing(program):
     assert process.poll() is None and not gone(both[1])
 
 
+def test_a_process_that_hangs_is_killed_also_where_nobody_reads_what_is_said(program):
+    process = program(SLEEPS)
+    watchdog_of(process.pid)
+    process.stderr.close()
+    psutil.Process(process.pid).suspend()
+    assert process.wait(10) == -signal.SIGKILL
+
+
 def test_a_process_whose_watchdog_is_killed_ends_too(program):
     process = program(SLEEPS)
     watchdog_of(process.pid).kill()

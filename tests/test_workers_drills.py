@@ -55,6 +55,19 @@ def test_a_fork_that_is_killed_costs_one_attempt_and_nothing_else():
         assert len(counted.read_text().splitlines()) == 2 and family(worker)[:2] == before
 
 
+def test_a_worker_whose_log_nobody_reads_works_and_ends():
+    with working() as site:
+        whole = jpeg()
+        made = site.publish([whole, whole[: len(whole) // 2]])
+        read, write = os.pipe()
+        os.close(read)
+        worker = site.start("workers", stdout=write, stderr=write)
+        os.close(write)
+        until(lambda: site.statuses(made) == {"ready": 1, "failed": 1}, what="both images")
+        worker.terminate()
+        assert worker.wait(15) == 0
+
+
 def test_a_converter_that_dies_is_replaced():
     with working() as site:
         worker = psutil.Process(site.worker().pid)

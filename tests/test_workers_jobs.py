@@ -127,7 +127,8 @@ async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatc
     assert begun == []
 
 
-async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, capsys):
+async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, caplog):
+    caplog.set_level("INFO")
     whole = photograph()
     async with uploads.receiving(db, store, "alice", 1) as image:
         await image.write(whole[: len(whole) // 2])
@@ -136,7 +137,7 @@ async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db
     await jobs._attempt(post, (await leased(db, post)).lease)
     row = await posts.read(db, post)
     assert (row.code, row.detail) == ("truncated", "the file ends before the image is complete")
-    assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", capsys.readouterr().out)
+    assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", caplog.text)
 
 
 # Failures that are not the image's

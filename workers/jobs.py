@@ -5,6 +5,7 @@ A failure that is not the image's fault uses up no attempt. The lease then bring
 """
 
 import asyncio
+import logging
 import tempfile
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,8 @@ from storage.settings import Settings
 from workers.errors import Unusable
 from workers.pipeline import Picture
 from workers.sandbox import convert
+
+log = logging.getLogger("worker")
 
 AGAIN = 1.0  # seconds between two calls of a Redis that is away
 # Failures that are not the image's: of the store, of this machine's disk, of Redis, or of time while one of them was
@@ -38,7 +41,7 @@ async def _attempt(post: str, lease: int) -> None:
         if attempt:
             await _make(chosen, db, objects, post, attempt, upload)
     except (NoPost, Stale) as refusal:
-        print(f"image of {post}: left, {refusal}", flush=True)
+        log.info("image of %s: left, %s", post, refusal)
     finally:
         await db.close()
 
@@ -57,7 +60,7 @@ async def _make(chosen: Settings, db: Redis, objects: Folder | S3, post: str, at
         raise
     except PASSING as fault:
         await _until_heard(outbox.return_image, db, post, attempt, attempt - 1)
-        print(f"image of {post}: waits, {fault!r}", flush=True)
+        log.warning("image of %s: waits, %r", post, fault)
 
 
 async def _until_heard(call: Callable[..., Awaitable[None]], *given) -> None:
@@ -84,7 +87,7 @@ async def _picture(
         try:
             return convert(path, chosen)
         except Unusable as fault:
-            print(f"image of {post}: failed, {fault}" + (f" ({fault.cause})" if fault.cause else ""), flush=True)
+            log.info("image of %s: failed, %s%s", post, fault, f" ({fault.cause})" if fault.cause else "")
             await _until_heard(outbox.fail, db, post, attempt, fault.code, fault.detail)
             return None
 
