@@ -172,6 +172,9 @@ def main() -> None:
     if asked.command == "token":
         if not tokens.SUBJECT.fullmatch(asked.user):
             raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
+        secret = settings.data / "jwt-secret"
+        if not settings.jwt_secret and not secret.exists():  # maybe the wrong folder: a running site has made its own
+            print(f"made a new signing secret, {secret}", file=sys.stderr)
         print(tokens.mint(settings, asked.user))
     elif asked.command == "welcome":
         token = tokens.mint(settings, "alice")

@@ -47,8 +47,10 @@ def table(found: list[Snapshot], state: dict, proof: dict | None) -> str:
             f"{one.generation:>10}  {clock(one.second)}  {clock(one.until)}  {one.objects:>7}"
             f"  {one.size / (1 << 20):>8.1f}  {one.state:<6}  {one.server}"
         )
-    lag = "never caught up" if state["lag"] is None else f"{state['lag']:.1f} s behind"
-    lines.append(f"shipper here: {lag}" + (f", {state['trouble']}" if state["trouble"] else ""))
+    told = [state["trouble"]] if state["trouble"] else []
+    if state["lag"] is not None:
+        told.insert(0, f"{state['lag']:.1f} s behind")
+    lines.append(f"shipper here: {', '.join(told) or 'has not caught up yet'}")
     if proof:
         age = (time.time() - proof["time"]) / 3600
         lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome(proof)}")

@@ -268,3 +268,12 @@ def test_an_address_of_another_machine_is_refused_in_one_line(site):
     status, said = ended(site.start("api", stderr=subprocess.PIPE, text=True))
     assert (status, said.count("\n")) == (1, 1)
     assert said.startswith(f"api: cannot listen on 192.0.2.1:{site.port}: ")
+
+
+def test_a_token_that_needs_a_new_secret_says_so(tmp_path):
+    """In a wrong folder it would be of no use: the site has a secret of its own."""
+    environment = {"PATH": os.environ["PATH"], "IMAGEGRAM_DATA": str(tmp_path)}
+    command = [".venv/bin/python", "-m", "api", "token", "alice"]
+    first, second = (subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in "12")
+    assert first.stderr == f"made a new signing secret, {tmp_path}/jwt-secret\n" and second.stderr == ""
+    assert first.stdout.count(".") == second.stdout.count(".") == 2

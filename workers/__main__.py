@@ -138,10 +138,15 @@ def main() -> None:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(prog="imagegram-worker", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["convert"])
-    parser.add_argument("parent", nargs="?", type=int)
+    about = "Makes images: a dispatcher and RQ workers, as many as IMAGEGRAM_CONVERTERS."
+    parser = argparse.ArgumentParser(prog="imagegram-worker", description=about)
+    # For itself only, see `converting`.
+    parser.add_argument("command", nargs="?", choices=["convert"], help=argparse.SUPPRESS)
+    parser.add_argument("parent", nargs="?", type=int, help=argparse.SUPPRESS)
+    parser.usage = "imagegram-worker [-h]"
     asked = parser.parse_args()
+    if asked.command and not asked.parent:
+        parser.error("convert is for the worker's own use")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     pipeline.require_colour_management()
     chosen = settings.load()
