@@ -173,9 +173,10 @@ def main() -> None:
         if not tokens.SUBJECT.fullmatch(asked.user):
             raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
         secret = settings.data / "jwt-secret"
-        if not settings.jwt_secret and not secret.exists():  # maybe the wrong folder: a running site has made its own
-            print(f"made a new signing secret, {secret}", file=sys.stderr)
+        new = not settings.jwt_secret and not secret.exists()
         print(tokens.mint(settings, asked.user))
+        if new:  # maybe in the wrong folder: a site that runs has made its own
+            print(f"made a new signing secret, {secret}", file=sys.stderr)
     elif asked.command == "welcome":
         token = tokens.mint(settings, "alice")
         socket_file = shlex.quote(f"{settings.data}/redis/redis.sock")
