@@ -254,8 +254,8 @@ def test_what_fills_the_store_is_refused_and_what_it_took_before_stays(serving):
             sent = {**tus, "Upload-Offset": f"{at}"}
             return alice.patch(f"/v1/uploads/{upload}", content=image[at:], headers=sent)
 
-        # A first chunk is put at 64 KiB, with all of the piece that was received last: up to 157 KiB were seen. The next
-        # one has the rest, which is too large.
+        # A first chunk is put at 64 KiB, with all of the piece that was received last: up to 157 KiB were seen.
+        # The next one has the rest, which is too large.
         with file_limit(api.pid, 200 * KIB):
             answer = send(0)
             assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (507, "full", "60")
