@@ -4,11 +4,11 @@ import orjson
 from sanic import Sanic
 
 from api import bodies, comments, health, images, posts, uploads
+from api.flights import Flights
 from api.problems import Errors
 from api.shapes import JSON_BYTES
-from storage.flights import Flights
+from storage.db.client import Redis
 from storage.objects import open_store
-from storage.scripts import Redis
 from storage.settings import MIB, Settings, signing_secret
 
 IDLE = 30  # seconds without a byte after which a connection goes

@@ -7,7 +7,7 @@ from sanic.response import json
 
 from api.answers import READ
 from api.shapes import time
-from storage import ship
+from storage.backup import ship
 from storage.objects import Unavailable
 
 PATIENCE = 1.0  # seconds the store has for its answer: whoever asks has seldom more than two for his

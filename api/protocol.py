@@ -8,7 +8,13 @@ as it lasts; and shapes pass that a proxy in front may read as another request.
 import re
 from time import monotonic, time
 
-from sanic.exceptions import BadRequest, RequestCancelled, RequestTimeout, SanicException, ServiceUnavailable
+from sanic.exceptions import (
+    BadRequest,
+    RequestCancelled,
+    RequestTimeout,
+    SanicException,
+    ServiceUnavailable,
+)
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 

@@ -20,11 +20,13 @@ from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
-from storage import chain, check, processes, restore, retry, server, ship, snapshots, sweep
-from storage.aof import Damaged
+from storage import check, processes, retry, sweep
+from storage.backup import chain, restore, ship, snapshots
+from storage.backup.aof import Damaged
+from storage.db import server
+from storage.db.client import Redis
 from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
-from storage.scripts import Redis
 from storage.settings import Settings, load, make_data, refused
 
 STORES = {  # by command, the stores that it opens

@@ -9,9 +9,9 @@ import re
 from typing import NamedTuple
 
 from storage import keys
+from storage.db.client import Redis, now_ms
 from storage.errors import Outdated
 from storage.posts import Post, of_row, report_skipped
-from storage.scripts import Redis, now_ms
 from storage.settings import HOUR_MS, PAGE_BYTES, TOLD_MS
 
 TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from redis.exceptions import ResponseError
 
 from storage import keys, uploads
+from storage.db.client import BATCH, Redis
 from storage.errors import NoUpload
 from storage.formats import LONGEST, sniff
-from storage.objects import S3, Folder, NotFound
-from storage.scripts import BATCH, Redis
+from storage.objects import NotFound, ObjectStore
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST
 
 EXACTLY = "surrogateescape"  # decodes what is not UTF-8 so that it can be sent back byte for byte
@@ -62,7 +62,7 @@ class Found:
         return f"{there}: {self.flaws} flaws remain, {self.repaired} were repaired"
 
 
-async def check(db: Redis, objects: Folder | S3, repair: bool = False, deep: bool = False) -> Found:
+async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Found:
     """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable.
 
     A malformed key is reported and left out. To repair members whose bytes are not UTF-8, `db` needs
@@ -117,7 +117,7 @@ async def _isolated(id: str, found: Found, work: Coroutine) -> None:
         found.tell(id, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
 
 
-async def _members(db: Redis, objects: Folder | S3, name: str, found: Found, repair: bool) -> None:
+async def _members(db: Redis, objects: ObjectStore, name: str, found: Found, repair: bool) -> None:
     """The members of a zset: each must be an id of its partition, and in `feed` and `changes` a ready post's."""
     kind, partition, _ = keys.parts(name)
     async for members in walk(db, name):
@@ -155,7 +155,7 @@ async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, boo
 
 
 async def _post(
-    db: Redis, objects: Folder | S3, post: str, found: Found, repair: bool, deep: bool, count: bool
+    db: Redis, objects: ObjectStore, post: str, found: Found, repair: bool, deep: bool, count: bool
 ) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
     status, comments, waits, flaws = await _ask(db, post, repair=False)
@@ -187,7 +187,7 @@ async def _post(
         found.tell(post, f"3 its {what} {fault}", bool(again))
 
 
-async def _object(objects: Folder | S3, name: str, what: str, deep: bool) -> str:
+async def _object(objects: ObjectStore, name: str, what: str, deep: bool) -> str:
     """What is wrong with an object; empty if nothing is."""
     try:
         if not deep:
@@ -211,7 +211,7 @@ async def make_again(db: Redis, post: str) -> int:
     return await db.call("make_again", named, db.clock, post, keys.making_prefix(partition))
 
 
-async def _upload(db: Redis, objects: Folder | S3, upload: str, found: Found, repair: bool) -> None:
+async def _upload(db: Redis, objects: ObjectStore, upload: str, found: Found, repair: bool) -> None:
     before = await uploads.look(db, upload)
     if before.post or (before.owner and before.expired):
         return
@@ -246,7 +246,7 @@ async def _reserved(db: Redis, partition: int, user: str, upload: str, found: Fo
         found.tell(id, flaw, repair)
 
 
-async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
+async def restored(db: Redis, objects: ObjectStore, partitions: int) -> Found:
     """Make restored data fit the store as it is now, then check it.
 
     The images of posts without JPEG are made again, uploads without their chunks are dropped, and each partition has a
@@ -262,7 +262,7 @@ async def restored(db: Redis, objects: Folder | S3, partitions: int) -> Found:
     return found
 
 
-async def _fit(db: Redis, objects: Folder | S3, name: str) -> None:
+async def _fit(db: Redis, objects: ObjectStore, name: str) -> None:
     kind, _, id = keys.parts(name)
     if kind == "due":  # posts stood there before `making` existed
         async for members in walk(db, name):

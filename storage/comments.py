@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from storage import keys
+from storage.db.client import Redis
 from storage.errors import NoComment
-from storage.scripts import Redis
 from storage.settings import DAY_MS, LATEST, PAGE_BYTES
 
 

@@ -3,11 +3,11 @@
 from typing import BinaryIO
 
 from storage import keys, uploads
-from storage.objects import S3, Folder, NotFound
-from storage.scripts import Redis
+from storage.db.client import Redis
+from storage.objects import NotFound, ObjectStore
 
 
-async def keep(db: Redis, objects: Folder | S3, post: str, upload: str | None, copy: BinaryIO) -> None:
+async def keep(db: Redis, objects: ObjectStore, post: str, upload: str | None, copy: BinaryIO) -> None:
     """Stores a post's original, unless it is stored already, and writes its bytes to `copy`.
 
     Raises objects.NotFound where neither the original nor all chunks are there: another attempt has joined them since

@@ -10,12 +10,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from storage import keys, uploads
-from storage.aof import Damaged
-from storage.chain import descriptions
+from storage.backup.aof import Damaged
+from storage.backup.chain import descriptions
+from storage.db.client import Redis
 from storage.errors import NoPost, NoUpload
-from storage.objects import S3, Folder, NotFound, Unavailable
+from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.posts import read as read_post
-from storage.scripts import Redis
 from storage.settings import DAY_MS, LEASE_MS
 
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
@@ -132,7 +132,7 @@ class Kept:
     They are kept for longer than set where `verify` fails. A backup store that cannot say may have any moment.
     """
 
-    def __init__(self, backup: Folder | S3):
+    def __init__(self, backup: ObjectStore):
         self._backup = backup
         self._seconds: list[int] = []
         self._asked = -ASK_AGAIN
@@ -148,7 +148,7 @@ class Kept:
         return any(second * 1000 - REWRITE_MS <= moment for second in self._seconds)
 
 
-async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
+async def erase(db: Redis, objects: ObjectStore, kept: Kept, due: Due, named_ms: int) -> None:
     """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
 
     The image is erased at once and until no job can store it again. The original is erased when no kept backup can
@@ -170,7 +170,7 @@ async def erase(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms:
         await _settle(db, due, again or "")
 
 
-async def end_upload(db: Redis, objects: Folder | S3, kept: Kept, due: Due, named_ms: int) -> None:
+async def end_upload(db: Redis, objects: ObjectStore, kept: Kept, due: Due, named_ms: int) -> None:
     """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted.
 
     They wait as an original does where they are a deleted post's only bytes, and where the upload is from before a
@@ -209,7 +209,7 @@ async def named_until(kept: Kept, needed: int, now: int, named_ms: int) -> int:
     return now + DAY_MS if await kept.names(needed) else 0
 
 
-async def _joined(objects: Folder | S3, post: str) -> bool:
+async def _joined(objects: ObjectStore, post: str) -> bool:
     try:
         return bool(await objects.size(keys.original(post)))
     except NotFound:

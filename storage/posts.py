@@ -11,8 +11,8 @@ from typing import NamedTuple
 import orjson
 
 from storage import keys
-from storage.objects import S3, Folder, NotFound, Unavailable
-from storage.scripts import Redis
+from storage.db.client import Redis
+from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING, TOLD_MS
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
@@ -167,7 +167,7 @@ def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Aw
 
 
 async def delete(
-    db: Redis, objects: Folder | S3, author: str, post: str, named_ms: int = DAY_MS, seen: str = ""
+    db: Redis, objects: ObjectStore, author: str, post: str, named_ms: int = DAY_MS, seen: str = ""
 ) -> None:
     """Delete a post with its comments, and the image that was served; with `seen` only if it is still that Post.
 
@@ -191,13 +191,13 @@ async def delete(
         await erase_image(objects, post)
 
 
-async def image(objects: Folder | S3, post: str) -> bytes:
+async def image(objects: ObjectStore, post: str) -> bytes:
     """The served JPEG. Raises NoPost, or objects.NotFound where there is none (yet)."""
     keys.partition_of_post(post)
     return await objects.get(keys.image(post))
 
 
-async def has_image(objects: Folder | S3, post: str) -> bool:
+async def has_image(objects: ObjectStore, post: str) -> bool:
     """Whether the served JPEG is stored. Raises Unavailable."""
     try:
         return bool(await objects.size(keys.image(post)))
@@ -205,11 +205,11 @@ async def has_image(objects: Folder | S3, post: str) -> bool:
         return False
 
 
-async def put_image(objects: Folder | S3, post: str, jpeg: bytes) -> None:
+async def put_image(objects: ObjectStore, post: str, jpeg: bytes) -> None:
     """Store the served JPEG; the same bytes may be put again."""
     await objects.put(keys.image(post), jpeg)
 
 
-async def erase_image(objects: Folder | S3, post: str) -> None:
+async def erase_image(objects: ObjectStore, post: str) -> None:
     """Nothing is served of this post any more. It may be gone already."""
     await objects.delete([keys.image(post)])

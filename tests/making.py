@@ -5,7 +5,7 @@ import io
 from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
 from storage import keys, outbox, posts, uploads
-from storage.scripts import Redis
+from storage.db.client import Redis
 from storage.settings import CHUNKS, DAY_MS
 
 

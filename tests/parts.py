@@ -18,11 +18,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from storage import server
+from storage.backup.restore import restore, running
+from storage.backup.ship import Shipper, state
+from storage.db import server
 from storage.objects import open_store
-from storage.restore import restore, running
 from storage.settings import Settings, load
-from storage.ship import Shipper, state
 
 PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
 DEADLINE = 20  # seconds a condition may take to come true

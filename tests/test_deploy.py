@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storage import server, settings, ship
+from storage import settings
+from storage.backup import ship
+from storage.db import server
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -26,7 +28,7 @@ def test_compose_runs_what_make_run_runs():
 
 
 def test_redis_has_the_same_configuration_everywhere():
-    assert "./storage/redis.conf:/etc/redis.conf:ro" in COMPOSE["redis"]["volumes"]
+    assert "./storage/db/redis.conf:/etc/redis.conf:ro" in COMPOSE["redis"]["volumes"]
     assert "exec valkey-server /etc/redis.conf --dir /data/redis " in COMPOSE["redis"]["command"][2]
 
 

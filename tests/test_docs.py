@@ -16,7 +16,7 @@ from conftest import ROOT, photograph, until
 from making import jpeg
 from test_run import Run
 
-from storage.restore import clock
+from storage.backup.restore import clock
 
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()

@@ -8,7 +8,8 @@ from making import make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import check, comments, errors, keys, outbox, posts, retry, scripts, uploads
+from storage import check, comments, errors, keys, outbox, posts, retry, uploads
+from storage.db.client import SCRIPTS, Redis
 from storage.keys import Once
 from storage.settings import (
     CHUNKS,
@@ -63,11 +64,11 @@ class Captured(Exception):
 class Recorder:
     """Stands where storage's client stands, to learn what a storage function would send."""
 
-    def __init__(self, db: scripts.Redis):
+    def __init__(self, db: Redis):
         self.db, self.clock = db, db.clock
 
     async def call(self, name, *rest):
-        if scripts.SCRIPTS[name].reads:
+        if SCRIPTS[name].reads:
             return await self.db.call(name, *rest)
         raise Captured(name, *rest)
 
@@ -156,7 +157,7 @@ WRITES = {
 
 
 def test_every_script_that_writes_is_called_here():
-    assert set(WRITES) == {name for name, script in scripts.SCRIPTS.items() if not script.reads}
+    assert set(WRITES) == {name for name, script in SCRIPTS.items() if not script.reads}
 
 
 @pytest.mark.parametrize("name", WRITES)

@@ -12,7 +12,8 @@ from making import jpeg, make_processing
 from state import contents, unchanged
 from uploading import picture
 
-from storage import check, comments, keys, outbox, posts, scripts, uploads
+from storage import check, comments, keys, outbox, posts, uploads
+from storage.db.client import Redis
 from storage.errors import Expired
 from storage.settings import IMAGE_BYTES
 
@@ -204,7 +205,7 @@ async def test_an_upload_with_a_malformed_field_is_told(db, store, data, server,
 async def test_names_and_values_that_are_not_utf_8_are_told_and_removed_from_lists(real_server, store):
     client = real_server.client
     client.flushall()
-    db = scripts.Redis(real_server.url, undecodable=check.EXACTLY)
+    db = Redis(real_server.url, undecodable=check.EXACTLY)
     post = await show(db, store, "alice", 1)
     client.set(b"\xff\xfe", b"\xff")
     client.set(b"post:{0}:\xff", b"\xff")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from storage.flights import Flights
+from api.flights import Flights
 
 
 class Source:

@@ -8,7 +8,18 @@ from conftest import NOBODY, connect
 from making import jpeg, make_post, make_processing
 from state import contents, unchanged
 
-from storage import chain, check, comments, errors, keys, originals, outbox, posts, retry, uploads
+from storage import (
+    check,
+    comments,
+    errors,
+    keys,
+    originals,
+    outbox,
+    posts,
+    retry,
+    uploads,
+)
+from storage.backup import chain
 from storage.objects import Folder, NotFound
 from storage.outbox import ATTEMPTS, JOB_MS, LEASE_MS
 from storage.settings import DAY_MS

@@ -4,7 +4,7 @@ import os
 import secrets
 
 from storage.objects import Folder
-from storage.pagecache import LARGEST, at_hand
+from storage.objects.pagecache import LARGEST, at_hand
 
 
 async def test_an_object_is_read_alike_from_memory_and_from_the_disk(tmp_path):

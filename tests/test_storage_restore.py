@@ -26,24 +26,13 @@ from parts import (
 from state import files
 from uploading import picture
 
-from storage import (
-    aof,
-    chain,
-    changes,
-    comments,
-    keys,
-    originals,
-    outbox,
-    posts,
-    scripts,
-    ship,
-    snapshots,
-    uploads,
-)
-from storage.aof import Damaged
+from storage import changes, comments, keys, originals, outbox, posts, uploads
+from storage.backup import aof, chain, ship, snapshots
+from storage.backup.aof import Damaged
+from storage.backup.restore import Refused, restore, running, url, verify
+from storage.db.client import Redis
 from storage.errors import Expired, Outdated
 from storage.objects import open_store
-from storage.restore import Refused, restore, running, url, verify
 
 pytestmark = pytest.mark.asyncio
 
@@ -313,7 +302,7 @@ async def shown(db, objects, author: str) -> str:
 async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch(settings, store, tmp_path):
     objects, said = open_store(settings.store_url), []
     async with redis_on(settings), shipping(settings, store) as shipper:
-        db = scripts.Redis(settings.redis_url)
+        db = Redis(settings.redis_url)
         kept, doomed = [await shown(db, objects, author) for author in ("alice", "eve")]
         token = (await changes.since(db, 1, 10, None)).token
         upload, _ = await uploads.create(db, "carol", 1, 2000)
@@ -334,7 +323,7 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
     assert done.counts == {"posts": 2, "comments": 2, "open uploads": 0, "flaws": 0}
     assert not any("FLAW" in line for line in said)
     async with running(settings, tmp_path / "to") as client:
-        db = scripts.Redis(url(client))
+        db = Redis(url(client))
         assert [post.id for post in (await posts.feed(db, 1, 10)).posts] == [doomed, kept]
         assert [image.id for image in await outbox.lease_images(db, 0, 10)] == [doomed]
         assert not {kept, late} & {due.id for due in await outbox.lease(db, 0)}
@@ -352,7 +341,7 @@ async def site(settings, data, store):
     here = replace(settings, data=data, redis_url=f"unix://{data}/redis/redis.sock")
     async with redis_on(here), shipping(here, store) as shipper:
         await shipped(shipper)
-        db = scripts.Redis(here.redis_url)
+        db = Redis(here.redis_url)
         yield db
         await db.close()
         await shipped(shipper)
@@ -405,7 +394,7 @@ async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_a
 async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings, store, tmp_path):
     objects, said = open_store(settings.store_url), []
     async with redis_on(settings), shipping(settings, store) as shipper:
-        db = scripts.Redis(settings.redis_url)
+        db = Redis(settings.redis_url)
         post = await shown(db, objects, "alice")
         await db.close()
         await shipped(shipper)

@@ -15,7 +15,9 @@ from proxy import Proxy
 from state import unchanged
 from wire import Line
 
-from storage import comments, errors, keys, posts, scripts
+from storage import comments, errors, keys, posts
+from storage.db import client
+from storage.db.client import ENOUGH, Channel, Redis
 
 WRITERS = 32
 
@@ -30,7 +32,7 @@ def written(server, post: str) -> dict[str, list[str]]:
 
 @asynccontextmanager
 async def through(proxy):
-    db = scripts.Redis(proxy.url)
+    db = Redis(proxy.url)
     yield db
     await db.close()
 
@@ -188,8 +190,8 @@ async def test_many_callers_share_few_pipelines_in_order(server, proxy, post):
 
 
 async def test_what_waits_leaves_behind_a_pipeline_under_way_once_it_is_enough(server, monkeypatch):
-    monkeypatch.setattr(scripts, "DEADLINE", 20)
-    channel = scripts.Channel(server.url, lost=errors.Unknown, enough=scripts.ENOUGH)
+    monkeypatch.setattr(client, "DEADLINE", 20)
+    channel = Channel(server.url, lost=errors.Unknown, enough=ENOUGH)
 
     def unread() -> int | None:
         """Bytes that Redis has of a connection whose command blocks; None when no connection is blocked."""
@@ -201,7 +203,7 @@ async def test_what_waits_leaves_behind_a_pipeline_under_way_once_it_is_enough(s
 
     first = channel.ask("BLPOP", "nothing", 0)
     await comes(lambda: unread() is not None)
-    waiting = [channel.ask("ECHO", number) for number in range(scripts.ENOUGH - 1)]
+    waiting = [channel.ask("ECHO", number) for number in range(ENOUGH - 1)]
     await asyncio.to_thread(server.client.ping)  # the loop goes round
     assert unread() == 0
     waiting.append(channel.ask("ECHO", "the last one"))
@@ -209,7 +211,7 @@ async def test_what_waits_leaves_behind_a_pipeline_under_way_once_it_is_enough(s
     after = channel.ask("ECHO", "after")
     server.client.rpush("nothing", "now")
     assert await first == ["nothing", "now"]
-    assert await asyncio.gather(*waiting) == [*map(str, range(scripts.ENOUGH - 1)), "the last one"]
+    assert await asyncio.gather(*waiting) == [*map(str, range(ENOUGH - 1)), "the last one"]
     assert await after == "after"
     await channel.close()
 

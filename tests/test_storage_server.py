@@ -9,7 +9,8 @@ import pytest
 import redis
 from conftest import ROOT, SERVERS, until
 
-from storage import server, settings
+from storage import settings
+from storage.db import server
 
 
 def chosen(tmp_path, kind):

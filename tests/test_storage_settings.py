@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from parts import make_settings, redis_on, restored, shipped, shipping, writing
 
-from storage import scripts, settings
+from storage import settings
+from storage.db.client import Redis
 from storage.objects import S3, Folder, open_store
 from workers import dispatcher
 
@@ -127,7 +128,7 @@ async def test_a_data_folder_of_any_name_works(tmp_path, name):
     async with redis_on(chosen), shipping(chosen) as shipper:
         async with writing(chosen) as writers:
             await shipped(shipper)
-        db = scripts.Redis(chosen.redis_url)
+        db = Redis(chosen.redis_url)
         await db.ping()
         await db.close()
         assert await asyncio.to_thread(dispatcher.queue(chosen.queue_url).connection.ping)

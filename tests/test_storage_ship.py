@@ -26,7 +26,7 @@ from parts import (
     writing,
 )
 
-from storage import chain, retain, ship
+from storage.backup import chain, retain, ship
 from storage.objects import Unavailable, open_store
 
 pytestmark = pytest.mark.asyncio
@@ -396,7 +396,8 @@ async def test_a_shipper_killed_at_any_moment_leaves_a_chain_to_go_on_with(setti
         "IMAGEGRAM_BACKUP_STORE": settings.backup_store_url,
         "IMAGEGRAM_VERIFY_EVERY": "0",
     }
-    command = [sys.executable, "-c", "from storage import settings, ship; ship.main(settings.load())"]
+    program = "from storage import settings; from storage.backup import ship; ship.main(settings.load())"
+    command = [sys.executable, "-c", program]
 
     async def count():
         return len([entry async for entry in store.list()])

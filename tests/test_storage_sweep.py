@@ -12,7 +12,8 @@ from making import make_post, make_processing, make_upload
 from parts import s3_url
 from state import unchanged
 
-from storage import chain, keys, objects, posts, settings, uploads
+from storage import keys, objects, posts, settings, uploads
+from storage.backup import chain
 from storage.sweep import DAY, FEW, Mistaken, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from parts import PROGRAMS, make_settings, redis_on, s3_url, shipped, shipping, until
 
-from storage import chain, ship, snapshots
+from storage.backup import chain, ship, snapshots
+from storage.backup.restore import verify
 from storage.objects import open_store
-from storage.restore import verify
 
 pytestmark = pytest.mark.asyncio
 

@@ -18,7 +18,7 @@ from conftest import ROOT, Site, until
 from uploading import BODY, begin, joined, offset, picture
 from wire import dial, exchange, head
 
-from storage.scripts import SCRIPTS
+from storage.db.client import SCRIPTS
 
 RACES = 500
 KILLS = int(os.environ.get("KILLS", 10))  # `make drill` says 50

@@ -53,7 +53,7 @@ def test_a_wheel_holds_the_rooms_and_what_they_read(wheel):
     }
     with zipfile.ZipFile(wheel) as packed:
         found = {name for name in packed.namelist() if ".dist-info/" not in name}
-    assert found == wanted | {"storage/redis.conf"}
+    assert found == wanted | {"storage/db/redis.conf"}
 
 
 def test_a_wheel_that_is_installed_elsewhere_serves_converts_and_ships(scripts, tmp_path):

@@ -16,7 +16,8 @@ from parts import s3_url
 from proxy import Proxy
 from test_storage_outbox import leased, make_image, names, served, work_off
 
-from storage import keys, objects, outbox, posts, scripts, uploads
+from storage import keys, objects, outbox, posts, uploads
+from storage.db.client import SCRIPTS, Redis
 from storage.outbox import JOB_MS, LEASE_MS
 from workers import jobs, sandbox
 
@@ -31,7 +32,7 @@ def server(embedded):
 async def db(server, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
     monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
-    db = scripts.Redis(server.url)
+    db = Redis(server.url)
     yield db
     await db.close()
 
@@ -86,7 +87,7 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
     """The second begins and ends while the first is still at it, whose lease has run out."""
 
     async def again():
-        other = scripts.Redis(server.url)
+        other = Redis(server.url)
         second = await handed_out(server, other, due.id)
         await other.close()
         await jobs._attempt(second.id, second.lease)
@@ -99,7 +100,7 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
 
 async def test_a_job_that_finds_its_post_deleted_removes_what_it_put(server, db, store, due, monkeypatch):
     async def delete():
-        other = scripts.Redis(server.url)
+        other = Redis(server.url)
         await posts.delete(other, store, "alice", due.id)
         await other.close()
 
@@ -211,8 +212,8 @@ async def mortal(tmp_path, monkeypatch):
     server.close()
 
 
-async def published(server, store) -> tuple[scripts.Redis, str]:
-    db = scripts.Redis(server.url)
+async def published(server, store) -> tuple[Redis, str]:
+    db = Redis(server.url)
     async with uploads.receiving(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
@@ -284,7 +285,7 @@ def run_job(proxy, due: outbox.Due, before: dict) -> None:
     environment = {**os.environ, "IMAGEGRAM_REDIS_URL": proxy.url}
     job = subprocess.Popen([sys.executable, "-c", command, due.id, str(due.lease)], cwd=ROOT, env=environment)
     for name, happens in before.items():
-        proxy.before[scripts.SCRIPTS[name].sha.encode()] = happens or job.kill
+        proxy.before[SCRIPTS[name].sha.encode()] = happens or job.kill
     assert job.wait(60) == -signal.SIGKILL
 
 
@@ -292,7 +293,7 @@ def run_job(proxy, due: outbox.Due, before: dict) -> None:
 async def test_an_image_whose_job_was_killed_before_its_publish_was_refused_is_erased(server, db, store, due, how):
     async def end():
         """The post ends while the job is at work, and the outbox looks at once."""
-        other = scripts.Redis(server.url)
+        other = Redis(server.url)
         db.clock = other.clock = due.lease + LEASE_MS
         if how == "deleted":
             await posts.delete(other, store, "alice", due.id)

@@ -13,7 +13,22 @@ from pathlib import Path
 import colours
 import pytest
 from colours import ciede2000, to_lab
-from golden import CARD, Golden, bmp, card, chunk, damaged, exif, goldens, masked, packed, png, rows, runs, saved
+from golden import (
+    CARD,
+    Golden,
+    bmp,
+    card,
+    chunk,
+    damaged,
+    exif,
+    goldens,
+    masked,
+    packed,
+    png,
+    rows,
+    runs,
+    saved,
+)
 from PIL import Image
 
 from workers import bmp as bmp_module

@@ -17,9 +17,9 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import settings, watchdog
+from storage.db.client import Redis
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
-from storage.scripts import Redis
 from workers import dispatcher, pipeline, sandbox
 
 WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt

@@ -13,8 +13,9 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from storage import objects, outbox, watchdog
+from storage.db.client import Redis
 from storage.errors import Unknown, Unreachable
-from storage.scripts import Redis
+from storage.objects import ObjectStore
 from storage.settings import Settings
 
 QUEUE = "images"
@@ -120,7 +121,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
         await asyncio.sleep(pause)
 
 
-async def _clean_up(db: Redis, store: objects.Folder | objects.S3, kept: outbox.Kept, partition: int, named_ms: int):
+async def _clean_up(db: Redis, store: ObjectStore, kept: outbox.Kept, partition: int, named_ms: int):
     """Ends the uploads of a partition that are due, and erases what is due to be erased."""
     trouble, name = Trouble(), f"cleaning up partition {partition}"
     ends = {"upload": outbox.end_upload, "erase": outbox.erase}

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from storage import originals, outbox, posts, settings
+from storage.db.client import Redis
 from storage.errors import NoPost, Stale, Unknown, Unreachable
-from storage.objects import S3, Folder, NotFound, Unavailable, open_store
-from storage.scripts import Redis
+from storage.objects import NotFound, ObjectStore, Unavailable, open_store
 from storage.settings import Settings
 from workers.errors import Unusable
 from workers.pipeline import Picture
@@ -46,7 +46,7 @@ async def _attempt(post: str, lease: int) -> None:
         await db.close()
 
 
-async def _make(chosen: Settings, db: Redis, objects: Folder | S3, post: str, attempt: int, upload: str | None) -> None:
+async def _make(chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None) -> None:
     """One attempt, which is taken back if it fails for a reason that passes."""
     try:
         if attempt > 1 and await posts.has_image(objects, post):
@@ -73,7 +73,7 @@ async def _until_heard(call: Callable[..., Awaitable[None]], *given) -> None:
 
 
 async def _picture(
-    chosen: Settings, db: Redis, objects: Folder | S3, post: str, attempt: int, upload: str | None
+    chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None
 ) -> Picture | None:
     """Store the original and make its picture; None where the post has failed for good."""
     with tempfile.TemporaryDirectory(prefix="imagegram-") as folder:
@@ -92,7 +92,7 @@ async def _picture(
             return None
 
 
-async def _show(db: Redis, objects: Folder | S3, post: str, picture: Picture) -> None:
+async def _show(db: Redis, objects: ObjectStore, post: str, picture: Picture) -> None:
     await posts.put_image(objects, post, picture.jpeg)
     try:
         await _until_heard(outbox.publish, db, post, b64encode(picture.thumbhash).decode())

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from storage import keys, scripts
+from storage import keys
+from storage.db.client import SCRIPTS
 from storage.settings import DAY_MS, LATEST, PAGE_BYTES
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
@@ -26,19 +27,19 @@ def page(place: str = "") -> tuple:
     count, _, post = urlsafe_b64decode(place + "==").decode().partition(":")
     named = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
     arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0)]
-    return "EVALSHA", scripts.SCRIPTS["feed_page"].sha, len(named), *named, *arguments
+    return "EVALSHA", SCRIPTS["feed_page"].sha, len(named), *named, *arguments
 
 
 def comment(post: str) -> tuple:
     named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
     arguments = ["", post, "user-00001", fill.TEXT, LATEST, "-", DAY_MS]
-    return "EVALSHA", scripts.SCRIPTS["add_comment"].sha, len(named), *named, *arguments
+    return "EVALSHA", SCRIPTS["add_comment"].sha, len(named), *named, *arguments
 
 
 def spent(server: Redis, calls: list[tuple]) -> float:
     """Redis' own microseconds a call (INFO commandstats)."""
     client = server.client
-    for known in scripts.SCRIPTS.values():
+    for known in SCRIPTS.values():
         client.script_load(known.text)
     client.config_resetstat()
     with client.pipeline(transaction=False) as pipeline:

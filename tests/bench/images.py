@@ -25,7 +25,7 @@ from conftest import until  # noqa: E402
 from drills.images import working  # noqa: E402
 from PIL import BmpImagePlugin, Image, PngImagePlugin, features  # noqa: E402, F401  the pipeline loads neither
 
-from storage import settings  # noqa: E402
+from storage import settings
 from workers import pipeline  # noqa: E402
 
 ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 15

@@ -5,7 +5,8 @@ import signal
 import tempfile
 from pathlib import Path
 
-from storage import settings, ship
+from storage import settings
+from storage.backup import ship
 from tests.bench import fill
 from tests.bench.drive import Load, Run, in_turns, ratio
 from tests.bench.parts import Api, Redis

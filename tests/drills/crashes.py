@@ -21,10 +21,20 @@ import time
 from pathlib import Path
 
 from conftest import ROOT
-from parts import PROGRAMS, RedisProcess, make_settings, redis_on, restored, shipped, shipping, until, writing
+from parts import (
+    PROGRAMS,
+    RedisProcess,
+    make_settings,
+    redis_on,
+    restored,
+    shipped,
+    shipping,
+    until,
+    writing,
+)
 
+from storage.backup.restore import restore, running  # noqa: E402
 from storage.objects import open_store  # noqa: E402
-from storage.restore import restore, running  # noqa: E402
 
 SECONDS = 75  # after which a drill begins no further round
 

@@ -25,14 +25,24 @@ import pytest
 from conftest import ROOT, RedisServer, Site, connect
 from conftest import until as wait
 from making import make_post
-from parts import redis_on, restored, s3_server, s3_url, shipped, shipping, until, writing
+from parts import (
+    redis_on,
+    restored,
+    s3_server,
+    s3_url,
+    shipped,
+    shipping,
+    until,
+    writing,
+)
 from proxy import Proxy
 from test_storage_ship import Faulty, begin, end, whole
 
-from storage import aof, chain, comments, keys, ship
+from storage import comments, keys
+from storage.backup import aof, chain, ship
+from storage.backup.restore import restore, running
+from storage.db.client import Redis
 from storage.objects import open_store
-from storage.restore import restore, running
-from storage.scripts import Redis
 from tests.bench import fill
 from tests.drills.crashes import settings_in
 
@@ -153,7 +163,7 @@ async def _failing(server: str, kills: int = 20) -> str:
 
 async def _killed(settings, real) -> None:
     """A shipper that is killed as soon as a put of its own has begun: the tmp file of the put is there."""
-    program = "from storage import settings, ship; ship.main(settings.load())"
+    program = "from storage import settings; from storage.backup import ship; ship.main(settings.load())"
     environ = {
         **os.environ,
         "IMAGEGRAM_DATA": str(settings.data),

@@ -20,8 +20,8 @@ import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from storage.aof import Damaged
-from storage.objects import S3, Folder, NotFound
+from storage.backup.aof import Damaged
+from storage.objects import NotFound, ObjectStore
 
 DESCRIPTIONS = "generations/"
 SEGMENT = 4 * 1024 * 1024  # bytes of a file in one object: what a put over 10 Mbit/s brings through in 4 s
@@ -85,13 +85,13 @@ class Chain:
         return self.files[-1]
 
 
-async def descriptions(store: Folder | S3) -> dict[int, dict]:
+async def descriptions(store: ObjectStore) -> dict[int, dict]:
     """Every generation that is complete, oldest first. Raises Damaged, Unavailable."""
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     return {int(name.removeprefix(DESCRIPTIONS)): unseal(name, await store.get(name))[0] for name in names}
 
 
-async def _offsets(store: Folder | S3, generation: int) -> dict[str, list[int]]:
+async def _offsets(store: ObjectStore, generation: int) -> dict[str, list[int]]:
     files: dict[str, list[int]] = {}
     async for entry in store.list(f"{generation:08}/"):
         _, file, offset = entry.name.split("/")
@@ -99,7 +99,7 @@ async def _offsets(store: Folder | S3, generation: int) -> dict[str, list[int]]:
     return files
 
 
-async def load(store: Folder | S3, generation: int) -> Chain | None:
+async def load(store: ObjectStore, generation: int) -> Chain | None:
     """The chain so far, None if it has no object yet. Reads the first and last objects of each file only.
 
     Raises Damaged, Unavailable.
@@ -129,7 +129,7 @@ async def load(store: Folder | S3, generation: int) -> Chain | None:
     return chain
 
 
-async def read(store: Folder | S3, generation: int, base: str) -> AsyncIterator[tuple[dict, bytes]]:
+async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[tuple[dict, bytes]]:
     """Headers and bytes of a chain in order, each verified against all that it names.
 
     Raises Damaged where a digest, an offset or a link does not hold, or an object is missing that others
@@ -167,7 +167,7 @@ async def read(store: Folder | S3, generation: int, base: str) -> AsyncIterator[
         raise Damaged(f"generation {generation}: an object before {min(waiting)} is missing")
 
 
-async def newest(store: Folder | S3) -> Chain | None:
+async def newest(store: ObjectStore) -> Chain | None:
     """The chain that a writer has to go on from or to close.
 
     That is the newest described generation; or, if a writer died between closing it and describing its
@@ -184,7 +184,7 @@ async def newest(store: Folder | S3) -> Chain | None:
     return chain
 
 
-async def unused(store: Folder | S3) -> int:
+async def unused(store: ObjectStore) -> int:
     """A number above all generations, described or not. Raises Unavailable."""
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     number = max((int(name.removeprefix(DESCRIPTIONS)) for name in names), default=0) + 1
@@ -193,7 +193,7 @@ async def unused(store: Folder | S3) -> int:
     return number
 
 
-async def verified(store: Folder | S3) -> dict | None:
+async def verified(store: ObjectStore) -> dict | None:
     """The last result of `verify`, None if there is none."""
     try:
         return json.loads(await store.get("verified"))

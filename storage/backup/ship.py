@@ -35,12 +35,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from storage import aof, chain, retain, watchdog
-from storage.chain import Chain, Copied
-from storage.objects import S3, Exists, Folder, Unavailable, open_store
-from storage.server import hold
+from storage import watchdog
+from storage.backup import aof, chain, retain
+from storage.backup.chain import Chain, Copied
+from storage.backup.watch import Files
+from storage.db.server import hold
+from storage.objects import Exists, ObjectStore, Unavailable, open_store
 from storage.settings import Settings, refused
-from storage.watch import Files
 
 log = logging.getLogger("imagegram.ship")
 
@@ -67,7 +68,7 @@ class Server:
 class Shipper:
     """Ships one Redis to one store. `run` returns when `stop` is set, after a last look."""
 
-    def __init__(self, settings: Settings, store: Folder | S3):
+    def __init__(self, settings: Settings, store: ObjectStore):
         self.settings = settings
         self.store = store
         self.files = Files(settings.data / "redis" / "appendonlydir")

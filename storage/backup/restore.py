@@ -22,10 +22,13 @@ from aiofiles.base import wrap
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from storage import aof, chain, check, scripts, server
-from storage.aof import Damaged
+from storage import check
+from storage.backup import aof, chain
+from storage.backup.aof import Damaged
+from storage.db import client as scripts
+from storage.db import server
 from storage.errors import Refusal
-from storage.objects import S3, Folder, NotFound, open_store
+from storage.objects import NotFound, ObjectStore, open_store
 from storage.settings import Settings
 
 LOAD_SECONDS = 3600  # a server that has not loaded by then never will: 10 GiB take minutes
@@ -50,7 +53,7 @@ def clock(second: float) -> str:
 
 async def restore(
     settings: Settings,
-    store: Folder | S3,
+    store: ObjectStore,
     to: Path,
     at: int | None = None,
     say: Callable[[str], None] = print,
@@ -113,7 +116,7 @@ def _fits(settings: Settings, description: dict) -> None:
         )
 
 
-async def _fetch(store: Folder | S3, description: dict, folder: Path, say) -> tuple[list[str], dict]:
+async def _fetch(store: ObjectStore, description: dict, folder: Path, say) -> tuple[list[str], dict]:
     """Write the files of the chain. Returns their names in order, and the last header."""
     files: list[str] = []
     header: dict = {}
@@ -251,7 +254,7 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
     return {"posts": found.posts, "comments": found.comments, "open uploads": found.uploads, "flaws": found.flaws}
 
 
-async def verify(settings: Settings, store: Folder | S3, say: Callable[[str], None] = print) -> bool:
+async def verify(settings: Settings, store: ObjectStore, say: Callable[[str], None] = print) -> bool:
     """Restore the newest into a scratch folder, check it, keep the result in the store, and say it.
 
     False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`

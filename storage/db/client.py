@@ -21,7 +21,13 @@ import hiredis
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
 
 from storage.errors import Unknown, Unreachable, from_reply
 
@@ -46,7 +52,7 @@ def script(text: str) -> Script:
     return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0])
 
 
-SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent.with_name("lua").glob("*.lua")}
+SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent.parent.with_name("lua").glob("*.lua")}
 
 
 class Channel:

@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass
 
-from storage import chain
-from storage.objects import S3, Folder
-from storage.restore import clock, outcome
+from storage.backup import chain
+from storage.backup.restore import clock, outcome
+from storage.objects import ObjectStore
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Snapshot:
     state: str  # "open", "closed", "gap" (closed, and the next does not join), "base" (increments removed)
 
 
-async def snapshots(store: Folder | S3) -> list[Snapshot]:
+async def snapshots(store: ObjectStore) -> list[Snapshot]:
     """All complete generations, oldest first. Raises Damaged, Unavailable."""
     described = await chain.descriptions(store)
     found = []

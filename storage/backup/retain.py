@@ -6,14 +6,14 @@ generation or of a newer one: whatever is wrong with those, the last one known t
 
 import time
 
-from storage import chain
-from storage.objects import S3, Folder
+from storage.backup import chain
+from storage.objects import ObjectStore
 from storage.settings import Settings
 
 DAY = 86400
 
 
-async def sweep(store: Folder | S3, settings: Settings, current: int) -> int:
+async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
     """Remove what is not kept; returns how many objects. Raises Damaged, Unavailable: next time goes on.
 
     `current` is the generation being written. Leftovers of writers that died (objects of an older number

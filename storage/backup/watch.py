@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage import aof
+from storage.backup import aof
 
 
 @dataclass

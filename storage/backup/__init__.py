@@ -1,0 +1,1 @@
+"""The backup: ships the append-only file to object storage, restores it, removes old backups."""

@@ -1,0 +1,1 @@
+"""Redis: the client that runs the Lua scripts, and the embedded server."""
