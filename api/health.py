@@ -7,7 +7,7 @@ from sanic.response import json
 
 from api.answers import READ
 from api.shapes import time
-from storage.backup import ship
+from storage.backup import state as shipper
 from storage.objects import Unavailable
 
 PATIENCE = 1.0  # seconds the store has for its answer: whoever asks has seldom more than two for his
@@ -43,7 +43,7 @@ async def store(objects) -> str:
 
 def backup(settings) -> dict:
     """`lag` in seconds, null where nothing was ever shipped; `verified`: how the last restore on trial ended."""
-    state = ship.state(settings)
+    state = shipper.read(settings)
     lag, proof = state["lag"], state["verified"]
     if proof:
         flaws, detail = proof.get("counts", {}).get("flaws"), proof.get("detail", "")

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from storage import check, processes, retry, sweep
-from storage.backup import chain, restore, ship, snapshots
+from storage.backup import restore, retain, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
 from storage.db import server
 from storage.db.client import Redis
@@ -92,7 +92,13 @@ async def _until_told(work: Coroutine) -> None:
 
 async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
     db = Redis(settings.redis_url)
-    found = await sweep.sweep(db, open_store(settings.store_url), settings, remove=not arguments.dry_run)
+    found = await sweep.sweep(
+        db,
+        open_store(settings.store_url),
+        retain.KeptBackups(open_store(settings.backup_store_url)).may_name,
+        settings.named_ms,
+        remove=not arguments.dry_run,
+    )
     await db.close()
     _say(f"{'found' if arguments.dry_run else 'removed'}: {found}")
 
@@ -127,10 +133,10 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
         # Asked of the store, because the shipper here looks at the last trial once a minute only.
-        proof = await chain.verified(store)
-        print(snapshots.table(await snapshots.snapshots(store), ship.state(settings), proof))
+        proof = await verify.last_result(store)
+        print(snapshots.table(await snapshots.snapshots(store), state.read(settings), proof))
     elif arguments.command == "verify":
-        if not await restore.verify(settings, store, _say):
+        if not await verify.verify(settings, store, _say):
             sys.exit("the newest generation cannot be restored")
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)

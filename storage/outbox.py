@@ -5,31 +5,30 @@ Uploads and erasures are in the zset `due`. Image work is in one zset `making` f
 not settled comes back by itself, so a process may die at any point: at worst the work is done again.
 """
 
-import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 from storage import keys, uploads
-from storage.backup.aof import Damaged
-from storage.backup.chain import descriptions
 from storage.db.client import Redis
 from storage.errors import NoPost, NoUpload
-from storage.objects import NotFound, ObjectStore, Unavailable
+from storage.objects import NotFound, ObjectStore
 from storage.posts import read as read_post
 from storage.settings import DAY_MS, LEASE_MS
 
 ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
-ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
 # A job that was running when its post was deleted or failed may store a JPEG afterwards and be killed before it can
 # erase it. So the JPEG is erased every LOOK_MS until no such job can be running any more.
 LOOK_MS = 30_000
 # The longest that a job can run: RQ ends it after 60 s (workers.dispatcher.TIMEOUT). Where that does not work, RQ kills
 # it 60 s later, and looks every 5 s (workers.__main__.WAIT), or every 20 s where Redis says nothing.
 JOB_MS = 150_000
-# A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
-REWRITE_MS = 3_600_000
 MOST = 500  # due entries, or users with image work, looked at in one script: about 1 ms of Redis' time
+
+
+# The one question to the backup: may a kept backup hold the state of this moment, or of an earlier one? ms since 1970
+MayName = Callable[[int], Awaitable[bool]]
 
 
 class Due(NamedTuple):
@@ -126,29 +125,7 @@ async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> No
     await db.call("fail_post", named, db.clock, post, attempt, code, detail, keys.making_prefix(partition))
 
 
-class Kept:
-    """The moments that kept backups hold, as the backup store said within a minute.
-
-    They are kept for longer than set where `verify` fails. A backup store that cannot say may have any moment.
-    """
-
-    def __init__(self, backup: ObjectStore):
-        self._backup = backup
-        self._seconds: list[int] = []
-        self._asked = -ASK_AGAIN
-
-    async def names(self, moment: int) -> bool:
-        """Whether a backup holds the state of a moment or an earlier one, ms since 1970."""
-        if time.monotonic() >= self._asked + ASK_AGAIN:
-            try:
-                self._seconds = [one["second"] for one in (await descriptions(self._backup)).values()]
-            except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
-                self._seconds = [0]
-            self._asked = time.monotonic()
-        return any(second * 1000 - REWRITE_MS <= moment for second in self._seconds)
-
-
-async def erase(db: Redis, objects: ObjectStore, kept: Kept, due: Due, named_ms: int) -> None:
+async def erase(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, named_ms: int) -> None:
     """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
 
     The image is erased at once and until no job can store it again. The original is erased when no kept backup can
@@ -164,13 +141,13 @@ async def erase(db: Redis, objects: ObjectStore, kept: Kept, due: Due, named_ms:
     else:
         deleted = due.ended or now - named_ms  # at the latest, where the deletion is not told of any more
         needed = max(deleted, await uploads.restored_ms(db, due.partition))
-        again = await named_until(kept, needed, now, named_ms)
+        again = await named_until(may_name, needed, now, named_ms)
         if not again:
             await objects.delete([keys.original(due.id)])
         await _settle(db, due, again or "")
 
 
-async def end_upload(db: Redis, objects: ObjectStore, kept: Kept, due: Due, named_ms: int) -> None:
+async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, named_ms: int) -> None:
     """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted.
 
     They wait as an original does where they are a deleted post's only bytes, and where the upload is from before a
@@ -187,7 +164,7 @@ async def end_upload(db: Redis, objects: ObjectStore, kept: Kept, due: Due, name
             needed = max(now - named_ms, restored)
         elif keys.created_ms(due.id) <= restored:
             needed = restored
-        if again := needed and await named_until(kept, needed, now, named_ms):
+        if again := needed and await named_until(may_name, needed, now, named_ms):
             await _settle(db, due, again)
         else:
             await uploads.erase_chunks(db, objects, due.id, upload.chunks)
@@ -198,7 +175,7 @@ async def end_upload(db: Redis, objects: ObjectStore, kept: Kept, due: Due, name
         await _settle(db, due, upload.expires)
 
 
-async def named_until(kept: Kept, needed: int, now: int, named_ms: int) -> int:
+async def named_until(may_name: MayName, needed: int, now: int, named_ms: int) -> int:
     """When to look again at objects that were needed until a moment, in ms since 1970; 0: no kept backup names them.
 
     The moment is the later of the deletion and the last restore. A restore leaves a timeline in which the object may be
@@ -206,7 +183,7 @@ async def named_until(kept: Kept, needed: int, now: int, named_ms: int) -> int:
     """
     if now < needed + named_ms:
         return needed + named_ms
-    return now + DAY_MS if await kept.names(needed) else 0
+    return now + DAY_MS if await may_name(needed) else 0
 
 
 async def _joined(objects: ObjectStore, post: str) -> bool:

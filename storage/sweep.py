@@ -12,10 +12,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from storage import keys, outbox, uploads
+from storage import keys, uploads
 from storage.db.client import BATCH, Redis, now_ms
-from storage.objects import Entry, ObjectStore, open_store
-from storage.settings import Settings
+from storage.objects import Entry, ObjectStore
+from storage.outbox import MayName, named_until
 
 DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
 FEW = 100  # so many objects may be removed however few there are besides
@@ -40,7 +40,7 @@ class Found:
         return f"{told}: {', '.join(self.names)}" if self.names else told
 
 
-async def sweep(db: Redis, objects: ObjectStore, settings: Settings, remove: bool) -> Found:
+async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, named_ms: int, remove: bool) -> Found:
     """Look at every object older than a day, and if wanted remove those that are nobody's.
 
     An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
@@ -49,18 +49,17 @@ async def sweep(db: Redis, objects: ObjectStore, settings: Settings, remove: boo
     then they are kept for longer than set. Raises Mistaken, Unreachable, Unavailable.
     """
     if remove:
-        found = await sweep(db, objects, settings, remove=False)
+        found = await sweep(db, objects, may_name, named_ms, remove=False)
         if found.lost > max(FEW, found.seen // 2):
             raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
     await db.ping()  # also where no object is old enough to ask about
-    kept, restored = outbox.Kept(open_store(settings.backup_store_url)), {}
-    found = Found()
+    found, restored = Found(), {}
     async for batch in _batches(objects, time.time() - DAY):
         found.seen += len(batch)
         ids = {keys.owner(entry.name) for entry in batch}
         owned = set().union(*await asyncio.gather(*(_owned(db, id) for id in ids)))
         lost = [entry for entry in batch if entry.name not in owned]
-        gone = [entry for entry in lost if not await _named(db, kept, restored, entry, settings.named_ms)]
+        gone = [entry for entry in lost if not await _named(db, may_name, restored, entry, named_ms)]
         found.waiting += len(lost) - len(gone)
         found.lost += len(gone)
         found.size += sum(entry.size for entry in gone)
@@ -70,7 +69,7 @@ async def sweep(db: Redis, objects: ObjectStore, settings: Settings, remove: boo
     return found
 
 
-async def _named(db: Redis, kept: outbox.Kept, restored: dict[int, int], entry: Entry, named_ms: int) -> bool:
+async def _named(db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, named_ms: int) -> bool:
     """Whether a kept backup may name an object. `restored` remembers each partition's last restore."""
     if entry.name.startswith(keys.IMAGES):  # made again from its original
         return False
@@ -81,7 +80,7 @@ async def _named(db: Redis, kept: outbox.Kept, restored: dict[int, int], entry: 
     if partition not in restored:
         restored[partition] = await uploads.restored_ms(db, partition)
     last = restored[partition]
-    return modified <= last and bool(await outbox.named_until(kept, last, now, named_ms))
+    return modified <= last and bool(await named_until(may_name, last, now, named_ms))
 
 
 async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[Entry]]:

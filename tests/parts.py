@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from storage.backup.restore import restore, running
-from storage.backup.ship import Shipper, state
+from storage.backup.ship import Shipper
 from storage.db import server
 from storage.objects import open_store
 from storage.settings import Settings, load

@@ -12,7 +12,7 @@ from parts import make_settings, redis_on, s3_server, s3_url, shipped, shipping
 from parts import until as until_soon
 from proxy import Proxy
 
-from storage.backup.restore import verify
+from storage.backup.verify import verify
 from storage.objects import open_store
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from storage import settings
-from storage.backup import ship
+from storage.backup import state as shipper_state
 from storage.db import server
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_every_service_that_runs_on_is_looked_after():
 def test_each_part_has_the_volumes_it_needs():
     """The layout is that of a data folder. The API reads how the backup stands, a restore what the store holds."""
     known = settings.load({"IMAGEGRAM_DATA": "/data"})
-    assert known.data / "redis" == Path("/data/redis") and ship.state_path(known).parent == Path("/data")
+    assert known.data / "redis" == Path("/data/redis") and shipper_state.path(known).parent == Path("/data")
     assert COMPOSE["ship"]["volumes"] == ["data:/data", "backup:/backup", "store:/store:ro"]
     assert COMPOSE["api"]["volumes"] == ["data:/data:ro", "store:/store"]
     assert COMPOSE["worker"]["volumes"] == ["store:/store", "backup:/backup:ro"]
@@ -97,5 +97,5 @@ def test_the_shippers_health_is_its_lag(tmp_path):
     program = program.replace("/data", str(tmp_path))
     for caught, status in ((None, 1), (time.time(), 0), (time.time() - 200, 1)):
         if caught:
-            ship.state_path(known).write_text(json.dumps({"caught": caught}))
+            shipper_state.path(known).write_text(json.dumps({"caught": caught}))
         assert subprocess.run([sys.executable, option, program]).returncode == status

@@ -19,7 +19,7 @@ from workers.errors import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 LUA = sorted((ROOT / "lua").glob("*.lua"))
-ROOMS = [path for room in ("api", "storage", "workers") for path in sorted((ROOT / room).glob("*.py"))]
+ROOMS = [path for room in ("api", "storage", "workers") for path in sorted((ROOT / room).rglob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()

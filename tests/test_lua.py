@@ -9,6 +9,7 @@ from redis.exceptions import ResponseError
 from state import contents, unchanged
 
 from storage import check, comments, errors, keys, outbox, posts, retry, uploads
+from storage.backup.retain import KeptBackups
 from storage.db.client import SCRIPTS, Redis
 from storage.keys import Once
 from storage.settings import (
@@ -432,7 +433,7 @@ async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_
     assert {due.id for due in await outbox.lease(db, 0)} >= {begun}
     db.clock += HOUR_MS
     for due in await outbox.lease(db, 0):
-        await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
+        await outbox.end_upload(db, store, KeptBackups(store).may_name, due, DAY_MS)
     await refused(server, db, errors.Expired, uploads.read(db, "alice", form))
     assert [entry.name async for entry in store.list("")] == []
 
@@ -462,7 +463,7 @@ async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_
     due = await leased(db, upload)
     assert due.kind == "upload"
     assert [entry.name async for entry in store.list("")]
-    await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
+    await outbox.end_upload(db, store, KeptBackups(store).may_name, due, DAY_MS)
     assert [entry.name async for entry in store.list("")] == []
     await refused(server, db, errors.Expired, uploads.read(db, "alice", upload))
     await refused(server, db, errors.NoUpload, append(db, upload, 60, 1, "60-a"))
@@ -493,7 +494,7 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
         await uploads.discard(db, Unplugged(), "alice", upload)
     assert await outbox.lease(db, 0) == []
     db.clock += uploads.GRACE_MS
-    await outbox.end_upload(db, store, outbox.Kept(store), await leased(db, upload), DAY_MS)
+    await outbox.end_upload(db, store, KeptBackups(store).may_name, await leased(db, upload), DAY_MS)
     assert contents(server.client) == {}
     assert [entry.name async for entry in store.list("")] == []
 

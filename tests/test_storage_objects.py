@@ -13,7 +13,8 @@ import time
 import pytest
 from parts import s3_url
 
-from storage.objects import TMP, Exists, Folder, Full, NotFound, Unavailable, open_store
+from storage.objects import Exists, Folder, Full, NotFound, Unavailable, open_store
+from storage.objects.folder import TMP
 
 pytestmark = pytest.mark.asyncio
 MIB = 1024 * 1024

@@ -20,6 +20,7 @@ from storage import (
     uploads,
 )
 from storage.backup import chain
+from storage.backup.retain import KeptBackups
 from storage.objects import Folder, NotFound
 from storage.outbox import ATTEMPTS, JOB_MS, LEASE_MS
 from storage.settings import DAY_MS
@@ -435,7 +436,7 @@ async def work_off(db, store) -> None:
     """What the dispatcher does at this moment."""
     for due in await outbox.lease(db, 0):
         end = outbox.end_upload if due.kind == "upload" else outbox.erase
-        await end(db, store, outbox.Kept(backups(store)), due, DAY_MS)
+        await end(db, store, KeptBackups(backups(store)).may_name, due, DAY_MS)
 
 
 async def test_a_ready_post_has_its_original_and_image_and_no_chunk(server, db, store):
@@ -704,7 +705,7 @@ class Counted:
 async def test_the_backup_store_is_asked_once_for_many_posts(server, db, store):
     await describe(store, 1, NOW - 5000)
     backup = Counted(backups(store))
-    kept = outbox.Kept(backup)
+    kept = KeptBackups(backup).may_name
     for number in range(20):
         await posts.delete(db, store, f"user{number}", await make_post(db, f"user{number}"))
     db.clock += DAY_MS + LEASE_MS
@@ -722,10 +723,10 @@ async def test_a_backup_that_is_removed_while_it_is_asked_for_keeps_originals_a_
     await describe(store, 1, NOW - 5000)
     db.clock += DAY_MS + LEASE_MS
     backup = Counted(backups(store), going=True)
-    await outbox.erase(db, store, outbox.Kept(backup), await erasure(db, post), DAY_MS)
+    await outbox.erase(db, store, KeptBackups(backup).may_name, await erasure(db, post), DAY_MS)
     assert await names(store) == [keys.original(post)]
     db.clock += DAY_MS
-    await outbox.erase(db, store, outbox.Kept(backup), await erasure(db, post), DAY_MS)
+    await outbox.erase(db, store, KeptBackups(backup).may_name, await erasure(db, post), DAY_MS)
     assert await names(store) == []
 
 
@@ -738,8 +739,8 @@ async def test_a_lease_that_was_given_again_settles_nothing(server, db, store):
     db.clock += LEASE_MS
     current = await erasure(db, post)
     with unchanged(server.client):
-        await outbox.erase(db, store, outbox.Kept(backups(store)), stale, DAY_MS)
-    await outbox.erase(db, store, outbox.Kept(backups(store)), current, DAY_MS)
+        await outbox.erase(db, store, KeptBackups(backups(store)).may_name, stale, DAY_MS)
+    await outbox.erase(db, store, KeptBackups(backups(store)).may_name, current, DAY_MS)
     assert int(server.client.zscore(keys.due(0), post)) > db.clock
 
 

@@ -27,9 +27,12 @@ from state import files
 from uploading import picture
 
 from storage import changes, comments, keys, originals, outbox, posts, uploads
-from storage.backup import aof, chain, ship, snapshots
+from storage.backup import aof, chain, snapshots
+from storage.backup import state as shipper_state
 from storage.backup.aof import Damaged
-from storage.backup.restore import Refused, restore, running, url, verify
+from storage.backup.restore import Refused, restore, running, url
+from storage.backup.retain import KeptBackups
+from storage.backup.verify import last_result, verify
 from storage.db.client import Redis
 from storage.errors import Expired, Outdated
 from storage.objects import open_store
@@ -316,7 +319,7 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
         late = await shown(db, objects, "late")
         for due in await outbox.lease(db, 0):
             end = outbox.end_upload if due.kind == "upload" else outbox.erase
-            await end(db, objects, outbox.Kept(store), due, settings.named_ms)
+            await end(db, objects, KeptBackups(store).may_name, due, settings.named_ms)
         await db.close()
         await shipped(shipper)
     done = await restore(settings, store, tmp_path / "to", second, said.append)
@@ -359,7 +362,7 @@ async def outbox_at(db, objects, store, ms: int, named_ms: int) -> None:
     db.clock = ms
     for due in await outbox.lease(db, 0):
         end = outbox.end_upload if due.kind == "upload" else outbox.erase
-        await end(db, objects, outbox.Kept(store), due, named_ms)
+        await end(db, objects, KeptBackups(store).may_name, due, named_ms)
 
 
 async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_are_there(settings, store, tmp_path):
@@ -404,7 +407,7 @@ async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings
     assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in said
     assert await verify(settings, store)
     assert files(settings.data / "store") == before
-    text = snapshots.table([], ship.state(settings), await chain.verified(store))
+    text = snapshots.table([], shipper_state.read(settings), await last_result(store))
     assert "0 h ago: generation 1 restored up to 20" in text and "1 posts, 1 comments, 0 open uploads, 1 FLAWS" in text
 
 
@@ -424,12 +427,12 @@ async def test_a_restore_that_broke_off_left_no_folder_and_does_not_hinder_the_n
 async def test_verify_keeps_its_last_result_and_the_last_good_generation(settings, store):
     await backed_up(settings, store, 2)
     assert await verify(settings, store)
-    result = await chain.verified(store)
+    result = await last_result(store)
     assert result["ok"] and result["good"] == 2 and result["counts"]
     name = (await chain.descriptions(store))[2]["base"]
     await store.put(chain.segment_name(2, name, 0), secrets.token_bytes(100))
     assert not await verify(settings, store)
-    result = await chain.verified(store)
+    result = await last_result(store)
     assert not result["ok"] and result["good"] == 2 and "digest does not hold" in result["detail"]
     assert [path.name for path in settings.data.iterdir() if path.name.startswith("verify-")] == []
 

@@ -27,6 +27,7 @@ from parts import (
 )
 
 from storage.backup import chain, retain, ship
+from storage.backup import state as shipper_state
 from storage.objects import Unavailable, open_store
 
 pytestmark = pytest.mark.asyncio
@@ -262,16 +263,16 @@ async def test_while_the_store_is_away_the_lag_is_known_and_rewrites_lose_nothin
     async with redis_on(settings) as redis, shipping(settings, faulty) as shipper:
         async with writing(settings, 2) as writers:
             await shipped(shipper)
-            assert ship.state(settings)["lag"] < 5 and not ship.state(settings)["trouble"]
+            assert shipper_state.read(settings)["lag"] < 5 and not shipper_state.read(settings)["trouble"]
             faulty.rate = 1
-            await until(lambda: ship.state(settings)["trouble"], "the trouble is told")
+            await until(lambda: shipper_state.read(settings)["trouble"], "the trouble is told")
             away = time.time()
             for _ in range(3):
                 await redis.rewrite()
-            await until(lambda: ship.state(settings)["lag"] > time.time() - away, "the lag grows")
+            await until(lambda: shipper_state.read(settings)["lag"] > time.time() - away, "the lag grows")
             faulty.rate = 0
             await shipped(shipper)
-            await until(lambda: not ship.state(settings)["trouble"], "all is well again")
+            await until(lambda: not shipper_state.read(settings)["trouble"], "all is well again")
         await shipped(shipper)
     # Every increment of the time away was held open: the first chain joins the newest without a gap
     ends = [(await chain.load(store, number)).end for number in await chain.descriptions(store)]
@@ -301,7 +302,7 @@ async def lags(settings, shipper, generation: int) -> tuple[float, float, set[st
     began, worst, troubles = time.monotonic(), 0.0, set()
     while not shipper.chain or shipper.chain.generation != generation or not shipper.chain.second:
         assert not shipper.task.done() and time.monotonic() < began + 60
-        known = ship.state(settings)
+        known = shipper_state.read(settings)
         worst = max(worst, float("inf") if known["lag"] is None else known["lag"])
         troubles.add(known["trouble"])
         await asyncio.sleep(0.02)
@@ -328,7 +329,7 @@ async def test_there_is_no_lag_while_a_large_base_is_shipped_beside_a_chain_that
             watched = asyncio.ensure_future(lags(settings, shipper, 2))
             await until(lambda: writers[0].number > 50 and shipper.coming, "writes while the base is on its way")
             await shipped(shipper)
-            moment = time.time() - ship.state(settings)["lag"]
+            moment = time.time() - shipper_state.read(settings)["lag"]
             done, (found,) = await restored(settings, store, writers, tmp_path)
             assert done.generation == 1 and shipper.coming, "the base was shipped too early"
             took, worst, troubles = await watched
@@ -348,7 +349,7 @@ async def test_the_lag_grows_and_is_explained_while_the_first_base_or_that_after
             assert len([told for told in troubles if re.fullmatch(r"generation 1 begins: .* of 2.0 MiB .*", told)]) > 5
             await redis.client.set("lost", "by the cut")
             await shipped(shipper)
-            assert not ship.state(settings)["trouble"]
+            assert not shipper_state.read(settings)["trouble"]
             redis.kill()
             os.truncate(redis.increment(), 0)
             await redis.start()
@@ -473,6 +474,6 @@ async def test_a_sweep_removes_what_is_not_kept_and_leaves_chains_that_can_be_re
 
 
 async def test_a_state_nobody_wrote_says_that_no_shipper_ran(tmp_path):
-    assert ship.state(make_settings(tmp_path, "", "file:///x"))["lag"] is None
+    assert shipper_state.read(make_settings(tmp_path, "", "file:///x"))["lag"] is None
     with suppress(FileNotFoundError):
         Path(tmp_path, "shipping.json").unlink()

@@ -13,7 +13,8 @@ from conftest import ROOT
 from parts import PROGRAMS, make_settings, redis_on, s3_url, shipped, shipping, until
 
 from storage.backup import chain, ship, snapshots
-from storage.backup.restore import verify
+from storage.backup import state as shipper_state
+from storage.backup.verify import last_result, verify
 from storage.objects import open_store
 
 pytestmark = pytest.mark.asyncio
@@ -45,14 +46,14 @@ def daily(settings, monkeypatch):
 
 async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store):
     def told(ok: bool):
-        proof = ship.state(daily)["verified"]
+        proof = shipper_state.read(daily)["verified"]
         return proof if proof and proof["ok"] is ok else None
 
     async with redis_on(daily) as redis, shipping(daily, store) as shipper:
         await shipped(shipper)
         first = await until(lambda: told(True), "a trial that went well")
         assert first["good"] == 1 and first["counts"]["flaws"] == 0
-        table = snapshots.table(await snapshots.snapshots(store), ship.state(daily), first)
+        table = snapshots.table(await snapshots.snapshots(store), shipper_state.read(daily), first)
         assert "0 h ago: generation 1 restored" in table
         again = await until(lambda: (proof := told(True))["time"] > first["time"] and proof, "another")
         assert again["time"] >= first["time"] + daily.verify_every
@@ -61,7 +62,7 @@ async def test_a_trial_is_begun_on_schedule_and_its_result_is_told(daily, store)
         await store.put(name, good[:-1] + bytes([good[-1] ^ 1]))
         failed = await until(lambda: told(False), "a trial that found the flipped bit")
         assert "digest does not hold" in failed["detail"] and failed["good"] == 1
-        assert "FAILED: " in snapshots.table([], ship.state(daily), failed)
+        assert "FAILED: " in snapshots.table([], shipper_state.read(daily), failed)
         await store.put(name, good)
         await until(lambda: told(True), "all is well again")
     assert [path.name for path in daily.data.glob("verify-*")] == []
@@ -80,7 +81,7 @@ async def test_verify_says_its_result_and_snapshots_show_it_at_once(daily, store
         result = r"generation 1 restored up to 20\S+Z \(0 posts, 0 comments, 0 open uploads, 0 flaws\)"
         assert done.returncode == 0 and re.fullmatch(rf"{result}; it took \d+\.\d s", done.stdout.splitlines()[-1])
         shown = (await asyncio.to_thread(run, "snapshots")).stdout
-        assert ship.state(settings)["verified"] is None  # the shipper has not looked since
+        assert shipper_state.read(settings)["verified"] is None  # the shipper has not looked since
         assert re.fullmatch(rf"verified 20\S+Z, 0 h ago: {result}", shown.splitlines()[-1])
         name = chain.segment_name(1, redis.base(), 0)
         good = await store.get(name)
@@ -97,10 +98,10 @@ async def test_a_trial_that_another_process_has_done_is_told_too(settings, store
     monkeypatch.setattr(ship, "LOOK_AGAIN", 0.1)
     async with redis_on(settings), shipping(settings, store) as shipper:
         await shipped(shipper)
-        assert ship.state(settings)["verified"] is None
+        assert shipper_state.read(settings)["verified"] is None
         assert await verify(settings, store)
-        told = await until(lambda: ship.state(settings)["verified"], "its result")
-        assert told == await chain.verified(store)
+        told = await until(lambda: shipper_state.read(settings)["verified"], "its result")
+        assert told == await last_result(store)
 
 
 async def test_a_trial_that_died_is_not_begun_again_at_once(daily, store, monkeypatch, tmp_path):
@@ -113,7 +114,7 @@ async def test_a_trial_that_died_is_not_begun_again_at_once(daily, store, monkey
         await shipped(shipper)
         await until(lambda: begun.exists() and begun.stat().st_size >= 3, "three trials")
         assert time.time() >= shipper.chain.second + 3 * daily.verify_every
-        assert ship.state(daily)["verified"] is None
+        assert shipper_state.read(daily)["verified"] is None
 
 
 async def test_a_trial_ends_with_its_shipper_and_leaves_neither_server_nor_folder(daily, store):

@@ -8,6 +8,7 @@ from uploading import begin, offset, picture
 from wiretrace import play
 
 from storage import outbox, uploads
+from storage.backup.retain import KeptBackups
 from storage.settings import DAY_MS, HOUR_MS
 
 TRACES = {
@@ -142,7 +143,7 @@ async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(serving,
     db.clock = ""
     for due in await outbox.lease(db, 0):
         if due.id == upload:
-            await outbox.end_upload(db, store, outbox.Kept(store), due, DAY_MS)
+            await outbox.end_upload(db, store, KeptBackups(store).may_name, due, DAY_MS)
     assert [entry async for entry in store.list("")] == []
     await asyncio.to_thread(ask)
     # It counts for the quota no longer, and after another day it is forgotten.

@@ -46,10 +46,9 @@ def scripts(wheel):
 
 def test_a_wheel_holds_the_rooms_and_what_they_read(wheel):
     wanted = {
-        f"{room}/{path.name}"
+        str(path.relative_to(ROOT))
         for room, kind in (("api", ".py"), ("lua", ".lua"), ("storage", ".py"), ("workers", ".py"))
-        for path in (ROOT / room).iterdir()
-        if path.suffix == kind
+        for path in (ROOT / room).rglob(f"*{kind}")
     }
     with zipfile.ZipFile(wheel) as packed:
         found = {name for name in packed.namelist() if ".dist-info/" not in name}

@@ -13,6 +13,7 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from storage import objects, outbox, watchdog
+from storage.backup.retain import KeptBackups
 from storage.db.client import Redis
 from storage.errors import Unknown, Unreachable
 from storage.objects import ObjectStore
@@ -84,11 +85,12 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
 
     A failure delays only what failed: one entry, one partition, or the part that needs the store or the queue.
     """
-    store, kept = objects.open_store(chosen.store_url), outbox.Kept(objects.open_store(chosen.backup_store_url))
+    store = objects.open_store(chosen.store_url)
+    kept = KeptBackups(objects.open_store(chosen.backup_store_url))
     async with asyncio.TaskGroup() as parts:
         parts.create_task(_hand_out(db, chosen, hints))
         for partition in range(chosen.partitions):
-            parts.create_task(_clean_up(db, store, kept, partition, chosen.named_ms))
+            parts.create_task(_clean_up(db, store, kept.may_name, partition, chosen.named_ms))
 
 
 async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
@@ -121,7 +123,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
         await asyncio.sleep(pause)
 
 
-async def _clean_up(db: Redis, store: ObjectStore, kept: outbox.Kept, partition: int, named_ms: int):
+async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, named_ms: int):
     """Ends the uploads of a partition that are due, and erases what is due to be erased."""
     trouble, name = Trouble(), f"cleaning up partition {partition}"
     ends = {"upload": outbox.end_upload, "erase": outbox.erase}
@@ -132,7 +134,7 @@ async def _clean_up(db: Redis, store: ObjectStore, kept: outbox.Kept, partition:
                 for due in await outbox.lease(db, partition):
                     watchdog.step()
                     try:
-                        await ends[due.kind](db, store, kept, due, named_ms)
+                        await ends[due.kind](db, store, may_name, due, named_ms)
                     except (Unreachable, Unknown):
                         raise
                     except Exception as fault:  # whatever one entry does, the others are not its fault

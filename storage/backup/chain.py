@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from storage.backup.aof import Damaged
-from storage.objects import NotFound, ObjectStore
+from storage.objects import ObjectStore
 
 DESCRIPTIONS = "generations/"
 SEGMENT = 4 * 1024 * 1024  # bytes of a file in one object: what a put over 10 Mbit/s brings through in 4 s
@@ -191,11 +191,3 @@ async def unused(store: ObjectStore) -> int:
     while [name async for name in store.list(f"{number:08}/")]:
         number += 1
     return number
-
-
-async def verified(store: ObjectStore) -> dict | None:
-    """The last result of `verify`, None if there is none."""
-    try:
-        return json.loads(await store.get("verified"))
-    except NotFound:
-        return None

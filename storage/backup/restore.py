@@ -6,7 +6,6 @@ The folder gets its name only after a server has loaded it and the data were che
 """
 
 import asyncio
-import json
 import os
 import shutil
 import tempfile
@@ -27,8 +26,7 @@ from storage.backup import aof, chain
 from storage.backup.aof import Damaged
 from storage.db import client as scripts
 from storage.db import server
-from storage.errors import Refusal
-from storage.objects import NotFound, ObjectStore, open_store
+from storage.objects import ObjectStore, open_store
 from storage.settings import Settings
 
 LOAD_SECONDS = 3600  # a server that has not loaded by then never will: 10 GiB take minutes
@@ -252,35 +250,3 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
     for line in found.told:
         say(f"FLAW: {line}")
     return {"posts": found.posts, "comments": found.comments, "open uploads": found.uploads, "flaws": found.flaws}
-
-
-async def verify(settings: Settings, store: ObjectStore, say: Callable[[str], None] = print) -> bool:
-    """Restore the newest into a scratch folder, check it, keep the result in the store, and say it.
-
-    False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
-    removes nothing from there on. Raises Unavailable: then nothing is known, and the last result stands.
-    """
-    before = await chain.verified(store)
-    settings.data.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
-    result = {"time": begun, "ok": False, "good": before["good"] if before else 0}
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
-        try:
-            done = await restore(settings, store, Path(scratch, "redis"), None, say)
-        except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # the disk may be full, too
-            result["detail"] = str(error)
-        else:
-            result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}
-    result["took"] = round(time.time() - begun, 3)
-    await store.put("verified", json.dumps(result).encode())
-    say(f"{outcome(result)}; it took {result['took']:.1f} s")
-    return result["ok"]
-
-
-def outcome(result: dict) -> str:
-    """For people: how a restore on trial ended, by what `verify` has put in the store."""
-    if not result["ok"]:
-        return f"FAILED: {result['detail']}"
-    counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")
-    flaws = f"{result['counts']['flaws']} FLAWS" if result["counts"]["flaws"] else "0 flaws"
-    return f"generation {result['good']} restored up to {clock(result['second'])} ({counts}, {flaws})"

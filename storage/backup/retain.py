@@ -6,11 +6,15 @@ generation or of a newer one: whatever is wrong with those, the last one known t
 
 import time
 
-from storage.backup import chain
-from storage.objects import ObjectStore
+from storage.backup import chain, verify
+from storage.backup.aof import Damaged
+from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import Settings
 
 DAY = 86400
+ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
+# A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
+REWRITE_MS = 3_600_000
 
 
 async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
@@ -21,7 +25,7 @@ async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
     what a crash leaves is a chain that nobody finds, or a shorter one.
     """
     described = await chain.descriptions(store)
-    last = await chain.verified(store)
+    last = await verify.last_result(store)
     good = min(last["good"] if last and last.get("good") else 0, current)
     whole, bases = kept(described, settings, good, time.time())
     removed = []
@@ -56,3 +60,25 @@ def kept(described: dict[int, dict], settings: Settings, good: int, now: float) 
             bases.add(number)
         days.add(second // DAY)
     return whole, bases
+
+
+class KeptBackups:
+    """The moments that kept backups hold, as the backup store said within a minute.
+
+    They are kept for longer than set where `verify` fails. A backup store that cannot say may have any moment.
+    """
+
+    def __init__(self, backup: ObjectStore):
+        self._backup = backup
+        self._seconds: list[int] = []
+        self._asked = -ASK_AGAIN
+
+    async def may_name(self, moment: int) -> bool:
+        """Whether a backup holds the state of a moment or an earlier one, ms since 1970."""
+        if time.monotonic() >= self._asked + ASK_AGAIN:
+            try:
+                self._seconds = [one["second"] for one in (await chain.descriptions(self._backup)).values()]
+            except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
+                self._seconds = [0]
+            self._asked = time.monotonic()
+        return any(second * 1000 - REWRITE_MS <= moment for second in self._seconds)

@@ -20,14 +20,12 @@ What makes a chain true:
 
 import asyncio
 import hashlib
-import json
 import logging
 import signal
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from aiofiles.base import wrap
 from redis.asyncio import Redis
@@ -36,7 +34,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from storage import watchdog
-from storage.backup import aof, chain, retain
+from storage.backup import aof, chain, retain, state, verify
 from storage.backup.chain import Chain, Copied
 from storage.backup.watch import Files
 from storage.db.server import hold
@@ -341,23 +339,21 @@ class Shipper:
     # Telling
 
     def _tell(self, trouble: str) -> None:
-        """Keep the state that `/readyz` and the gauges read. Not synced: a crash makes it stale anyway."""
+        """Log what changes, and keep the state that `/readyz` reads."""
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
         elif self.trouble and not trouble:
             log.info("all is well again")
         self.trouble = trouble
-        state = {
-            "caught": self.caught,
-            "generation": self.chain.generation if self.chain else None,
-            "trouble": trouble or self._beginning(),
-            "verified": self.verified,
-        }
-        path = state_path(self.settings)
-        with suppress(OSError):
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(state))
-            draft.rename(path)
+        state.write(
+            self.settings,
+            {
+                "caught": self.caught,
+                "generation": self.chain.generation if self.chain else None,
+                "trouble": trouble or self._beginning(),
+                "verified": self.verified,
+            },
+        )
 
     def _beginning(self) -> str:
         """Why the lag grows although nothing fails: no chain is there that could grow. Empty if one is."""
@@ -375,31 +371,13 @@ class Shipper:
             log.info("the restore on trial ended with %d", self.verifying.returncode)
             self.verifying, self.looked = None, -LOOK_AGAIN
         if time.monotonic() >= self.looked + LOOK_AGAIN:
-            self.verified, self.looked = await chain.verified(self.store), time.monotonic()
+            self.verified, self.looked = await verify.last_result(self.store), time.monotonic()
         if not self.settings.verify_every or self.verifying or not self.chain or not self.chain.second:
             return
         last = self.verified["time"] if self.verified else self.chain.second
         if time.time() - max(last, self.tried) >= self.settings.verify_every:
             self.tried = time.time()
             self.verifying = await asyncio.create_subprocess_exec(sys.executable, "-m", "storage", "verify")
-
-
-def state_path(settings: Settings) -> Path:
-    return settings.data / "shipping.json"
-
-
-def state(settings: Settings) -> dict:
-    """How the backup stands: `lag` in seconds (None: never caught up), `generation`, `trouble`, `verified`.
-
-    `trouble` says why the lag grows: the store fails, or the first base is on its way. `verified` is what the shipper
-    knows, up to LOOK_AGAIN old. The lag of a shipper that died grows by itself.
-    """
-    try:
-        kept = json.loads(state_path(settings).read_text())
-    except (OSError, json.JSONDecodeError):
-        kept = {"caught": 0, "generation": None, "trouble": "no shipper has run here", "verified": None}
-    caught = kept.pop("caught")
-    return {"lag": time.time() - caught if caught else None, **kept}
 
 
 def main(settings: Settings) -> None:

@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass
 
 from storage.backup import chain
-from storage.backup.restore import clock, outcome
+from storage.backup.restore import clock
+from storage.backup.verify import outcome
 from storage.objects import ObjectStore
 
 
@@ -40,7 +41,7 @@ async def snapshots(store: ObjectStore) -> list[Snapshot]:
 
 
 def table(found: list[Snapshot], state: dict, proof: dict | None) -> str:
-    """For people. `state` is that of the shipper here (`ship.state`), `proof` the store's (`chain.verified`)."""
+    """For people. `state` is that of the shipper here (`state.read`), `proof` the store's (`verify.last_result`)."""
     lines = ["generation  base                  until                 objects       MiB  state   server"]
     for one in found:
         lines.append(

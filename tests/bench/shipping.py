@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from storage import settings
-from storage.backup import ship
+from storage.backup import state as shipper_state
 from tests.bench import fill
 from tests.bench.drive import Load, Run, in_turns, ratio
 from tests.bench.parts import Api, Redis
@@ -30,7 +30,7 @@ def measure(rounds: int, seconds: float) -> list[Row]:
         known, lags = settings.load(api.environment), []
 
         def behind() -> float:
-            lag = ship.state(known)["lag"]
+            lag = shipper_state.read(known)["lag"]
             return float("inf") if lag is None else lag
 
         def shipped() -> Run:
