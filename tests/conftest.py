@@ -59,7 +59,7 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        conf = str(ROOT / "storage" / "redis.conf")
+        conf = str(ROOT / "storage" / "db" / "redis.conf")
         where = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
         # Signals as Python has them: a file at its limit is a write's error, not the server's death (SIGXFSZ).
         command = [SERVERS[self.kind], conf, *where, *self.options]

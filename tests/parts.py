@@ -18,6 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from storage.backup import state as shipper_state
 from storage.backup.restore import restore, running
 from storage.backup.ship import Shipper
 from storage.db import server
@@ -119,7 +120,7 @@ async def shipped(shipper: Shipper) -> None:
     now = time.time()
 
     def told() -> bool:
-        lag = state(shipper.settings)["lag"]
+        lag = shipper_state.read(shipper.settings)["lag"]
         return lag is not None and time.time() - lag > now
 
     await until(

@@ -14,10 +14,17 @@ from state import unchanged
 
 from storage import keys, objects, posts, settings, uploads
 from storage.backup import chain
-from storage.sweep import DAY, FEW, Mistaken, sweep
+from storage.backup.retain import KeptBackups
+from storage.objects import open_store
+from storage.sweep import DAY, FEW, Found, Mistaken, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
 OLD, OLDEST = 1.1 * DAY, 7.1 * DAY  # seconds; an original may be named by a backup for twice three and a half days
+
+
+async def swept(db, store, chosen: settings.Settings, remove: bool) -> Found:
+    may_name = KeptBackups(open_store(chosen.backup_store_url)).may_name
+    return await sweep(db, store, may_name, chosen.named_ms, remove)
 
 
 @pytest.fixture
@@ -78,14 +85,14 @@ async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tm
     ]
     before = await names(store)
     with unchanged(server.client, tmp_path):
-        found = await sweep(db, store, CHOSEN, remove=False)
+        found = await swept(db, store, CHOSEN, remove=False)
     assert (found.lost, found.size, found.waiting) == (4, 16, 1)
     assert found.seen == len(owned) + len(lost) + 1
     assert set(found.names) == set(lost)
     with unchanged(server.client):
-        assert await sweep(db, store, CHOSEN, remove=True) == found
+        assert await swept(db, store, CHOSEN, remove=True) == found
     assert await names(store) == before - set(lost) == owned | set(let_be)
-    assert (await sweep(db, store, CHOSEN, remove=True)).lost == 0
+    assert (await swept(db, store, CHOSEN, remove=True)).lost == 0
 
 
 async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store, tmp_path):
@@ -99,10 +106,10 @@ async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store,
     db.clock = int((now - 10 * DAY) * 1000)
     await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
     db.clock = now * 1000
-    found = await sweep(db, store, chosen, remove=True)
+    found = await swept(db, store, chosen, remove=True)
     assert (found.lost, found.waiting, found.names) == (1, 2, [image])
     await backup.delete([chain.description_name(1)])
-    assert (await sweep(db, store, chosen, remove=True)).lost == 2
+    assert (await swept(db, store, chosen, remove=True)).lost == 2
     assert not lost & await names(store)
 
 
@@ -119,7 +126,7 @@ async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store
     for number in range(FEW + 1):
         await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
     with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{FEW + 1} of {FEW + 1} objects "):
-        await sweep(real, store, CHOSEN, remove=True)
+        await swept(real, store, CHOSEN, remove=True)
 
 
 async def test_a_sweep_looks_at_more_than_one_batch(real, store, tmp_path):
@@ -127,7 +134,7 @@ async def test_a_sweep_looks_at_more_than_one_batch(real, store, tmp_path):
     for post in posts:
         await put(store, tmp_path, keys.image(post))
     await put(store, tmp_path, keys.image(NOBODY))
-    assert (await sweep(real, store, CHOSEN, remove=True)).lost == 1
+    assert (await swept(real, store, CHOSEN, remove=True)).lost == 1
     assert await names(store) == {keys.image(post) for post in posts}
 
 
@@ -137,9 +144,9 @@ async def test_a_store_in_a_bucket_is_swept_too(real, monkeypatch):
     post = await make_post(real, "alice")
     for name in (keys.image(post), keys.image(NOBODY), keys.chunk("u" + NOBODY, "0-a")):
         await store.put(name, b"1234")
-    assert (await sweep(real, store, CHOSEN, remove=True)).seen == 0
+    assert (await swept(real, store, CHOSEN, remove=True)).seen == 0
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + OLD)
-    assert (await sweep(real, store, CHOSEN, remove=True)).lost == 2
+    assert (await swept(real, store, CHOSEN, remove=True)).lost == 2
     assert await names(store) == {keys.image(post)}
 
 
