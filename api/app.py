@@ -6,7 +6,7 @@ from sanic import Sanic
 from api import bodies, comments, health, images, posts, uploads
 from api.flights import Flights
 from api.problems import Errors
-from api.shapes import JSON_BYTES
+from api.reading import JSON_BYTES
 from storage.db.client import Redis
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret

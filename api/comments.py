@@ -3,7 +3,7 @@
 from sanic import Blueprint
 from sanic.response import empty
 
-from api import shapes, tokens
+from api import reading, rendering, tokens
 from api.answers import READ, Answer, joined, made, shared
 from storage import comments
 from storage.errors import Precondition
@@ -14,22 +14,22 @@ routes = Blueprint("comments")
 @routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
     user = tokens.user(request)
-    await shapes.receive(request)
-    text = shapes.text(shapes.fields(request).get("text"), "text")
-    if not shapes.SEEN.search(text):
-        raise shapes.invalid("text must not be blank", pointer="#/text")
+    await reading.receive(request)
+    text = reading.text(reading.fields(request).get("text"), "text")
+    if not reading.SEEN.search(text):
+        raise reading.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
-        request.app.ctx.db, user, post, text, shapes.once(request, request.body)
+        request.app.ctx.db, user, post, text, reading.once(request, request.body)
     )
-    return shapes.created(shapes.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
+    return rendering.created(rendering.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 
 @routes.route("/v1/posts/<post>/comments", methods=READ)
 @shared
 async def page(request, post: str) -> Answer:
-    limit = shapes.limit(request)
-    found = await comments.page(request.app.ctx.db, post, limit, shapes.before(request))
-    return shapes.page(request.path, limit, tuple(found.comments), found.more, shapes.encoded_comment, "{row.id}")
+    limit = reading.limit(request)
+    found = await comments.page(request.app.ctx.db, post, limit, reading.before(request))
+    return rendering.page(request.path, limit, tuple(found.comments), found.more, rendering.encoded_comment, "{row.id}")
 
 
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
@@ -39,7 +39,7 @@ async def read(request, post: str, comment: str) -> Answer:
 
 
 def answer(row: comments.Comment) -> Answer:
-    return made(shapes.comment(row))
+    return made(rendering.comment(row))
 
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")

@@ -7,7 +7,7 @@ here. A form that breaks off or is refused leaves nothing behind.
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from api import shapes
+from api import reading
 from api.problems import Problem
 from storage import posts, uploads
 from storage.errors import Empty, TooLarge
@@ -89,7 +89,7 @@ def boundary(request) -> bytes:
     if not declared.isascii():
         raise damaged("the form's boundary is not ASCII")
     _, options = parse_options_header(declared)
-    if shapes.declared(request) > IMAGE_BYTES + FORM_SLACK:
+    if reading.declared(request) > IMAGE_BYTES + FORM_SLACK:
         raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
     if not options.get(b"boundary"):
         raise damaged("the form names no boundary")
@@ -103,11 +103,11 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     Idempotency-Key at the same time, the second to end gets the first one's post.
     Raises Problem, TooLarge, Format, Empty, Quota, Busy, NoPost.
     """
-    ctx, form, once = request.app.ctx, Form(boundary(request)), shapes.once(request, body=None)
+    ctx, form, once = request.app.ctx, Form(boundary(request)), reading.once(request, body=None)
     if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
         return post.id, post.caption, True
     partitions, processing = ctx.settings.partitions, ctx.settings.processing
-    declared = shapes.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
+    declared = reading.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
     async with uploads.receiving(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
         caption = await receive(request, form, image)
         try:
@@ -132,7 +132,7 @@ async def receive(request, form: Form, image: uploads.Appender) -> str:
             if field == "image":
                 await image.write(data)
             elif len(caption) + len(data) > CAPTION_BYTES:
-                raise shapes.invalid(f"caption may have up to {TEXT_CHARACTERS} characters", parameter="caption")
+                raise reading.invalid(f"caption may have up to {TEXT_CHARACTERS} characters", parameter="caption")
             else:
                 caption += data
     if not form.ended:
@@ -140,6 +140,6 @@ async def receive(request, form: Form, image: uploads.Appender) -> str:
     if "image" not in form.names:
         raise damaged("the form has no image", parameter="image")
     try:
-        return shapes.text(caption.decode(), "caption", parameter="caption")
+        return reading.text(caption.decode(), "caption", parameter="caption")
     except UnicodeDecodeError:
         raise damaged("caption is not UTF-8", parameter="caption") from None

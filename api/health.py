@@ -6,7 +6,7 @@ from sanic import Blueprint
 from sanic.response import json
 
 from api.answers import READ
-from api.shapes import time
+from api.rendering import time
 from storage.backup import state as shipper
 from storage.objects import Unavailable
 

@@ -3,7 +3,7 @@
 from sanic import Blueprint
 from sanic.response import empty
 
-from api import shapes, tokens
+from api import reading, rendering, tokens
 from api.answers import READ, Answer, joined, made, shared
 from api.forms import publish
 from api.problems import Problem
@@ -19,49 +19,49 @@ async def create(request):
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         post, caption, replayed = await publish(request, user)
-        body = shapes.new_post(post, user, caption)
+        body = rendering.new_post(post, user, caption)
     elif kind == "application/json":
         body, replayed = await adopt(request, user)
     else:
         raise Problem(415, "type", "a post is sent as multipart/form-data, or as JSON that names an upload")
-    return shapes.created(body, f"/v1/posts/{body['id']}", replayed)
+    return rendering.created(body, f"/v1/posts/{body['id']}", replayed)
 
 
 async def adopt(request, user: str) -> tuple[dict, bool]:
     """Make a post of a finished upload, or find the post that it has become."""
-    await shapes.receive(request)
-    fields = shapes.fields(request)
-    upload = shapes.string(fields.get("upload"), "upload")
-    caption = shapes.text(fields.get("caption", ""), "caption")
+    await reading.receive(request)
+    fields = reading.fields(request)
+    upload = reading.string(fields.get("upload"), "upload")
+    caption = reading.text(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
     processing = request.app.ctx.settings.processing
-    post, how = await posts.create(db, user, upload, caption, shapes.once(request, request.body), processing)
+    post, how = await posts.create(db, user, upload, caption, reading.once(request, request.body), processing)
     if how == posts.MADE:
-        return shapes.new_post(post, user, caption), False
+        return rendering.new_post(post, user, caption), False
     row = await posts.read(db, post)
     if how == posts.KNOWN:
-        return shapes.post(row), False
-    return shapes.new_post(post, user, row.caption), True
+        return rendering.post(row), False
+    return rendering.new_post(post, user, row.caption), True
 
 
 @routes.route("/v1/posts", methods=READ)
 @shared
 async def feed(request) -> Answer:
-    db, after, limit = request.app.ctx.db, shapes.place(request), shapes.limit(request)
+    db, after, limit = request.app.ctx.db, reading.place(request), reading.limit(request)
     found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
     links = () if after else (f'</v1/changes?since={changes.issue(db, found.seen)}>; rel="changes"',)
     place = "{row.comment_count}:{row.id}"
-    return shapes.page(request.path, limit, found.posts, found.more, shapes.encoded_post, place, links)
+    return rendering.page(request.path, limit, found.posts, found.more, rendering.encoded_post, place, links)
 
 
 @routes.route("/v1/changes", methods=READ)
 @shared
 async def changed(request) -> Answer:
-    ctx, since = request.app.ctx, shapes.arguments(request).get("since")
+    ctx, since = request.app.ctx, reading.arguments(request).get("since")
     found = await changes.since(
-        ctx.db, ctx.settings.partitions, shapes.limit(request), changes.parse(since) if since else None
+        ctx.db, ctx.settings.partitions, reading.limit(request), changes.parse(since) if since else None
     )
-    items = [{"id": row, "deleted": True} if isinstance(row, str) else shapes.post(row) for row in found.posts]
+    items = [{"id": row, "deleted": True} if isinstance(row, str) else rendering.post(row) for row in found.posts]
     return made({"items": items, "next": str(found.token), "more": found.more})
 
 
@@ -72,7 +72,7 @@ async def read(request, post: str) -> Answer:
 
 
 def answer(row: posts.Post) -> Answer:
-    return Answer(shapes.encoded_post(row), {"Retry-After": "1"} if row.status == "processing" else None)
+    return Answer(rendering.encoded_post(row), {"Retry-After": "1"} if row.status == "processing" else None)
 
 
 @routes.delete("/v1/posts/<post>")

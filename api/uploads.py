@@ -11,7 +11,7 @@ import orjson
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api import shapes, tokens
+from api import reading, rendering, tokens
 from api.answers import READ
 from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
@@ -91,11 +91,11 @@ async def create(request):
     supported(request)
     user = tokens.user(request)
     length, metadata = number(request, "Upload-Length"), described(request)
-    if shapes.declared(request) > length:
+    if reading.declared(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
     ctx.objects.room()
-    once = shapes.once(request, f"{length} {metadata}".encode())
+    once = reading.once(request, f"{length} {metadata}".encode())
     upload, replayed = await uploads.uncut(
         uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)
     )
@@ -125,7 +125,7 @@ async def opened(request):
     """Not a call of tus: it needs no Tus-Resumable."""
     ctx = request.app.ctx
     found = await uploads.opened(ctx.db, tokens.user(request), ctx.settings.partitions)
-    body = orjson.dumps({"items": [shapes.upload(row) for row in found]})
+    body = orjson.dumps({"items": [rendering.upload(row) for row in found]})
     return HTTPResponse(body, 200, {"Cache-Control": "no-store"}, "application/json")
 
 
@@ -154,7 +154,7 @@ async def patch(request, upload: str):
         raise Problem(415, "type", f"a PATCH is sent as {BODY}")
     if number(request, "Upload-Offset") != found.offset:
         raise Offset(f"the upload is at {found.offset}")
-    if shapes.declared(request) > found.length - found.offset:
+    if reading.declared(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
     await uploads.uncut(image.resume())

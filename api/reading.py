@@ -1,29 +1,22 @@
-"""The shapes of the contract: what a request may look like, and how rows become JSON."""
+"""Reads what a request carries: parameters, cursors, headers and JSON bodies. Refuses what breaks the contract."""
 
 import re
-from base64 import b64decode, urlsafe_b64encode
-from datetime import UTC, datetime
+from base64 import b64decode
 from functools import lru_cache
 from urllib.parse import parse_qs
 
 import orjson
 
-from api.answers import Answer, Shared, encoded_head
 from api.problems import Problem
 from storage import keys
-from storage.comments import Comment
 from storage.errors import TooLarge
-from storage.posts import Place, Post
-from storage.settings import PAGE_BYTES, TEXT_CHARACTERS
-from storage.uploads import Open
+from storage.posts import Place
+from storage.settings import TEXT_CHARACTERS
 
 JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
 LIMIT = 20
 MOST = 100
-SIDE = 600  # pixels of the served image
-PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-RENDERED = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
-USUAL = 500  # characters of caption and comments up to which it is
+REMEMBERED = 128  # query strings and cursors that are remembered
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 # Control characters (general category Cc) but tab and newline, LF or CRLF. Browsers' forms send newlines as CRLF.
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
@@ -43,14 +36,11 @@ def invalid(detail: str, **where: str) -> Problem:
     return Problem(422, "invalid", detail, where=where)
 
 
-# Requests
-
-
 def arguments(request) -> dict[str, str]:
     return _arguments(request.query_string)
 
 
-@lru_cache(PAGES)  # parsing them takes as long as finding the route
+@lru_cache(REMEMBERED)  # parsing them takes as long as finding the route
 def _arguments(query: str) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(query).items()}
 
@@ -80,7 +70,7 @@ def place(request) -> Place | None:
     return _place(cursor) if cursor else None
 
 
-@lru_cache(PAGES)
+@lru_cache(REMEMBERED)
 def _place(cursor: str) -> Place:
     count, _, post = _opened(cursor).partition(":")
     found = keys.ID.fullmatch(post)
@@ -158,108 +148,3 @@ def text(value, name: str, **where: str) -> str:
         )
         raise Problem(422, "control", detail, where=where or {"pointer": f"#/{name}"})
     return value
-
-
-# Answers
-
-
-def created(body: dict, location: str, replayed: bool = False) -> Shared:
-    """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
-    headers = {"Content-Type": "application/json", "Location": location}
-    if replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return Shared(encoded_head(headers), 201, orjson.dumps(body))
-
-
-def time(ms: int) -> str:
-    """RFC 3339, in UTC with milliseconds."""
-    seconds, rest = divmod(ms, 1000)
-    return f"{_second(seconds)}.{rest:03}Z"
-
-
-@lru_cache(1024)
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]
-
-
-def comment(row: Comment) -> dict:
-    return {"id": row.id, "author": row.author, "text": row.text, "created_at": time(keys.comment_ms(row.id))}
-
-
-def post(row: Post) -> dict:
-    shown = {
-        "id": row.id,
-        "author": row.author,
-        "caption": row.caption,
-        "created_at": time(keys.created_ms(row.id)),
-        "status": row.status,
-        "image": None,
-        "comment_count": row.comment_count,
-        "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
-    }
-    if row.status == "ready":
-        shown["image"] = {
-            "url": f"/v1/images/{row.id}.jpg",
-            "width": SIDE,
-            "height": SIDE,
-            "thumbhash": row.thumbhash,
-        }
-    if row.status == "failed":
-        shown["error"] = {"code": row.code, "detail": row.detail}
-    return shown
-
-
-def new_post(post_id: str, author: str, caption: str) -> dict:
-    """A post as it was made, which is also what a repeated request is told."""
-    return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
-
-
-def upload(row: Open) -> dict:
-    return {
-        "id": row.id,
-        "offset": row.offset,
-        "length": row.length,
-        "metadata": row.metadata,
-        "created_at": time(keys.created_ms(row.id)),
-        "expires_at": time(row.expires),
-    }
-
-
-def encoded_post(row: Post) -> bytes:
-    """A post in JSON. The same row is the same JSON: remembering it saves rendering, and never a look into Redis."""
-    if len(row.caption) + sum([len(text) for _, _, text in row.latest]) > USUAL:
-        return orjson.dumps(post(row))
-    return _rendered(row)
-
-
-@lru_cache(RENDERED)
-def _rendered(row: Post) -> bytes:
-    return orjson.dumps(post(row))
-
-
-def encoded_comment(row: Comment) -> bytes:
-    return orjson.dumps(comment(row))
-
-
-@lru_cache(PAGES)
-def page(
-    path: str, limit: int, rows: tuple, more: bool, encode, place: str, links: tuple[str, ...] = ()
-) -> Answer:
-    """A page of a list: as many rows as fit, and the place behind the last of them.
-
-    `place` is a template that the last row fills in. The same rows are the same page, with its ETag and what was
-    compressed of it: this saves making it again, and never a look into Redis.
-    """
-    items, size = [], 0
-    for row in rows:
-        if size >= PAGE_BYTES:
-            break
-        items.append(encode(row))
-        size += len(items[-1]) + 1
-    following = None
-    if items and (more or len(items) < len(rows)):
-        last = place.format(row=rows[len(items) - 1])
-        following = urlsafe_b64encode(last.encode()).decode().rstrip("=")
-        links = (f'<{path}?limit={limit}&cursor={following}>; rel="next"', *links)
-    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
-    return Answer(body, {"Link": ", ".join(links)} if links else None)

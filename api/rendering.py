@@ -1,0 +1,121 @@
+"""Renders rows as the contract's JSON: posts, comments, uploads and pages of lists."""
+
+from base64 import urlsafe_b64encode
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import orjson
+
+from api.answers import Answer, Shared, encoded_head
+from storage import keys
+from storage.comments import Comment
+from storage.posts import Post
+from storage.settings import PAGE_BYTES
+from storage.uploads import Open
+
+SIDE = 600  # pixels of the served image
+PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
+RENDERED = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
+USUAL = 500  # characters of caption and comments up to which it is
+
+
+def created(body: dict, location: str, replayed: bool = False) -> Shared:
+    """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
+    headers = {"Content-Type": "application/json", "Location": location}
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return Shared(encoded_head(headers), 201, orjson.dumps(body))
+
+
+def time(ms: int) -> str:
+    """RFC 3339, in UTC with milliseconds."""
+    seconds, rest = divmod(ms, 1000)
+    return f"{_second(seconds)}.{rest:03}Z"
+
+
+@lru_cache(1024)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:-6]
+
+
+def comment(row: Comment) -> dict:
+    return {"id": row.id, "author": row.author, "text": row.text, "created_at": time(keys.comment_ms(row.id))}
+
+
+def post(row: Post) -> dict:
+    shown = {
+        "id": row.id,
+        "author": row.author,
+        "caption": row.caption,
+        "created_at": time(keys.created_ms(row.id)),
+        "status": row.status,
+        "image": None,
+        "comment_count": row.comment_count,
+        "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
+    }
+    if row.status == "ready":
+        shown["image"] = {
+            "url": f"/v1/images/{row.id}.jpg",
+            "width": SIDE,
+            "height": SIDE,
+            "thumbhash": row.thumbhash,
+        }
+    if row.status == "failed":
+        shown["error"] = {"code": row.code, "detail": row.detail}
+    return shown
+
+
+def new_post(post_id: str, author: str, caption: str) -> dict:
+    """A post as it was made, which is also what a repeated request is told."""
+    return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
+
+
+def upload(row: Open) -> dict:
+    return {
+        "id": row.id,
+        "offset": row.offset,
+        "length": row.length,
+        "metadata": row.metadata,
+        "created_at": time(keys.created_ms(row.id)),
+        "expires_at": time(row.expires),
+    }
+
+
+def encoded_post(row: Post) -> bytes:
+    """A post in JSON. The same row is the same JSON: remembering it saves rendering, and never a look into Redis."""
+    if len(row.caption) + sum([len(text) for _, _, text in row.latest]) > USUAL:
+        return orjson.dumps(post(row))
+    return _rendered(row)
+
+
+@lru_cache(RENDERED)
+def _rendered(row: Post) -> bytes:
+    return orjson.dumps(post(row))
+
+
+def encoded_comment(row: Comment) -> bytes:
+    return orjson.dumps(comment(row))
+
+
+@lru_cache(PAGES)
+def page(
+    path: str, limit: int, rows: tuple, more: bool, encode, place: str, links: tuple[str, ...] = ()
+) -> Answer:
+    """A page of a list: as many rows as fit, and the place behind the last of them.
+
+    `place` is a template that the last row fills in. The same rows are the same page, with its ETag and what was
+    compressed of it: this saves making it again, and never a look into Redis.
+    """
+    items, size = [], 0
+    for row in rows:
+        if size >= PAGE_BYTES:
+            break
+        items.append(encode(row))
+        size += len(items[-1]) + 1
+    following = None
+    if items and (more or len(items) < len(rows)):
+        last = place.format(row=rows[len(items) - 1])
+        following = urlsafe_b64encode(last.encode()).decode().rstrip("=")
+        links = (f'<{path}?limit={limit}&cursor={following}>; rel="next"', *links)
+    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
+    return Answer(body, {"Link": ", ".join(links)} if links else None)
