@@ -4,27 +4,22 @@ ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2; 
 """
 
 import asyncio
-import re
 import zlib
 from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
-from random import getrandbits
 from time import time
 
 import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
+from api.headers import best, joined, names, request_id
+
 READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's headers, and Sanic leaves the body out
 SMALL = 200  # bytes below which compressing saves less than a header line
 BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
 BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
-SENT_ID = re.compile(r"[\x21-\x7e]{1,64}")
-# https://www.w3.org/TR/trace-context/#traceparent-header: version, trace id, parent id, flags; later versions add more
-TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-TAG = re.compile(r'[ \t,]*(W/)?("[^"\x00-\x20\x7f]*")[ \t]*(?=,|$)')
-CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
 class Shared(BaseHTTPResponse):
@@ -55,17 +50,6 @@ class Shared(BaseHTTPResponse):
 def date(second: int) -> str:
     """An HTTP date (RFC 9110, section 5.6.7)."""
     return formatdate(second, usegmt=True)
-
-
-def request_id(request) -> str:
-    """The Request-Id that was sent, the trace id of a `traceparent`, or a new one."""
-    sent = request.headers.get("request-id")
-    if sent and SENT_ID.fullmatch(sent):
-        return sent
-    parent = request.headers.get("traceparent")
-    if parent and (found := TRACE.fullmatch(parent)):
-        return found[1]
-    return f"{getrandbits(64):016x}"  # Python seeds its generator anew in each forked process
 
 
 def encoded_head(headers: dict[str, str]) -> tuple[bytes, bytes]:
@@ -138,42 +122,8 @@ def made(body, headers: dict[str, str] | None = None) -> Answer:
     return Answer(orjson.dumps(body), headers)
 
 
-def joined(request, name: str) -> str:
-    """A header that is a list: its lines are one list (RFC 9110, section 5.3). Empty without one."""
-    lines = request.headers.getall(name, None)
-    return ", ".join(lines) if lines else ""
-
-
-def names(listed: str, *tags: str, weakly: bool = True) -> bool:
-    """Whether a list of entity tags has one of `tags`, which are strong, or is `*`, which is any.
-
-    If-None-Match is compared weakly, If-Match is not (RFC 9110, section 8.8.3.2). A malformed list has none.
-    """
-    if listed == "*":
-        return True
-    end, has = 0, False
-    while found := TAG.match(listed, end):
-        end = found.end()
-        has = has or (found[2] in tags and (weakly or not found[1]))
-    return has and not listed[end:].strip(" \t,")
-
-
 def encode(coding: str, body: bytes) -> bytes:
     if coding == "br":
         return brotli.compress(body, mode=brotli.MODE_TEXT, quality=BROTLI_QUALITY)
     packer = zlib.compressobj(6, wbits=31)  # 31: gzip's header and trailer
     return packer.compress(body) + packer.flush()
-
-
-@lru_cache(1024)  # browsers and libraries send a few dozen different ones
-def best(accepted: str) -> str:
-    """br, gzip, or empty for none: the client's highest quality value, br before gzip where they are equal."""
-    quality = {}
-    for part in accepted.split(","):
-        if found := CODING.fullmatch(part):
-            quality[found[1].lower()] = float(found[2] or 1)
-    rest = quality.get("*", 0.0)
-    coding = max(("br", "gzip"), key=lambda name: quality.get(name, rest))
-    plain = quality.get("identity", rest if "*" in quality else 0.0)
-    value = quality.get(coding, rest)
-    return coding if value > 0 and value >= plain else ""

@@ -4,7 +4,8 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import reading, rendering, tokens
-from api.answers import READ, Answer, joined, made, shared
+from api.answers import READ, Answer, made, shared
+from api.headers import joined
 from storage import comments
 from storage.errors import Precondition
 

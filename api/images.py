@@ -8,7 +8,8 @@ import re
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api.answers import READ, Shared, encoded_head, joined, names
+from api.answers import READ, Shared, encoded_head
+from api.headers import joined, names
 from api.problems import problem
 from storage import posts
 from storage.errors import NoImage

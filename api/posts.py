@@ -4,8 +4,9 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import reading, rendering, tokens
-from api.answers import READ, Answer, joined, made, shared
+from api.answers import READ, Answer, made, shared
 from api.forms import publish
+from api.headers import joined
 from api.problems import Problem
 from storage import changes, posts
 from storage.errors import Precondition

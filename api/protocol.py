@@ -18,7 +18,8 @@ from sanic.exceptions import (
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
-from api.answers import Shared, date, request_id
+from api.answers import Shared, date
+from api.headers import request_id
 
 LINGER = 1.0  # seconds in which a refused client may read why it was refused
 DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
