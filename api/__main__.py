@@ -22,9 +22,11 @@ from sanic import Sanic
 from api import tokens
 from api.app import create
 from api.protocol import Protocol
-from storage import processes, watchdog
+from storage import logs, processes, watchdog
 from storage import settings as environment
 from storage.objects import require_stores
+
+log = logging.getLogger("imagegram.api")
 
 STEP = 0.01  # seconds, more than the last step of Sanic's start takes
 
@@ -109,9 +111,7 @@ def serve(settings) -> None:
     A process that ends by itself, whatever its status, stops the others: fewer processes would serve with part of
     the capacity, or none at all, and nobody would notice. Raises SystemExit with status 1 then, else with 0.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("sanic.server").setLevel(logging.WARNING)
-    logging.getLogger("sanic.root").setLevel(logging.WARNING)
+    logs.configure()
     require_stores(settings, "STORE")
     environment.signing_secret(settings)  # made once, before there are several who want it
     # Bound in the parent, so that a port that is taken is reported once, and a port of 0 is one port for all.
@@ -134,7 +134,7 @@ def serve(settings) -> None:
         children.add(child)
     for listening in sockets:
         listening.close()
-    print(f"api: http://{settings.host}:{settings.port}, {len(children)} processes", flush=True)
+    log.info("http://%s:%d, %d processes", settings.host, settings.port, len(children))
 
     stopping = False
 
@@ -156,7 +156,7 @@ def serve(settings) -> None:
         code = os.waitstatus_to_exitcode(code)
         if code or not stopping:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-            print(f"api: process {child} {how}", file=sys.stderr, flush=True)
+            log.error("process %d %s", child, how)
             status = 1
             stop()
     raise SystemExit(status)

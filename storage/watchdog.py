@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
-log = logging.getLogger("imagegram")
+log = logging.getLogger("imagegram.watchdog")
 
 WAITS = 10  # without a byte, after which the process is killed
 PATIENCE = 4  # limits that work on a running loop may take from one step to the next: 120 s. S3 answers within 66 s
@@ -56,7 +56,7 @@ def start(limit: float) -> None:
     import subprocess  # here, because the watchdog runs this file and would be larger by 1 MB
 
     if os.getpid() == 1:  # signals of its own namespace, even SIGKILL, do not end it: pid_namespaces(7)
-        log.warning("watchdog: it cannot kill process 1: start the container with --init")
+        log.warning("it cannot kill process 1: start the container with --init")
     faulthandler.register(signal.SIGUSR1, file=2)
     receive, _pipe = os.pipe()  # closed by exec; forks close it below
     os.set_blocking(_pipe, False)
@@ -90,7 +90,7 @@ def alive() -> None:
     except BlockingIOError:  # the watchdog is stopped, and has unread signs enough
         pass
     except BrokenPipeError:
-        log.error("watchdog: it was ended, so the process it watches ends too")
+        log.error("it was ended, so the process it watches ends too")
         _let_go()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -104,7 +104,7 @@ def watch_loop(loop) -> None:
         work.silent += 1
         if work.silent > PATIENCE * WAITS:
             limit = round(PATIENCE * WAITS * _period)
-            log.error("watchdog: %s made no step for %d s: the process is killed", work.name, limit)
+            log.error("%s made no step for %d s: the process is killed", work.name, limit)
             faulthandler.dump_traceback(file=2)
             os.kill(os.getpid(), signal.SIGKILL)
     loop.call_later(_period, watch_loop, loop)

@@ -206,7 +206,7 @@ def test_an_api_process_that_ends_by_itself_ends_the_api_with_a_message(site, nu
     first.send_signal(number)
     status, said = ended(api)
     assert status == 1
-    assert f"api: process {first.pid} {message}" in said
+    assert f"ERROR imagegram.api: process {first.pid} {message}" in said
     assert not second.is_running()
 
 
@@ -218,7 +218,7 @@ def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
 
 def test_an_api_that_is_stopped_while_it_starts_ends_with_status_0_and_no_message(site):
     api = site.start("api", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert api.stdout.readline().startswith("api: http://")  # both processes are there and do not serve yet
+    assert api.stderr.readline().startswith("INFO imagegram.api: http://")  # both processes are there and do not serve yet
     api.terminate()
     assert ended(api) == (0, "")
 
@@ -256,8 +256,8 @@ def test_of_sites_that_start_on_one_port_at_the_same_moment_one_is_served(embedd
 
 def test_a_port_of_0_is_one_port_for_all_processes(site):
     site.environment["IMAGEGRAM_PORT"] = "0"
-    api = site.start("api", stdout=subprocess.PIPE, text=True)
-    port = int(api.stdout.readline().split()[1].rsplit(":", 1)[1].rstrip(","))
+    api = site.start("api", stderr=subprocess.PIPE, text=True)
+    port = int(api.stderr.readline().split()[2].rsplit(":", 1)[1].rstrip(","))
     until(lambda: httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200, what="the API")
     for child in psutil.Process(api.pid).children():
         assert [line.laddr.port for line in child.net_connections("tcp") if line.status == "LISTEN"] == [port]

@@ -187,7 +187,7 @@ def test_each_part_that_hangs_is_killed_and_a_converter_is_replaced(watched):
     for process, said in told.items():
         assert f"gave no sign of life for {SECONDS} s: it is killed" in said
         assert process.returncode == (1 if process is api else -signal.SIGKILL)
-    assert f"api: process {serving[0].pid} was ended by signal 9" in told[api]
+    assert f"ERROR imagegram.api: process {serving[0].pid} was ended by signal 9" in told[api]
     second = until(lambda: family(psutil.Process(other.pid))[1], what="another converter")[0]
     assert second != first
     until(lambda: all(map(gone, watchdogs)), what="the watchdogs' end")

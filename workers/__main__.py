@@ -16,7 +16,7 @@ import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
-from storage import settings, watchdog
+from storage import logs, settings, watchdog
 from storage.db.client import Redis
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
@@ -26,7 +26,7 @@ WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only co
 AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
 WAIT = 5  # seconds RQ waits for a job, or for its end, before it gives a sign of life. RQ's defaults are 405 and 30
 
-log = logging.getLogger("worker")
+log = logging.getLogger("imagegram.worker")
 
 
 class Converter(Worker):
@@ -147,7 +147,7 @@ def run() -> None:
     asked = parser.parse_args()
     if asked.command and not asked.parent:
         parser.error("convert is for the worker's own use")
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logs.configure()
     pipeline.require_colour_management()
     chosen = settings.load()
     if asked.command:

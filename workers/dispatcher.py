@@ -29,7 +29,7 @@ PAUSES_AWAY = 1.0, 10.0  # seconds, the shortest and the longest, while a partit
 PAUSES_ENTRY = 60.0, 3600.0  # seconds, the same for one entry that fails by itself
 AWAY = (Unreachable, Unknown, objects.Unavailable, redis.RedisError)
 
-log = logging.getLogger("dispatcher")
+log = logging.getLogger("imagegram.dispatcher")
 
 
 def queue(url: str) -> Queue:

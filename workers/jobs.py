@@ -20,7 +20,7 @@ from workers.errors import Unusable
 from workers.pipeline import Picture
 from workers.sandbox import convert
 
-log = logging.getLogger("worker")
+log = logging.getLogger("imagegram.worker")
 
 AGAIN = 1.0  # seconds between two calls of a Redis that is away
 # Failures that are not the image's: of the store, of this machine's disk, of Redis, or of time while one of them was

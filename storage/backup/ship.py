@@ -33,7 +33,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from storage import watchdog
+from storage import logs, watchdog
 from storage.backup import aof, chain, retain, state, verify
 from storage.backup.chain import Chain, Copied
 from storage.backup.watch import Files
@@ -382,8 +382,7 @@ class Shipper:
 
 def main(settings: Settings) -> None:
     """Ship until SIGTERM or SIGINT. Exits with 3 if another shipper writes the same chain."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-
+    logs.configure()
     try:
         hold(settings.data)  # a second one would take the chain of the first, which would then end
     except OSError as error:
