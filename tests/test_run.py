@@ -1,6 +1,7 @@
 """`make run` and the processes of the API: they start, end together, and find their data again."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -213,7 +214,8 @@ def test_an_api_process_that_ends_by_itself_ends_the_api_with_a_message(site, nu
 def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
     api = site.api(stderr=subprocess.PIPE, text=True)
     api.terminate()
-    assert ended(api) == (0, "")
+    status, said = ended(api)
+    assert status == 0 and re.fullmatch(r"INFO imagegram\.api: http://\S+, \d+ processes\n", said)
 
 
 def test_an_api_that_is_stopped_while_it_starts_ends_with_status_0_and_no_message(site):
