@@ -14,7 +14,7 @@ import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
-from api.headers import best, joined, names, request_id
+from api.headers import best, list_header, matches_etag, request_id
 
 READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's headers, and Sanic leaves the body out
 SMALL = 200  # bytes below which compressing saves less than a header line
@@ -73,16 +73,16 @@ class Answer:
 
     async def respond(self, request) -> Shared:
         """200 in the best encoding the client takes, or 304 if it has that already."""
-        coding = best(joined(request, "accept-encoding")) if len(self.body) >= SMALL else ""
+        coding = best(list_header(request, "accept-encoding")) if len(self.body) >= SMALL else ""
         tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
-        known = joined(request, "if-none-match")
-        if known and (known == tag or names(known, tag)):
+        known = list_header(request, "if-none-match")
+        if known and (known == tag or matches_etag(known, tag)):
             return Shared(self._head(304, coding, tag), 304)
         return Shared(self._head(200, coding, tag), 200, await self._in(coding) if coding else self.body)
 
     def matches(self, listed: str) -> bool:
         """Whether If-Match lists this body in any encoding. Compared strongly, so no weak tag does."""
-        return names(listed, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weakly=False)
+        return matches_etag(listed, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weakly=False)
 
     def _head(self, status: int, coding: str, tag: str) -> tuple[bytes, bytes]:
         head = self._heads.get((status, coding))
@@ -107,7 +107,7 @@ class Answer:
         return encoded if isinstance(encoded, bytes) else await asyncio.shield(encoded)
 
 
-def shared(make):
+def shared_read(make):
     """A handler from a function that makes an Answer of a request: those who wait for one address share it."""
 
     async def handler(request, **path):
@@ -118,7 +118,7 @@ def shared(make):
     return handler
 
 
-def made(body, headers: dict[str, str] | None = None) -> Answer:
+def json_answer(body, headers: dict[str, str] | None = None) -> Answer:
     return Answer(orjson.dumps(body), headers)
 
 

@@ -4,8 +4,8 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import reading, rendering, tokens
-from api.answers import READ, Answer, made, shared
-from api.headers import joined
+from api.answers import READ, Answer, json_answer, shared_read
+from api.headers import list_header
 from storage import comments
 from storage.errors import Precondition
 
@@ -20,13 +20,13 @@ async def add(request, post: str):
     if not reading.SEEN.search(text):
         raise reading.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
-        request.app.ctx.db, user, post, text, reading.once(request, request.body)
+        request.app.ctx.db, user, post, text, reading.idempotency_key(request, request.body)
     )
     return rendering.created(rendering.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 
 @routes.route("/v1/posts/<post>/comments", methods=READ)
-@shared
+@shared_read
 async def page(request, post: str) -> Answer:
     limit = reading.limit(request)
     found = await comments.page(request.app.ctx.db, post, limit, reading.before(request))
@@ -34,18 +34,18 @@ async def page(request, post: str) -> Answer:
 
 
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
-@shared
+@shared_read
 async def read(request, post: str, comment: str) -> Answer:
     return answer(await comments.read(request.app.ctx.db, post, comment))
 
 
 def answer(row: comments.Comment) -> Answer:
-    return made(rendering.comment(row))
+    return json_answer(rendering.comment(row))
 
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
-    user, db, wanted = tokens.user(request), request.app.ctx.db, joined(request, "if-match")
+    user, db, wanted = tokens.user(request), request.app.ctx.db, list_header(request, "if-match")
     if wanted and wanted != "*":
         # A comment never changes, so what is compared here is what is deleted below.
         row = await comments.read(db, post, comment)

@@ -103,18 +103,18 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     Idempotency-Key at the same time, the second to end gets the first one's post.
     Raises Problem, TooLarge, Format, Empty, Quota, Busy, NoPost.
     """
-    ctx, form, once = request.app.ctx, Form(boundary(request)), reading.once(request, body=None)
-    if once and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, once)):
+    ctx, form, idempotency = request.app.ctx, Form(boundary(request)), reading.idempotency_key(request, body=None)
+    if idempotency and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, idempotency)):
         return post.id, post.caption, True
     partitions, processing = ctx.settings.partitions, ctx.settings.processing
     declared = reading.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
-    async with uploads.receiving(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
+    async with uploads.form_upload(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
         caption = await receive(request, form, image)
         try:
             await image.finish()
         except Empty as error:  # of JSON that names an upload it is another member that is wrong
             raise Problem(422, "empty", str(error), where={"parameter": "image"}) from None
-        post, how = await posts.create(ctx.db, user, image.upload, caption, once, processing)
+        post, how = await posts.create(ctx.db, user, image.upload, caption, idempotency, processing)
     if how == posts.REPLAYED:
         await uploads.discard(ctx.db, ctx.objects, user, image.upload)
         caption = (await posts.read(ctx.db, post)).caption

@@ -22,13 +22,13 @@ def request_id(request) -> str:
     return f"{getrandbits(64):016x}"  # Python seeds its generator anew in each forked process
 
 
-def joined(request, name: str) -> str:
+def list_header(request, name: str) -> str:
     """A header that is a list: its lines are one list (RFC 9110, section 5.3). Empty without one."""
     lines = request.headers.getall(name, None)
     return ", ".join(lines) if lines else ""
 
 
-def names(listed: str, *tags: str, weakly: bool = True) -> bool:
+def matches_etag(listed: str, *tags: str, weakly: bool = True) -> bool:
     """Whether a list of entity tags has one of `tags`, which are strong, or is `*`, which is any.
 
     If-None-Match is compared weakly, If-Match is not (RFC 9110, section 8.8.3.2). A malformed list has none.

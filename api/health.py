@@ -33,7 +33,7 @@ async def readyz(request):
 async def store(objects) -> str:
     try:
         async with asyncio.timeout(PATIENCE):
-            await objects.answers()
+            await objects.ping()
     except TimeoutError:
         return f"no answer in {PATIENCE:.0f} s"
     except Unavailable as error:

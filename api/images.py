@@ -9,7 +9,7 @@ from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
 from api.answers import READ, Shared, encoded_head
-from api.headers import joined, names
+from api.headers import list_header, matches_etag
 from api.problems import problem
 from storage import posts
 from storage.errors import NoImage
@@ -36,7 +36,7 @@ async def image(request, name: str):
         return await missing(request, post)
     # Strong: the id names the bytes, which never change; the length tells apart what a restore made anew.
     headers = {**HEADERS, "ETag": f'"{post}-{len(data):x}"'}
-    if names(joined(request, "if-none-match"), headers["ETag"]):
+    if matches_etag(list_header(request, "if-none-match"), headers["ETag"]):
         return empty(304, headers)
     asked = RANGE.fullmatch(request.headers.get("range", ""))
     if asked and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:

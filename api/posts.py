@@ -4,9 +4,9 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import reading, rendering, tokens
-from api.answers import READ, Answer, made, shared
+from api.answers import READ, Answer, json_answer, shared_read
 from api.forms import publish
-from api.headers import joined
+from api.headers import list_header
 from api.problems import Problem
 from storage import changes, posts
 from storage.errors import Precondition
@@ -36,7 +36,8 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
     caption = reading.text(fields.get("caption", ""), "caption")
     db = request.app.ctx.db
     processing = request.app.ctx.settings.processing
-    post, how = await posts.create(db, user, upload, caption, reading.once(request, request.body), processing)
+    idempotency = reading.idempotency_key(request, request.body)
+    post, how = await posts.create(db, user, upload, caption, idempotency, processing)
     if how == posts.MADE:
         return rendering.new_post(post, user, caption), False
     row = await posts.read(db, post)
@@ -46,7 +47,7 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
 
 
 @routes.route("/v1/posts", methods=READ)
-@shared
+@shared_read
 async def feed(request) -> Answer:
     db, after, limit = request.app.ctx.db, reading.place(request), reading.limit(request)
     found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
@@ -56,18 +57,18 @@ async def feed(request) -> Answer:
 
 
 @routes.route("/v1/changes", methods=READ)
-@shared
+@shared_read
 async def changed(request) -> Answer:
     ctx, since = request.app.ctx, reading.arguments(request).get("since")
     found = await changes.since(
         ctx.db, ctx.settings.partitions, reading.limit(request), changes.parse(since) if since else None
     )
     items = [{"id": row, "deleted": True} if isinstance(row, str) else rendering.post(row) for row in found.posts]
-    return made({"items": items, "next": str(found.token), "more": found.more})
+    return json_answer({"items": items, "next": str(found.token), "more": found.more})
 
 
 @routes.route("/v1/posts/<post>", methods=READ)
-@shared
+@shared_read
 async def read(request, post: str) -> Answer:
     return answer(await posts.read(request.app.ctx.db, post))
 
@@ -79,12 +80,12 @@ def answer(row: posts.Post) -> Answer:
 @routes.delete("/v1/posts/<post>")
 async def delete(request, post: str):
     user = tokens.user(request)
-    ctx, wanted, seen = request.app.ctx, joined(request, "if-match"), ""
+    ctx, wanted, seen = request.app.ctx, list_header(request, "if-match"), ""
     if wanted and wanted != "*":  # any is all that `delete` takes anyway
         row = await posts.read(ctx.db, post)
         # Somebody else's is refused as that: a precondition counts where all else is well (RFC 9110, section 13.2.1).
         if row.author == user and not answer(row).matches(wanted):
             raise Precondition("the post has changed: If-Match lists none of its ETags")
         seen = row.seen()
-    await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.named_ms, seen)
+    await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.backup_reach_ms, seen)
     return empty()

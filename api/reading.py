@@ -10,7 +10,7 @@ import orjson
 from api.problems import Problem
 from storage import keys
 from storage.errors import TooLarge
-from storage.posts import Place
+from storage.posts import FeedCursor
 from storage.settings import TEXT_CHARACTERS
 
 JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
@@ -64,19 +64,19 @@ def _no_cursor() -> Problem:
     return invalid("this cursor was not given by this list", parameter="cursor")
 
 
-def place(request) -> Place | None:
+def place(request) -> FeedCursor | None:
     """The place in the feed that the cursor names."""
     cursor = arguments(request).get("cursor")
     return _place(cursor) if cursor else None
 
 
 @lru_cache(REMEMBERED)
-def _place(cursor: str) -> Place:
+def _place(cursor: str) -> FeedCursor:
     count, _, post = _opened(cursor).partition(":")
     found = keys.ID.fullmatch(post)
     if not found or found[1] or not COUNT.fullmatch(count):
         raise _no_cursor()
-    return Place(int(count), post)
+    return FeedCursor(int(count), post)
 
 
 def before(request) -> str:
@@ -90,14 +90,14 @@ def before(request) -> str:
     return comment
 
 
-def once(request, body: bytes | None) -> keys.Once | None:
+def idempotency_key(request, body: bytes | None) -> keys.IdempotencyKey | None:
     """The Idempotency-Key, with a digest of the body unless that is not compared."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
     if not VISIBLE.fullmatch(key):
         raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters", header="Idempotency-Key")
-    return keys.Once(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
+    return keys.IdempotencyKey(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
 def declared(request) -> int:

@@ -11,7 +11,7 @@ from storage import keys
 from storage.comments import Comment
 from storage.posts import Post
 from storage.settings import PAGE_BYTES
-from storage.uploads import Open
+from storage.uploads import OpenUpload
 
 SIDE = 600  # pixels of the served image
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
@@ -70,7 +70,7 @@ def new_post(post_id: str, author: str, caption: str) -> dict:
     return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
 
 
-def upload(row: Open) -> dict:
+def upload(row: OpenUpload) -> dict:
     return {
         "id": row.id,
         "offset": row.offset,

@@ -94,16 +94,16 @@ async def create(request):
     if reading.declared(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
-    ctx.objects.room()
-    once = reading.once(request, f"{length} {metadata}".encode())
-    upload, replayed = await uploads.uncut(
-        uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, once)
+    ctx.objects.check_free_space()
+    idempotency = reading.idempotency_key(request, f"{length} {metadata}".encode())
+    upload, replayed = await uploads.run_to_completion(
+        uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, idempotency)
     )
     answer = {"Location": f"/v1/uploads/{upload}"}
     if replayed:
         answer["Idempotent-Replayed"] = "true"
     try:
-        found = await uploads.uncut(uploads.read(ctx.db, user, upload))
+        found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
     except NoUpload:  # it has become a post, or was deleted, since it was made
         return bare(201, answer)
     if request.headers.get("content-type") == BODY and not replayed:
@@ -124,7 +124,7 @@ async def create(request):
 async def opened(request):
     """Not a call of tus: it needs no Tus-Resumable."""
     ctx = request.app.ctx
-    found = await uploads.opened(ctx.db, tokens.user(request), ctx.settings.partitions)
+    found = await uploads.list_open(ctx.db, tokens.user(request), ctx.settings.partitions)
     body = orjson.dumps({"items": [rendering.upload(row) for row in found]})
     return HTTPResponse(body, 200, {"Cache-Control": "no-store"}, "application/json")
 
@@ -132,7 +132,7 @@ async def opened(request):
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
     supported(request)
-    found = await uploads.settled(request.app.ctx.db, tokens.user(request), upload)
+    found = await uploads.read_when_still(request.app.ctx.db, tokens.user(request), upload)
     answer = {
         "Upload-Offset": str(found.offset),
         "Upload-Length": str(found.length),
@@ -149,7 +149,7 @@ async def patch(request, upload: str):
     supported(request)
     user, ctx = tokens.user(request), request.app.ctx
     # A client that sends and breaks off at once has sent all the same.
-    found = await uploads.uncut(uploads.read(ctx.db, user, upload))
+    found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
     if request.headers.get("content-type") != BODY:
         raise Problem(415, "type", f"a PATCH is sent as {BODY}")
     if number(request, "Upload-Offset") != found.offset:
@@ -157,7 +157,7 @@ async def patch(request, upload: str):
     if reading.declared(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
-    await uploads.uncut(image.resume())
+    await uploads.run_to_completion(image.resume())
     await append(request, image)
     return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or found.expires)})
 

@@ -64,7 +64,7 @@ def run() -> None:
         make_data(settings)
     if arguments.command == "redis":
         try:
-            server.hold(settings.data / "redis")
+            server.lock_folder(settings.data / "redis")
             command = server.command(settings)
             os.execvp(command[0], command)
         except OSError as error:
@@ -96,7 +96,7 @@ async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
         db,
         open_store(settings.store_url),
         retain.KeptBackups(open_store(settings.backup_store_url)).may_name,
-        settings.named_ms,
+        settings.backup_reach_ms,
         remove=not arguments.dry_run,
     )
     await db.close()
@@ -110,12 +110,12 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
         if arguments.folder:
             if not (arguments.folder / "appendonlydir").is_dir():
                 raise restore.Refused(f"{arguments.folder} is no data folder")
-            server.hold(arguments.folder)
+            server.lock_folder(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
         db = Redis(url, undecodable=check.EXACTLY)
         found = await check.check(db, objects, arguments.repair, arguments.deep)
         await db.close()
-    for line in found.told:
+    for line in found.lines:
         _say(line)
     _say(str(found))
     if found.flaws:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from storage import keys
 from storage.db.client import Redis, now_ms
 from storage.errors import Outdated
-from storage.posts import Post, of_row, report_skipped
-from storage.settings import HOUR_MS, PAGE_BYTES, TOLD_MS
+from storage.posts import Post, post_from_row, report_skipped
+from storage.settings import CHANGES_MS, HOUR_MS, PAGE_BYTES
 
 TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
@@ -52,7 +52,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     newer than the token is told from its beginning. Raises Outdated.
     """
     known = list(token.seen) if token else []
-    if token and (token.issued < now_ms(db) - TOLD_MS or len(known) > partitions):
+    if token and (token.issued < now_ms(db) - CHANGES_MS or len(known) > partitions):
         raise Outdated("this token is older than 7 days; walk the feed again")
     known += [("", 0 if token else "")] * (partitions - len(known))
     answers = await asyncio.gather(
@@ -68,7 +68,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
             seen.append((current, revision))
             more = True
         else:
-            posts += [of_row(row) if len(row) > 1 else row[0] for row in rows]
+            posts += [post_from_row(row) if len(row) > 1 else row[0] for row in rows]
             seen.append((current, newest))
             more = more or bool(rest)
     return Changes(posts, more, issue(db, seen))

@@ -23,7 +23,7 @@ from storage.db.client import BATCH, Redis
 from storage.errors import NoUpload
 from storage.formats import LONGEST, sniff
 from storage.objects import NotFound, ObjectStore
-from storage.settings import DAY_MS, IMAGE_BYTES, LATEST
+from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS
 
 EXACTLY = "surrogateescape"  # decodes what is not UTF-8 so that it can be sent back byte for byte
 # What Redis says of each key of docs/keys.md
@@ -38,7 +38,7 @@ SHOWN = 20  # flaws told of by name
 
 
 @dataclass
-class Found:
+class Report:
     """What is there. Posts that come or go meanwhile may be counted or not."""
 
     posts: int = 0
@@ -46,48 +46,48 @@ class Found:
     uploads: int = 0
     flaws: int = 0  # that remain
     repaired: int = 0
-    told: list[str] = field(default_factory=list)  # the first flaws, repaired or not
-    ghosts: set[str] = field(default_factory=set)  # ids that are named and have no post
+    lines: list[str] = field(default_factory=list)  # the first flaws, repaired or not
+    missing_posts: set[str] = field(default_factory=set)  # ids that are named and have no post
     partitions: set[int] = field(default_factory=set)
 
-    def tell(self, id: str, flaw: str, repaired: bool) -> None:
+    def add(self, id: str, flaw: str, repaired: bool) -> None:
         self.repaired += repaired
         self.flaws += not repaired
-        if len(self.told) < SHOWN:
+        if len(self.lines) < SHOWN:
             id = id.encode("utf-8", "backslashreplace").decode()
-            self.told.append(f"{id}: {flaw}{' (repaired)' if repaired else ''}")
+            self.lines.append(f"{id}: {flaw}{' (repaired)' if repaired else ''}")
 
     def __str__(self) -> str:
         there = f"{self.posts} posts, {self.comments} comments, {self.uploads} open uploads"
         return f"{there}: {self.flaws} flaws remain, {self.repaired} were repaired"
 
 
-async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Found:
+async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Report:
     """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable.
 
     A malformed key is reported and left out. To repair members whose bytes are not UTF-8, `db` needs
     `undecodable=EXACTLY`.
     """
-    found = Found()
-    async for names in walk(db):
+    report = Report()
+    async for names in scan(db):
         work = []
-        for name in ours(names, found):
+        for name in well_formed_keys(names, report):
             kind, partition, id = keys.parts(name)
-            found.partitions.add(partition)
+            report.partitions.add(partition)
             if kind in ("post", "comments", "latest"):
-                work.append(_isolated(id, found, _post(db, objects, id, found, repair, deep, count=kind == "post")))
+                work.append(_isolated(id, report, _post(db, objects, id, report, repair, deep, count=kind == "post")))
             elif kind == "upload":
-                work.append(_isolated(id, found, _upload(db, objects, id, found, repair)))
+                work.append(_isolated(id, report, _upload(db, objects, id, report, repair)))
             elif kind == "uploads":
-                work.append(_isolated(name, found, _reserved(db, partition, id, "", found, repair)))
+                work.append(_isolated(name, report, _reserved(db, partition, id, "", report, repair)))
             elif kind in ("feed", "changes", "gone", "due", "making"):
-                work.append(_isolated(name, found, _members(db, objects, name, found, repair)))
+                work.append(_isolated(name, report, _members(db, objects, name, report, repair)))
         await asyncio.gather(*work)
-    return found
+    return report
 
 
-def ours(names: list[str], found: Found) -> list[str]:
-    """Of names and types as `walk` yields them: the keys that are ours and well formed. Tells of malformed ones.
+def well_formed_keys(names: list[str], report: Report) -> list[str]:
+    """Of names and types as `scan` yields them: the keys that are ours and well formed. Tells of malformed ones.
 
     Other keys are left alone, unless their names are not UTF-8.
     """
@@ -95,11 +95,11 @@ def ours(names: list[str], found: Found) -> list[str]:
     for name, kind in zip(names[::2], names[1::2], strict=True):
         wanted = TYPES.get(name.split(":")[0])
         if _undecodable(name):
-            found.tell(name, "0 its name is not UTF-8", False)
+            report.add(name, "0 its name is not UTF-8", False)
         elif wanted and not keys.well_formed(name):
-            found.tell(name, "0 no key has such a name", False)
+            report.add(name, "0 no key has such a name", False)
         elif wanted and kind != wanted:
-            found.tell(name, f"0 its type is {kind}, not {wanted}", False)
+            report.add(name, f"0 its type is {kind}, not {wanted}", False)
         elif wanted:
             good.append(name)
     return good
@@ -109,18 +109,18 @@ def _undecodable(text: str) -> bool:
     return any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in text)
 
 
-async def _isolated(id: str, found: Found, work: Coroutine) -> None:
+async def _isolated(id: str, report: Report, work: Coroutine) -> None:
     """Reports what cannot be judged, because it or a key beside it is malformed, and goes on."""
     try:
         await work
     except (ResponseError, ValueError):  # a command on a wrong type; a number or an object's name that is none
-        found.tell(id, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
+        report.add(id, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
 
 
-async def _members(db: Redis, objects: ObjectStore, name: str, found: Found, repair: bool) -> None:
+async def _members(db: Redis, objects: ObjectStore, name: str, report: Report, repair: bool) -> None:
     """The members of a zset: each must be an id of its partition, and in `feed` and `changes` a ready post's."""
     kind, partition, _ = keys.parts(name)
-    async for members in walk(db, name):
+    async for members in scan(db, name):
         ids = []
         for id in members[::2]:
             parts = keys.ID.fullmatch(id)
@@ -129,13 +129,13 @@ async def _members(db: Redis, objects: ObjectStore, name: str, found: Found, rep
             else:
                 member = id.encode("utf-8", EXACTLY)
                 gone = bool(repair and await db.call("drop_member", [name], member))
-                found.tell(id, f"0 no id in {kind} is like this", gone)
+                report.add(id, f"0 no id in {kind} is like this", gone)
         if kind in ("feed", "changes"):
-            work = (_post(db, objects, id, found, repair, deep=False, count=False) for id in ids)
-            await asyncio.gather(*(_isolated(id, found, one) for id, one in zip(ids, work, strict=True)))
+            work = (_post(db, objects, id, report, repair, deep=False, count=False) for id in ids)
+            await asyncio.gather(*(_isolated(id, report, one) for id, one in zip(ids, work, strict=True)))
 
 
-async def walk(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
+async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
     """All keys of the server, each followed by its type, some hundred at a time; with `zset` its members and scores."""
     cursor = "0"
     while True:
@@ -149,32 +149,32 @@ async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, boo
     partition = keys.partition_of_post(post)
     named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(partition), keys.changes(partition)]
     named += [keys.gone(partition), keys.turns(partition)]
-    args = (post, LATEST, int(repair), keys.making_prefix(partition))
+    args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
     status, comments, waits, *flaws = await db.call("check_post", named, db.clock, *args)
     return status, comments, bool(waits), flaws
 
 
 async def _post(
-    db: Redis, objects: ObjectStore, post: str, found: Found, repair: bool, deep: bool, count: bool
+    db: Redis, objects: ObjectStore, post: str, report: Report, repair: bool, deep: bool, count: bool
 ) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
     status, comments, waits, flaws = await _ask(db, post, repair=False)
     if count:
-        found.posts += 1
-        found.comments += comments
+        report.posts += 1
+        report.comments += comments
     elif status:
         return
     if not status:
-        if post in found.ghosts:
+        if post in report.missing_posts:
             return
-        found.ghosts.add(post)
+        report.missing_posts.add(post)
     if flaws and repair:
         flaws = (await _ask(db, post, repair=True))[3]
         left = (await _ask(db, post, repair=False))[3]
     else:
         left = flaws
     for flaw in flaws:
-        found.tell(post, flaw, flaw not in left)
+        report.add(post, flaw, flaw not in left)
     if status != "ready":
         return
     for name, what in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
@@ -184,7 +184,7 @@ async def _post(
         if not fault or (await _ask(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
             continue
         again = what == "JPEG" and repair and await make_again(db, post)
-        found.tell(post, f"3 its {what} {fault}", bool(again))
+        report.add(post, f"3 its {what} {fault}", bool(again))
 
 
 async def _object(objects: ObjectStore, name: str, what: str, deep: bool) -> str:
@@ -211,16 +211,16 @@ async def make_again(db: Redis, post: str) -> int:
     return await db.call("make_again", named, db.clock, post, keys.making_prefix(partition))
 
 
-async def _upload(db: Redis, objects: ObjectStore, upload: str, found: Found, repair: bool) -> None:
-    before = await uploads.look(db, upload)
+async def _upload(db: Redis, objects: ObjectStore, upload: str, report: Report, repair: bool) -> None:
+    before = await uploads.inspect(db, upload)
     if before.post or (before.owner and before.expired):
         return
     if not (before.owner and before.expires):
         if before.owner or before.offset or before.expires:  # else it went a moment ago
-            found.tell(upload, f"0 its {'expiry' if before.owner else 'owner'} is missing", False)
+            report.add(upload, f"0 its {'expiry' if before.owner else 'owner'} is missing", False)
         return
-    found.uploads += 1
-    await _reserved(db, keys.partition_of_upload(upload), before.owner, upload, found, repair)
+    report.uploads += 1
+    await _reserved(db, keys.partition_of_upload(upload), before.owner, upload, report, repair)
     sizes = await asyncio.gather(
         *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
     )
@@ -228,47 +228,47 @@ async def _upload(db: Redis, objects: ObjectStore, upload: str, found: Found, re
         if isinstance(size, Exception) and not isinstance(size, (NotFound, ValueError)):  # no name of an object
             raise size
     there = sum(size for size in sizes if isinstance(size, int))
-    if there == before.offset or (await uploads.look(db, upload))[:6] != before[:6]:  # it went on meanwhile
+    if there == before.offset or (await uploads.inspect(db, upload))[:6] != before[:6]:  # it went on meanwhile
         return
     dropped = False
     if repair:
         with suppress(NoUpload):  # its hash has no offset, or it ended a moment ago
             await uploads.drop(db, before.owner, upload, tell=DAY_MS)
             dropped = True
-    found.tell(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", dropped)
+    report.add(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", dropped)
 
 
-async def _reserved(db: Redis, partition: int, user: str, upload: str, found: Found, repair: bool) -> None:
+async def _reserved(db: Redis, partition: int, user: str, upload: str, report: Report, repair: bool) -> None:
     """One upload of a user, or without one whatever their quota says."""
     named, prefix = [keys.uploads(partition, user), keys.due(partition)], keys.upload_prefix(partition)
     flaws = await db.call("check_uploads", named, db.clock, upload, prefix, IMAGE_BYTES, int(repair))
     for id, flaw in zip(flaws[::2], flaws[1::2], strict=True):
-        found.tell(id, flaw, repair)
+        report.add(id, flaw, repair)
 
 
-async def restored(db: Redis, objects: ObjectStore, partitions: int) -> Found:
+async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Report:
     """Make restored data fit the store as it is now, then check it.
 
     The images of posts without JPEG are made again, uploads without their chunks are dropped, and each partition has a
     new epoch. What a repair of derived data would hide counts: a backup that needs one is not what was written.
     """
-    async for names in walk(db):
-        fitting = [_isolated(name, Found(), _fit(db, objects, name)) for name in ours(names, Found())]
+    async for names in scan(db):
+        fitting = [_isolated(name, Report(), _fit(db, objects, name)) for name in well_formed_keys(names, Report())]
         await asyncio.gather(*fitting)
-    found = await check(db, objects)
-    for partition in found.partitions.union(range(partitions)):  # an empty one had a timeline, too
+    report = await check(db, objects)
+    for partition in report.partitions.union(range(partitions)):  # an empty one had a timeline, too
         named = [keys.epoch(partition), keys.restored(partition)]
         await db.call("begin_epoch", named, db.clock, secrets.token_hex(4))
-    return found
+    return report
 
 
 async def _fit(db: Redis, objects: ObjectStore, name: str) -> None:
     kind, _, id = keys.parts(name)
     if kind == "due":  # posts stood there before `making` existed
-        async for members in walk(db, name):
+        async for members in scan(db, name):
             waiting = [id for id in members[::2] if (parts := keys.ID.fullmatch(id)) and not parts[1]]
             await asyncio.gather(*(make_again(db, post) for post in waiting))
     elif kind == "upload":
-        await _upload(db, objects, id, Found(), repair=True)
+        await _upload(db, objects, id, Report(), repair=True)
     elif kind == "post" and await _object(objects, keys.image(id), "JPEG", deep=False):
         await make_again(db, id)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from storage import keys
 from storage.db.client import Redis
 from storage.errors import NoComment
-from storage.settings import DAY_MS, LATEST, PAGE_BYTES
+from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 
 
 class Comment(NamedTuple):
@@ -34,24 +34,26 @@ def _named(post: str) -> list[str]:
 
 
 async def add(
-    db: Redis, author: str, post: str, text: str, once: keys.Once | None = None
+    db: Redis, author: str, post: str, text: str, idempotency: keys.IdempotencyKey | None = None
 ) -> tuple[Comment, bool]:
     """Add a comment. Returns it, and whether its idempotency key was used before.
 
     Raises Reused, NoPost, NotReady, Failed.
     """
     named = _named(post)
-    if once:
-        named.append(keys.once(keys.partition_of_post(post), author, once.request))
-    digest = once.digest if once else "-"
-    comment, repeated = await db.call("add_comment", named, db.clock, post, author, text, LATEST, digest, DAY_MS)
+    if idempotency:
+        named.append(keys.once(keys.partition_of_post(post), author, idempotency.request))
+    digest = idempotency.digest if idempotency else "-"
+    comment, repeated = await db.call(
+        "add_comment", named, db.clock, post, author, text, LATEST_COMMENTS, digest, DAY_MS
+    )
     return Comment(comment, author, text), bool(repeated)
 
 
 async def delete(db: Redis, author: str, post: str, comment: str) -> None:
     """Raises NoPost, NoComment, Forbidden."""
     keys.comment_ms(comment)
-    await db.call("delete_comment", _named(post), db.clock, post, comment, author, LATEST)
+    await db.call("delete_comment", _named(post), db.clock, post, comment, author, LATEST_COMMENTS)
 
 
 async def read(db: Redis, post: str, comment: str) -> Comment:

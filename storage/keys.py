@@ -174,7 +174,7 @@ def well_formed(key: str) -> bool:
     return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
 
 
-class Once(NamedTuple):
+class IdempotencyKey(NamedTuple):
     """An Idempotency-Key, as storage sees it."""
 
     request: str  # the method, path and key of a user's request, which it belongs to

@@ -24,7 +24,7 @@ async def keep(db: Redis, objects: ObjectStore, post: str, upload: str | None, c
 
     async def joined():
         """The chunks' bytes. Raises before its end where bytes are missing, so the put leaves the store as it was."""
-        found, size = await uploads.look(db, upload), 0
+        found, size = await uploads.inspect(db, upload), 0
         for name in found.chunks:
             piece = await objects.get(keys.chunk(upload, name))
             copy.write(piece)

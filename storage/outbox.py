@@ -125,7 +125,7 @@ async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> No
     await db.call("fail_post", named, db.clock, post, attempt, code, detail, keys.making_prefix(partition))
 
 
-async def erase(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, named_ms: int) -> None:
+async def erase(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, backup_reach_ms: int) -> None:
     """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
 
     The image is erased at once and until no job can store it again. The original is erased when no kept backup can
@@ -139,32 +139,32 @@ async def erase(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, na
     elif await _there(db, due.id):  # it has failed: its bytes stay until its author deletes it
         await _settle(db, due, "")
     else:
-        deleted = due.ended or now - named_ms  # at the latest, where the deletion is not told of any more
-        needed = max(deleted, await uploads.restored_ms(db, due.partition))
-        again = await named_until(may_name, needed, now, named_ms)
+        deleted = due.ended or now - backup_reach_ms  # at the latest, where the deletion is not told of any more
+        needed = max(deleted, await uploads.last_restore_ms(db, due.partition))
+        again = await recheck_at(may_name, needed, now, backup_reach_ms)
         if not again:
             await objects.delete([keys.original(due.id)])
         await _settle(db, due, again or "")
 
 
-async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, named_ms: int) -> None:
+async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, due: Due, backup_reach_ms: int) -> None:
     """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted.
 
     They wait as an original does where they are a deleted post's only bytes, and where the upload is from before a
     restore: in the timeline that was left it may have become a post.
     """
-    upload, now = await uploads.look(db, due.id), due.lease - LEASE_MS
+    upload, now = await uploads.inspect(db, due.id), due.lease - LEASE_MS
     only = upload.post and not await _joined(objects, upload.post)  # there is no original: these are its bytes
     if only and await _there(db, upload.post):
         await _settle(db, due, "")  # they go with the post
     elif upload.post or not upload.expires:
-        restored = await uploads.restored_ms(db, due.partition)
+        restored = await uploads.last_restore_ms(db, due.partition)
         needed = 0
         if only:
-            needed = max(now - named_ms, restored)
+            needed = max(now - backup_reach_ms, restored)
         elif keys.created_ms(due.id) <= restored:
             needed = restored
-        if again := needed and await named_until(may_name, needed, now, named_ms):
+        if again := needed and await recheck_at(may_name, needed, now, backup_reach_ms):
             await _settle(db, due, again)
         else:
             await uploads.erase_chunks(db, objects, due.id, upload.chunks)
@@ -175,14 +175,14 @@ async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, due: Du
         await _settle(db, due, upload.expires)
 
 
-async def named_until(may_name: MayName, needed: int, now: int, named_ms: int) -> int:
+async def recheck_at(may_name: MayName, needed: int, now: int, backup_reach_ms: int) -> int:
     """When to look again at objects that were needed until a moment, in ms since 1970; 0: no kept backup names them.
 
     The moment is the later of the deletion and the last restore. A restore leaves a timeline in which the object may be
     needed still: its backups may be younger than the deletion, but all of them began before the restore.
     """
-    if now < needed + named_ms:
-        return needed + named_ms
+    if now < needed + backup_reach_ms:
+        return needed + backup_reach_ms
     return now + DAY_MS if await may_name(needed) else 0
 
 

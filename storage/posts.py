@@ -13,7 +13,7 @@ import orjson
 from storage import keys
 from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
-from storage.settings import DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING, TOLD_MS
+from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
 
 PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
 REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
@@ -42,12 +42,12 @@ class Post(NamedTuple):
         return f"{self.status} {self.comment_count} {self.latest[0][0] if self.latest else '-'}"
 
 
-def of_row(row: list) -> Post:
+def post_from_row(row: list) -> Post:
     return Post(*row[:-1], tuple(tuple(orjson.loads(entry)) for entry in row[-1]))
 
 
 @lru_cache(REMEMBERED)
-def of_line(row: str) -> Post:
+def post_from_line(row: str) -> Post:
     """A row of the feed. The same row is the same post: this saves taking it apart, and never a look into Redis."""
     post, count, author, thumbhash, latest, caption = row.split("\n", 5)
     try:
@@ -57,7 +57,7 @@ def of_line(row: str) -> Post:
     return Post(post, int(count), author, caption, "ready", thumbhash, None, None, shown)
 
 
-class Place(NamedTuple):
+class FeedCursor(NamedTuple):
     """A place in the feed's order: behind a post of this id with so many comments, wherever that post is now."""
 
     comment_count: int
@@ -74,7 +74,12 @@ MADE, REPLAYED, KNOWN = 0, 1, 2
 
 
 async def create(
-    db: Redis, author: str, upload: str, caption: str, once: keys.Once | None = None, processing: int = PROCESSING
+    db: Redis,
+    author: str,
+    upload: str,
+    caption: str,
+    idempotency: keys.IdempotencyKey | None = None,
+    processing: int = PROCESSING,
 ) -> tuple[str, int]:
     """Make a post of a finished upload; it lives where the upload does.
 
@@ -86,8 +91,8 @@ async def create(
     post = keys.new_post_id(partition)
     named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
     named += [keys.making(partition, author), keys.turns(partition)]
-    if once:
-        named.append(keys.once(partition, author, once.request))
+    if idempotency:
+        named.append(keys.once(partition, author, idempotency.request))
     made, how = await db.call(
         "create_post",
         named,
@@ -96,7 +101,7 @@ async def create(
         post,
         author,
         caption,
-        once.digest if once else "-",
+        idempotency.digest if idempotency else "-",
         DAY_MS,
         processing,
         LEASE_MS,
@@ -105,19 +110,19 @@ async def create(
     return made, how
 
 
-async def replayed(db: Redis, author: str, partitions: int, once: keys.Once) -> Post | None:
+async def replayed(db: Redis, author: str, partitions: int, idempotency: keys.IdempotencyKey) -> Post | None:
     """The post that a form with this idempotency key made, if it did. Raises NoPost where it was deleted."""
     partition = keys.partition_of_user(author, partitions)
-    post = await db.call("read_once", [keys.once(partition, author, once.request)])
+    post = await db.call("read_once", [keys.once(partition, author, idempotency.request)])
     return await read(db, post) if post else None
 
 
 async def read(db: Redis, post: str) -> Post:
     """Raises NoPost."""
-    return of_row(await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
+    return post_from_row(await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
 
 
-async def feed(db: Redis, partitions: int, limit: int, after: Place | None = None) -> Page:
+async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:
     """A page of the feed, behind a place in its order.
 
     Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
@@ -143,7 +148,7 @@ def report_skipped(reply: list, where: str) -> None:
 @lru_cache(PAGES)
 def _merged(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
     """The page that the partitions' rows make, and whether there is more. The same rows are the same page."""
-    pages = [(more, [of_line(row) for row in rows]) for more, rows in replies]
+    pages = [(more, [post_from_line(row) for row in rows]) for more, rows in replies]
     # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
     ends = {rows[-1].id for more, rows in pages if more}
     posts = []
@@ -154,7 +159,7 @@ def _merged(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tup
     return tuple(posts), any(more for more, _ in pages) or sum(len(rows) for _, rows in pages) > len(posts)
 
 
-def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Awaitable:
+def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) -> Awaitable:
     return db.call(
         "feed_page",
         [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)],
@@ -167,12 +172,14 @@ def _feed_page(db: Redis, partition: int, limit: int, after: Place | None) -> Aw
 
 
 async def delete(
-    db: Redis, objects: ObjectStore, author: str, post: str, named_ms: int = DAY_MS, seen: str = ""
+    db: Redis, objects: ObjectStore, author: str, post: str, backup_reach_ms: int = DAY_MS, seen: str = ""
 ) -> None:
     """Delete a post with its comments, and the image that was served; with `seen` only if it is still that Post.
 
-    The outbox erases its original when no backup can name it any more, `named_ms` from now at the earliest. It also
-    erases the image if the store is away now or this process dies. Raises NoPost, Forbidden, Precondition.
+    The outbox erases the original when no backup can name it any more, at the earliest `backup_reach_ms` from now.
+    It also erases the image if the store is unavailable now or this process dies.
+
+    Raises NoPost, Forbidden, Precondition.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -183,8 +190,8 @@ async def delete(
         db.clock,
         post,
         author,
-        named_ms,
-        max(TOLD_MS, named_ms + DAY_MS),
+        backup_reach_ms,
+        max(CHANGES_MS, backup_reach_ms + DAY_MS),
         seen,
     )
     with suppress(Unavailable):  # the post is deleted all the same

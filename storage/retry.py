@@ -6,7 +6,7 @@ For use after an outage or a fault of the workers. A post whose image itself is 
 import asyncio
 
 from storage import keys
-from storage.check import Found, ours, walk
+from storage.check import Report, scan, well_formed_keys
 from storage.db.client import Redis
 from storage.outbox import EXHAUSTED
 
@@ -17,8 +17,8 @@ async def retry(db: Redis) -> int:
     Returns their number. Raises Unreachable, Unknown.
     """
     count = 0
-    async for names in walk(db):
-        posts = [keys.parts(name)[2] for name in ours(names, Found()) if keys.parts(name)[0] == "post"]
+    async for names in scan(db):
+        posts = [keys.parts(name)[2] for name in well_formed_keys(names, Report()) if keys.parts(name)[0] == "post"]
         count += sum(await asyncio.gather(*(_retry(db, post) for post in posts)))
     return count
 

@@ -18,11 +18,11 @@ MIB = 1024 * 1024
 IMAGE_BYTES = 100 * MIB  # the largest image accepted
 FORM_SLACK = 64 * 1024  # bytes a form may be longer than its image: boundaries, part headers, the caption
 TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
-LATEST = 2  # comments a feed shows with each post
+LATEST_COMMENTS = 2  # comments a feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends here or at its limit, whichever comes first
 HOUR_MS = 60 * 60 * 1000  # an upload without a byte is kept an hour, and a form that stopped: nobody can go on with it
 DAY_MS = 24 * 60 * 60 * 1000  # an idempotency key, an idle upload and a deleted post's original are kept a day
-TOLD_MS = 7 * DAY_MS  # a token of changes holds for a week, so deletions are told for as long
+CHANGES_MS = 7 * DAY_MS  # a token of changes holds for a week, so deletions are told for as long
 CHUNKS = 10_000  # pieces an upload may come in: of the largest image 10 KiB each
 OPEN_UPLOADS = 20  # a user may have, besides forms
 RESERVED_BYTES = 2 * 1024 * MIB  # a user's open uploads may come to, and as many the user's forms
@@ -67,7 +67,7 @@ class Settings:
     partitions: int  # how many partitions new posts spread over; old ones stay where they are
 
     @property
-    def named_ms(self) -> int:
+    def backup_reach_ms(self) -> int:
         """How long a kept backup may name what was deleted, in ms.
 
         A day at least, for an operator who restores by other means. Old backups go when a snapshot is made, and the

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from storage import keys, uploads
 from storage.db.client import BATCH, Redis, now_ms
 from storage.objects import Entry, ObjectStore
-from storage.outbox import MayName, named_until
+from storage.outbox import MayName, recheck_at
 
 DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
 FEW = 100  # so many objects may be removed however few there are besides
@@ -40,7 +40,7 @@ class Found:
         return f"{told}: {', '.join(self.names)}" if self.names else told
 
 
-async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, named_ms: int, remove: bool) -> Found:
+async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach_ms: int, remove: bool) -> Found:
     """Look at every object older than a day, and if wanted remove those that are nobody's.
 
     An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
@@ -49,7 +49,7 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, named_ms: in
     then they are kept for longer than set. Raises Mistaken, Unreachable, Unavailable.
     """
     if remove:
-        found = await sweep(db, objects, may_name, named_ms, remove=False)
+        found = await sweep(db, objects, may_name, backup_reach_ms, remove=False)
         if found.lost > max(FEW, found.seen // 2):
             raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
     await db.ping()  # also where no object is old enough to ask about
@@ -59,7 +59,7 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, named_ms: in
         ids = {keys.owner(entry.name) for entry in batch}
         owned = set().union(*await asyncio.gather(*(_owned(db, id) for id in ids)))
         lost = [entry for entry in batch if entry.name not in owned]
-        gone = [entry for entry in lost if not await _named(db, may_name, restored, entry, named_ms)]
+        gone = [entry for entry in lost if not await _named(db, may_name, restored, entry, backup_reach_ms)]
         found.waiting += len(lost) - len(gone)
         found.lost += len(gone)
         found.size += sum(entry.size for entry in gone)
@@ -69,18 +69,18 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, named_ms: in
     return found
 
 
-async def _named(db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, named_ms: int) -> bool:
+async def _named(db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, backup_reach_ms: int) -> bool:
     """Whether a kept backup may name an object. `restored` remembers each partition's last restore."""
     if entry.name.startswith(keys.IMAGES):  # made again from its original
         return False
     now, modified = now_ms(db), entry.modified * 1000
-    if entry.name.startswith(keys.ORIGINALS) and modified >= now - 2 * named_ms:
+    if entry.name.startswith(keys.ORIGINALS) and modified >= now - 2 * backup_reach_ms:
         return True
     partition = keys.partition_of(keys.owner(entry.name))
     if partition not in restored:
-        restored[partition] = await uploads.restored_ms(db, partition)
+        restored[partition] = await uploads.last_restore_ms(db, partition)
     last = restored[partition]
-    return modified <= last and bool(await named_until(may_name, last, now, named_ms))
+    return modified <= last and bool(await recheck_at(may_name, last, now, backup_reach_ms))
 
 
 async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[Entry]]:
@@ -99,7 +99,7 @@ async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[En
 async def _owned(db: Redis, id: str) -> set[str]:
     """The objects that a post or an upload may have."""
     if keys.ID.fullmatch(id)[1]:
-        return {keys.chunk(id, name) for name in (await uploads.look(db, id)).chunks}
+        return {keys.chunk(id, name) for name in (await uploads.inspect(db, id)).chunks}
     partition = keys.partition_of_post(id)
     known = await db.call("is_owned", [keys.post(id), keys.gone(partition), keys.due(partition)], id)
     return {keys.original(id), keys.image(id)} if known else set()

@@ -67,7 +67,7 @@ async def create(
     partitions: int,
     length: int | None = None,
     metadata: str = "",
-    once: keys.Once | None = None,
+    idempotency: keys.IdempotencyKey | None = None,
     form_bytes: int = IMAGE_BYTES,
     processing: int = PROCESSING,
 ) -> tuple[str, bool]:
@@ -79,8 +79,8 @@ async def create(
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
     named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition), keys.making(partition, owner)]
-    if once:
-        named.append(keys.once(partition, owner, once.request))
+    if idempotency:
+        named.append(keys.once(partition, owner, idempotency.request))
     made, repeated = await db.call(
         "create_upload",
         named,
@@ -95,7 +95,7 @@ async def create(
         OPEN_UPLOADS,
         RESERVED_BYTES,
         keys.upload_prefix(partition),
-        once.digest if once else "-",
+        idempotency.digest if idempotency else "-",
         DAY_MS,
         processing,
         keys.post_prefix(partition),
@@ -103,7 +103,7 @@ async def create(
     return made, bool(repeated)
 
 
-async def look(db: Redis, upload: str, names: bool = True) -> Upload:
+async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
     """An upload as it is, whoever owns it. `names`: with those of its chunks, up to 10,000.
 
     Raises NoUpload where the id is none.
@@ -117,7 +117,7 @@ async def look(db: Redis, upload: str, names: bool = True) -> Upload:
 
 async def read(db: Redis, owner: str, upload: str) -> Upload:
     """A user's open upload, without the names of its chunks. Raises NoUpload, Expired."""
-    found = await look(db, upload, names=False)
+    found = await inspect(db, upload, names=False)
     if found.owner != owner or found.post:
         raise NoUpload("no such upload")
     if found.expired:
@@ -125,7 +125,7 @@ async def read(db: Redis, owner: str, upload: str) -> Upload:
     return found
 
 
-class Open(NamedTuple):
+class OpenUpload(NamedTuple):
     """An upload that its owner can go on with, sizes in bytes."""
 
     id: str
@@ -135,15 +135,15 @@ class Open(NamedTuple):
     expires: int  # ms since 1970
 
 
-async def opened(db: Redis, owner: str, partitions: int) -> list[Open]:
+async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
     """A user's open uploads, newest first; not those of forms."""
     partition = keys.partition_of_user(owner, partitions)
     rows = await db.call("list_uploads", [keys.uploads(partition, owner)], db.clock, keys.upload_prefix(partition))
-    found = [Open(id, int(at), int(length), metadata, int(expires)) for id, at, length, metadata, expires in rows]
+    found = [OpenUpload(id, int(at), int(length), metadata, int(expires)) for id, at, length, metadata, expires in rows]
     return sorted(found, reverse=True)
 
 
-async def settled(db: Redis, owner: str, upload: str) -> Upload:
+async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
     """As `read`, but an upload that has just moved is waited for until it stands still.
 
     A client whose line broke is back within milliseconds, when what lay in the server's buffer is still being made
@@ -189,10 +189,10 @@ class Appender:
     async def resume(self) -> None:
         """Goes on where an upload stands: its first bytes may not have told the format yet. Raises Full, NoUpload."""
         if self._received < self._most:
-            self._objects.room()
+            self._objects.check_free_space()
         if 0 < self.offset < LONGEST:
             # So few bytes are as few chunks. If another request has appended more meanwhile, only ours count here.
-            names = (await look(self._db, self.upload)).chunks[: self.offset]
+            names = (await inspect(self._db, self.upload)).chunks[: self.offset]
             try:
                 pieces = [await self._objects.get(keys.chunk(self.upload, name)) for name in names]
             except NotFound:  # another request has deleted the upload
@@ -274,7 +274,7 @@ class Appender:
         """First the bytes, then the offset: the bytes beside those of other chunks, the offset behind theirs."""
         name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
-        self._objects.room()
+        self._objects.check_free_space()
         await self._objects.put(chunk, data)
         offered = False
         try:
@@ -299,11 +299,11 @@ async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, tell
     Raises NoUpload.
     """
     chunks = await drop(db, owner, upload, tell)
-    if keys.created_ms(upload) > await restored_ms(db, keys.partition_of_upload(upload)):
+    if keys.created_ms(upload) > await last_restore_ms(db, keys.partition_of_upload(upload)):
         await erase_chunks(db, objects, upload, chunks)
 
 
-async def restored_ms(db: Redis, partition: int) -> int:
+async def last_restore_ms(db: Redis, partition: int) -> int:
     """When a partition's data were last restored, ms since 1970; 0: never."""
     return await db.call("read_restored", [keys.restored(partition)])
 
@@ -326,7 +326,7 @@ async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: lis
 
 
 @asynccontextmanager
-async def receiving(
+async def form_upload(
     db: Redis,
     objects: ObjectStore,
     owner: str,
@@ -338,8 +338,8 @@ async def receiving(
 
     Raises Full, Quota, Busy before anything is received.
     """
-    objects.room()
-    upload, _ = await uncut(create(db, owner, partitions, form_bytes=form_bytes, processing=processing))
+    objects.check_free_space()
+    upload, _ = await run_to_completion(create(db, owner, partitions, form_bytes=form_bytes, processing=processing))
     image = Appender(db, objects, upload)
     try:
         yield image
@@ -347,7 +347,7 @@ async def receiving(
         # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
         # stands in the way of discarding: it has become a post, or the store is away and the outbox does it.
         with suppress(Refusal, Unavailable):
-            await uncut(_give_up(db, objects, owner, image, error))
+            await run_to_completion(_give_up(db, objects, owner, image, error))
         raise
 
 
@@ -357,7 +357,7 @@ async def _give_up(db: Redis, objects: ObjectStore, owner: str, image: Appender,
         await discard(db, objects, owner, image.upload)
 
 
-async def uncut(work: Coroutine):
+async def run_to_completion(work: Coroutine):
     """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met at the next wait."""
     task, cancelled = asyncio.ensure_future(work), False
     try:

@@ -282,7 +282,7 @@ async def test_an_upload_under_way_ends_at_the_mark(real_server, store):
     await image.write(picture(100))
     with pytest.raises(Full):
         await image.commit()
-    assert (await uploads.look(db, upload)).offset == image.offset == 100
+    assert (await uploads.inspect(db, upload)).offset == image.offset == 100
     assert len([chunk async for chunk in store.list()]) == 1
     await db.close()
 

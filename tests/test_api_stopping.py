@@ -82,7 +82,7 @@ async def test_a_server_that_stops_keeps_what_came_and_finishes_what_is_short(le
     status = await asyncio.to_thread(leaving.process.wait, 30)
     assert (status, time.monotonic() - began < 30) == (0, True)
     assert await joined(leaving, leaving.server, upload) == image[:500_123]
-    assert (await uploads.look(db, other)).offset == 0
+    assert (await uploads.inspect(db, other)).offset == 0
     said = {entry for entry, _ in leaving.server.client.xrange(f"comments:{{0}}:{post}")}
     assert set(taken) <= said, "every comment that was answered is there"
     assert len(taken) > 20

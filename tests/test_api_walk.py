@@ -105,7 +105,7 @@ async def everything(db, partitions: int) -> list[storage_posts.Post]:
         rows += page.posts
         if not page.more:
             return rows
-        after = storage_posts.Place(rows[-1].comment_count, rows[-1].id)
+        after = storage_posts.FeedCursor(rows[-1].comment_count, rows[-1].id)
 
 
 @pytest.mark.parametrize("character", ["/", "\x7f", "\0", "é", "😀"])

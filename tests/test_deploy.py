@@ -85,7 +85,7 @@ def test_all_parts_know_one_store_and_one_backup_store():
 
 
 def test_what_composes_redis_writes_the_server_of_restore_and_verify_reads():
-    version = ".".join(map(str, server.identify(server.program(settings.load({}))).version))
+    version = ".".join(map(str, server.identify(server.server_program(settings.load({}))).version))
     assert COMPOSE["redis"]["image"] == f"valkey/valkey:{version}-trixie"
 
 

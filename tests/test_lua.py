@@ -11,21 +11,21 @@ from state import contents, unchanged
 from storage import check, comments, errors, keys, outbox, posts, retry, uploads
 from storage.backup.retain import KeptBackups
 from storage.db.client import SCRIPTS, Redis
-from storage.keys import Once
+from storage.keys import IdempotencyKey
 from storage.settings import (
     CHUNKS,
     DAY_MS,
     FORM_BYTES,
     HOUR_MS,
     IMAGE_BYTES,
-    LATEST,
+    LATEST_COMMENTS,
     MIB,
     OPEN_UPLOADS,
     RESERVED_BYTES,
 )
 
 NOW = 1_763_971_200_000
-ONCE = Once("POST /v1/posts/x/comments a-key", "0123456789abcdef")
+ONCE = IdempotencyKey("POST /v1/posts/x/comments a-key", "0123456789abcdef")
 OTHER = ONCE._replace(digest="fedcba9876543210")
 
 
@@ -123,7 +123,7 @@ async def check_post(db, at: Scene):
     """With other turns than those of its partition, where its author is missing."""
     named = [keys.post(at.processing), keys.comments(at.processing), keys.latest(at.processing)]
     named += [keys.feed(0), keys.changes(0), keys.gone(0), keys.turns(1)]
-    await db.call("check_post", named, db.clock, at.processing, LATEST, 1, keys.making_prefix(0))
+    await db.call("check_post", named, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
 
 
 async def check_uploads(db, at: Scene):
@@ -293,16 +293,16 @@ async def test_one_key_is_one_effect_for_a_day_whatever_came_of_it(server, db):
         assert await uploads.create(db, "alice", 1, 10, "", ONCE) == (upload, True)
     await refused(server, db, errors.Reused, uploads.create(db, "alice", 1, 11, "", OTHER))
     await append(db, upload, 0, 10, "0-a")
-    made, how = await posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "-"))
+    made, how = await posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "-"))
     assert how == posts.MADE
     with unchanged(server.client):
-        assert await posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "-")) == (
+        assert await posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "-")) == (
             made,
             posts.REPLAYED,
         )
         assert await posts.create(db, "alice", upload, "another caption") == (made, posts.KNOWN)
     await refused(
-        server, db, errors.Reused, posts.create(db, "alice", upload, "", Once("POST /v1/posts k", "x"))
+        server, db, errors.Reused, posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "x"))
     )
 
 
@@ -327,7 +327,7 @@ async def test_an_uploads_offset_moves_by_compare_and_set(server, db):
     assert await append(db, upload, 40, 60, "40-b") == 100
     await refused(server, db, errors.TooLarge, append(db, upload, 100, 1, "100-a"))
     await refused(server, db, errors.NoUpload, append(db, "u" + NOBODY, 0, 1, "0-a"))
-    assert (await uploads.look(db, upload)).chunks == ["0-a", "40-b"]
+    assert (await uploads.inspect(db, upload)).chunks == ["0-a", "40-b"]
     await posts.create(db, "alice", upload, "")
     await refused(server, db, errors.NoUpload, append(db, upload, 100, 1, "100-a"))
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
@@ -426,7 +426,7 @@ async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_
     image = uploads.Appender(db, store, form)
     for _ in range(3):  # an hour from its last chunk, not from its beginning
         db.clock += HOUR_MS - 1
-        assert (await uploads.look(db, form)).expired is False
+        assert (await uploads.inspect(db, form)).expired is False
         await image.write(b"BM" + bytes(100))
         await image.commit()
     await uploads.create(db, "alice", 1, 100)

@@ -219,8 +219,9 @@ def test_an_api_that_is_stopped_ends_with_status_0_and_no_message(site):
 
 
 def test_an_api_that_is_stopped_while_it_starts_ends_with_status_0_and_no_message(site):
-    api = site.start("api", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert api.stderr.readline().startswith("INFO imagegram.api: http://")  # both processes are there and do not serve yet
+    api = site.start("api", stderr=subprocess.PIPE, text=True)
+    # Both processes are there and do not serve yet.
+    assert api.stderr.readline().startswith("INFO imagegram.api: http://")
     api.terminate()
     assert ended(api) == (0, "")
 

@@ -56,7 +56,7 @@ async def data(db, store):
 async def test_what_is_right_is_found_right_and_stays_as_it_is(db, store, data, server, tmp_path):
     with unchanged(server.client, tmp_path):
         found = await check.check(db, store, repair=True, deep=True)
-    assert (found.told, found.flaws, found.repaired) == ([], 0, 0)
+    assert (found.lines, found.flaws, found.repaired) == ([], 0, 0)
     assert (found.posts, found.comments, found.uploads) == (5, 8, 1)
 
 
@@ -84,15 +84,15 @@ async def test_what_is_derived_is_repaired_to_what_it_was(db, store, data, serve
     SPOILED[flaw](server.client, post)
     spoiled = contents(server.client)
     found = await check.check(db, store)
-    assert found.flaws == 1 and found.told[0].startswith(f"{post}: {flaw}")
+    assert found.flaws == 1 and found.lines[0].startswith(f"{post}: {flaw}")
     assert contents(server.client) == spoiled
     found = await check.check(db, store, repair=True)
-    assert (found.flaws, found.repaired) == (0, 1) and found.told[0].endswith("(repaired)")
+    assert (found.flaws, found.repaired) == (0, 1) and found.lines[0].endswith("(repaired)")
     after = contents(server.client)
     if "changes" in flaw:  # it has changed, as far as a client can tell
         before.pop(changes(post)), after.pop(changes(post))
     assert after == before
-    assert (await check.check(db, store)).told == []
+    assert (await check.check(db, store)).lines == []
 
 
 async def test_a_processing_post_that_fell_out_of_the_outbox_gets_back_in(db, store, data, server):
@@ -101,10 +101,10 @@ async def test_a_processing_post_that_fell_out_of_the_outbox_gets_back_in(db, st
     server.client.zrem(keys.turns(0), "forgotten")
     server.client.zadd(keys.feed(0), {post: 0})
     found = await check.check(db, store, repair=True)
-    assert [line.split(": ")[1][0] for line in found.told] == ["1", "3", "3"] and found.flaws == 0
+    assert [line.split(": ")[1][0] for line in found.lines] == ["1", "3", "3"] and found.flaws == 0
     assert server.client.zscore(keys.making(0, "forgotten"), post) == NOW
     assert post in [image.id for image in await outbox.lease_images(db, 0, 10)]
-    assert (await check.check(db, store)).told == []
+    assert (await check.check(db, store)).lines == []
 
 
 async def test_what_is_nobodys_in_the_feed_goes_and_comments_without_a_post_stay(db, store, data, server):
@@ -116,7 +116,7 @@ async def test_what_is_nobodys_in_the_feed_goes_and_comments_without_a_post_stay
     assert found.flaws > 0 and found.repaired >= 2
     assert server.client.zscore(keys.feed(0), ghost) is None and server.client.xlen(keys.comments(ghost)) == 1
     left = await check.check(db, store)
-    assert left.told == [f"{ghost}: 0 it has comments and is not ready"]
+    assert left.lines == [f"{ghost}: 0 it has comments and is not ready"]
 
 
 async def test_what_others_wrote_beside_it_is_told_and_stays(db, store, data, server):
@@ -126,7 +126,7 @@ async def test_what_others_wrote_beside_it_is_told_and_stays(db, store, data, se
     server.client.set("something:{else}", "a")
     with unchanged(server.client):
         found = await check.check(db, store, repair=True)
-    assert sorted(found.told) == sorted(f"{name}: 0 no key has such a name" for name in names)
+    assert sorted(found.lines) == sorted(f"{name}: 0 no key has such a name" for name in names)
     assert (found.flaws, found.posts) == (3, 5)
 
 
@@ -160,10 +160,10 @@ async def test_a_key_of_a_wrong_type_is_told_and_the_rest_is_judged(db, store, d
     server.client.lpop(keys.latest(other))
     for repair in (False, True):
         found = await check.check(db, store, repair=repair)
-        assert f"{key}: 0 its type is {wrong}, not {check.TYPES[kind]}" in found.told
+        assert f"{key}: 0 its type is {wrong}, not {check.TYPES[kind]}" in found.lines
     if keys.partition_of_post(other) != partition:
         assert server.client.llen(keys.latest(other)) == 1, "others are repaired"
-    assert (await check.restored(db, store, 3)).flaws > 0
+    assert (await check.fit_restored(db, store, 3)).flaws > 0
     assert server.client.type(key) in (wrong, "string")
 
 
@@ -186,7 +186,7 @@ async def test_a_member_without_its_post_or_with_a_malformed_one_is_removed_by_a
     assert client.zscore(keys.due(0), "rubbish") is None
     left = await check.check(db, store, repair=True)
     assert left.repaired == 0 and left.flaws == 6  # what is missing, the types, and comments without a post
-    assert f"{malformed[0]}: 0 its caption is missing" in left.told
+    assert f"{malformed[0]}: 0 its caption is missing" in left.lines
     assert client.xlen(keys.comments(malformed[0])) == 3
 
 
@@ -198,8 +198,8 @@ async def test_an_upload_with_a_malformed_field_is_told(db, store, data, server,
     else:
         server.client.hset(key, field, "x")
     found = await check.check(db, store)
-    assert found.flaws and all(line.startswith(data["upload"]) for line in found.told)
-    assert (await check.restored(db, store, 1)).flaws
+    assert found.flaws and all(line.startswith(data["upload"]) for line in found.lines)
+    assert (await check.fit_restored(db, store, 1)).flaws
 
 
 async def test_names_and_values_that_are_not_utf_8_are_told_and_removed_from_lists(real_server, store):
@@ -213,13 +213,13 @@ async def test_names_and_values_that_are_not_utf_8_are_told_and_removed_from_lis
     client.zadd(keys.feed(0), {b"\xff": 3})
     client.hset(keys.post(post), "caption", b"\xff")
     found = await check.check(db, store, repair=True)
-    assert sorted(found.told) == [
+    assert sorted(found.lines) == [
         "\\udcff: 0 no id in feed is like this (repaired)",
         "\\udcff\\udcfe: 0 its name is not UTF-8",
         "post:{0}:\\udcff: 0 its name is not UTF-8",
     ]
     assert client.zrange(keys.feed(0), 0, -1) == [post]
-    assert (await check.restored(db, store, 1)).flaws == 2
+    assert (await check.fit_restored(db, store, 1)).flaws == 2
     await db.close()
     plain = connect(real_server)
     assert [row.caption for row in (await posts.feed(plain, 1, 10)).posts] == ["\ufffd"]
@@ -231,7 +231,7 @@ async def test_a_missing_jpeg_is_made_again_and_a_missing_original_is_told(db, s
     await posts.erase_image(store, without)
     await store.delete([keys.original(poor)])
     found = await check.check(db, store, repair=True)
-    assert sorted(found.told) == sorted(
+    assert sorted(found.lines) == sorted(
         [f"{without}: 3 its JPEG is missing (repaired)", f"{poor}: 3 its original is missing"]
     )
     assert server.client.zscore(keys.making(keys.partition_of_post(without), "author1"), without) == NOW
@@ -243,21 +243,21 @@ async def test_only_a_deep_look_sees_what_an_object_holds(db, store, data, bytes
     await posts.put_image(store, data[0], bytes)
     await store.put(keys.original(data[0]), b"<html>")
     assert (await check.check(db, store)).flaws == 0
-    told = (await check.check(db, store, deep=True)).told
+    told = (await check.check(db, store, deep=True)).lines
     assert told == [f"{data[0]}: 3 its original is damaged", f"{data[0]}: 3 its JPEG is damaged"]
 
 
 async def test_an_upload_without_its_chunks_is_told_and_dropped(db, store, data, server):
     upload = data["upload"]
-    chunks = (await uploads.look(db, upload)).chunks
+    chunks = (await uploads.inspect(db, upload)).chunks
     await store.delete([keys.chunk(upload, name) for name in chunks])
     found = await check.check(db, store)
-    assert found.told == [f"{upload}: 5 its offset is 1500, its chunks have 0 bytes"] and found.flaws == 1
+    assert found.lines == [f"{upload}: 5 its offset is 1500, its chunks have 0 bytes"] and found.flaws == 1
     await check.check(db, store, repair=True)
     with pytest.raises(Expired):
         await uploads.read(db, "carol", upload)
     assert server.client.hlen(keys.uploads(0, "carol")) == 0
-    assert (await check.check(db, store)).told == []
+    assert (await check.check(db, store)).lines == []
 
 
 @pytest.mark.parametrize("flaw", ["not due", "not reserved", "too little reserved", "reserved for nothing"])
@@ -282,20 +282,20 @@ async def test_quota_and_expiry_of_uploads_are_repaired_to_what_they_were(db, st
         "reserved for nothing": {f"{gone}: 0 bytes are reserved for it and it is not open"},
     }[flaw]
     found = await check.check(db, store)
-    assert set(found.told) == wanted and found.flaws == len(wanted)
+    assert set(found.lines) == wanted and found.flaws == len(wanted)
     found = await check.check(db, store, repair=True)
     assert found.flaws == 0 and found.repaired == len(wanted)
     assert contents(server.client) == before
-    assert (await check.check(db, store)).told == []
+    assert (await check.check(db, store)).lines == []
 
 
 async def test_a_restore_makes_old_data_fit_the_store_of_today(db, store, data, server):
     upload = data["upload"]
-    chunks = (await uploads.look(db, upload)).chunks
+    chunks = (await uploads.inspect(db, upload)).chunks
     await store.delete([keys.chunk(upload, name) for name in chunks] + [keys.image(data[1])])
     kept = sorted([entry.name async for entry in store.list()])
-    found = await check.restored(db, store, 3)
-    assert (found.told, found.flaws, found.uploads) == ([], 0, 0)
+    found = await check.fit_restored(db, store, 3)
+    assert (found.lines, found.flaws, found.uploads) == ([], 0, 0)
     assert sorted([entry.name async for entry in store.list()]) == kept
     assert server.client.zscore(keys.making(keys.partition_of_post(data[1]), "author1"), data[1]) == NOW
     with pytest.raises(Expired):
@@ -314,8 +314,8 @@ async def test_a_restore_of_data_from_before_there_were_turns_is_whole(db, store
         server.client.zadd(keys.due(partition), {post: NOW + 5000})
         server.client.delete(keys.making(partition, author), keys.turns(partition))
     server.client.zadd(keys.turns(0), {"waiting": NOW})
-    found = await check.restored(db, store, 3)
-    assert (found.told, found.flaws) == ([], 0)
+    found = await check.fit_restored(db, store, 3)
+    assert (found.lines, found.flaws) == ([], 0)
     for partition in range(3):
         ids = server.client.zrange(keys.due(partition), 0, -1)
         assert not {again, shown, data[1]} & set(ids)
@@ -334,7 +334,7 @@ async def test_while_others_write_nothing_right_is_told_wrong(db, store, data):
     writers = [asyncio.create_task(busy(number)) for number in range(4)]
     for _ in range(5):
         found = await check.check(db, store, repair=True)
-        assert found.told == []
+        assert found.lines == []
     stop = True
     await asyncio.gather(*writers)
 

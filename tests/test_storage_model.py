@@ -21,7 +21,7 @@ from making import make_post
 
 from storage import changes, comments, errors, keys, posts
 from storage.objects import open_store
-from storage.settings import LATEST
+from storage.settings import LATEST_COMMENTS
 
 USERS = st.sampled_from(["alice", "bob", "{c}:arol"])
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -126,7 +126,7 @@ class Feed(RuleBasedStateMachine):
             rows += page.posts
             if not page.more:
                 return rows
-            after = posts.Place(page.posts[-1].comment_count, page.posts[-1].id)
+            after = posts.FeedCursor(page.posts[-1].comment_count, page.posts[-1].id)
             meanwhile()
 
     @rule(limit=st.integers(1, 3), data=st.data())
@@ -207,7 +207,7 @@ class Feed(RuleBasedStateMachine):
         for post, said in self.model.items():
             assert client.xlen(keys.comments(post)) == len(said)
             row = self.run(posts.read(self.db, post))
-            shown = [f"{c.id} {c.author} {c.text}" for c in said[: -LATEST - 1 : -1]]
+            shown = [f"{c.id} {c.author} {c.text}" for c in said[: -LATEST_COMMENTS - 1 : -1]]
             assert [" ".join(entry) for entry in row.latest] == shown
 
 

@@ -173,10 +173,10 @@ async def test_a_url_of_no_store_is_refused(url):
 
 
 async def test_only_a_folder_can_have_less_room_than_is_to_be_spared(store, tmp_path):
-    store.room()
+    store.check_free_space()
     if isinstance(store, Folder):
         with pytest.raises(Full):
-            Folder(tmp_path, spare=2**60).room()
+            Folder(tmp_path, spare=2**60).check_free_space()
 
 
 # What only the folder has to prove

@@ -56,7 +56,7 @@ async def names(store) -> list[str]:
 
 async def stored_post(db, store) -> tuple[str, str]:
     """A processing post of two real chunks, and its upload."""
-    async with uploads.receiving(db, store, "alice", 1) as image:
+    async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(b"BM" + bytes(100))
         await image.commit()
         await image.write(bytes(100))
@@ -68,7 +68,7 @@ async def stored_post(db, store) -> tuple[str, str]:
 async def make_image(db, store, due: outbox.Image) -> None:
     """What the job does, without the picture."""
     attempt, upload = await outbox.start_image(db, due.id, due.lease)
-    whole = b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks])
+    whole = b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.inspect(db, upload)).chunks])
     await store.put(keys.original(due.id), whole)
     await posts.put_image(store, due.id, jpeg())
     await outbox.publish(db, due.id, "thumbhash")
@@ -458,7 +458,7 @@ async def test_chunks_stay_as_long_as_no_original_is_seen(server, db, store):
     await work_off(db, store)
     chunks = [name for name in await names(store) if name.startswith("chunks/")]
     assert (
-        b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.look(db, upload)).chunks])
+        b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.inspect(db, upload)).chunks])
         == original
     )
     assert len(chunks) == 2
@@ -616,7 +616,7 @@ async def test_what_a_deleted_post_left_outlives_the_younger_backups_of_a_timeli
     db.clock += 10 * HOUR_MS
     await describe(store, 2, db.clock)
     db.clock += 10 * HOUR_MS
-    assert (await check.restored(db, store, 1)).flaws == 0
+    assert (await check.fit_restored(db, store, 1)).flaws == 0
     for hours in (5, 20, 24):  # the deletion is a day old, the restore is, the backup is still kept
         db.clock += hours * HOUR_MS
         await work_off(db, store)
@@ -641,10 +641,10 @@ async def test_chunks_from_before_a_restore_outlive_the_backups_of_the_timeline_
         image = uploads.Appender(db, store, upload, 0, 1000)
         await image.write(b"BM" + bytes(200))
         await image.commit()
-    left = [keys.chunk(upload, name) for name in (await uploads.look(db, upload)).chunks]
+    left = [keys.chunk(upload, name) for name in (await uploads.inspect(db, upload)).chunks]
     await describe(store, 1, db.clock)
     db.clock += 1000
-    assert (await check.restored(db, store, 1)).flaws == 0
+    assert (await check.fit_restored(db, store, 1)).flaws == 0
     if how == "discarded":
         await uploads.discard(db, store, "alice", upload)
     elif how == "expired":

@@ -289,7 +289,7 @@ async def test_a_restored_folder_is_a_data_folder_that_goes_on_being_shipped(set
 
 async def shown(db, objects, author: str) -> str:
     """A post as upload, worker and readers leave it."""
-    async with uploads.receiving(db, objects, author, 1) as image:
+    async with uploads.form_upload(db, objects, author, 1) as image:
         await image.write(picture(1000))
         await image.finish()
     post, _ = await posts.create(db, author, image.upload, "caption")
@@ -314,12 +314,12 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
         await image.commit()
         second = int(time.time())
         await until(lambda: int(time.time()) > second, "the next second")
-        await posts.delete(db, objects, "eve", doomed, settings.named_ms)
+        await posts.delete(db, objects, "eve", doomed, settings.backup_reach_ms)
         await uploads.discard(db, objects, "carol", upload)
         late = await shown(db, objects, "late")
         for due in await outbox.lease(db, 0):
             end = outbox.end_upload if due.kind == "upload" else outbox.erase
-            await end(db, objects, KeptBackups(store).may_name, due, settings.named_ms)
+            await end(db, objects, KeptBackups(store).may_name, due, settings.backup_reach_ms)
         await db.close()
         await shipped(shipper)
     done = await restore(settings, store, tmp_path / "to", second, said.append)
@@ -357,12 +357,12 @@ async def next_second() -> int:
     return second
 
 
-async def outbox_at(db, objects, store, ms: int, named_ms: int) -> None:
+async def outbox_at(db, objects, store, ms: int, backup_reach_ms: int) -> None:
     """What the dispatcher does at a moment."""
     db.clock = ms
     for due in await outbox.lease(db, 0):
         end = outbox.end_upload if due.kind == "upload" else outbox.erase
-        await end(db, objects, KeptBackups(store).may_name, due, named_ms)
+        await end(db, objects, KeptBackups(store).may_name, due, backup_reach_ms)
 
 
 async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_are_there(settings, store, tmp_path):
@@ -370,7 +370,7 @@ async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_a
     async with site(settings, settings.data, store) as db:
         deleted_first, deleted_later = [await shown(db, objects, author) for author in ("alice", "eve")]
         both = await next_second()
-        await posts.delete(db, objects, "alice", deleted_first, settings.named_ms)
+        await posts.delete(db, objects, "alice", deleted_first, settings.backup_reach_ms)
         deletion = int(time.time() * 1000)
         first = await next_second()
     # Back to the second when both were there. Here the other one is deleted, and the time for its removal comes.
@@ -378,8 +378,9 @@ async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_a
     async with site(settings, tmp_path / "b", store) as db:
         assert {post.id for post in (await posts.feed(db, 1, 10)).posts} == {deleted_first, deleted_later}
         await next_second()
-        await posts.delete(db, objects, "eve", deleted_later, settings.named_ms)
-        await outbox_at(db, objects, store, int(time.time() * 1000) + settings.named_ms + day, settings.named_ms)
+        await posts.delete(db, objects, "eve", deleted_later, settings.backup_reach_ms)
+        after = int(time.time() * 1000) + settings.backup_reach_ms + day
+        await outbox_at(db, objects, store, after, settings.backup_reach_ms)
     # The restore is undone: the post that was deleted meanwhile has its original.
     done = await restore(settings, store, tmp_path / "c" / "redis", first)
     assert done.generation == 1 and done.counts["posts"] == 1 and done.counts["flaws"] == 0
@@ -389,7 +390,7 @@ async def test_a_restore_can_be_undone_and_that_again_and_each_time_all_images_a
         await store.delete([chain.description_name(1)])
         second = (await chain.descriptions(store))[2]["second"]
         assert second * 1000 > deletion
-        await outbox_at(db, objects, store, deletion + settings.named_ms, settings.named_ms)
+        await outbox_at(db, objects, store, deletion + settings.backup_reach_ms, settings.backup_reach_ms)
     done = await restore(settings, store, tmp_path / "d" / "redis", second)
     assert done.generation == 2 and done.counts["posts"] == 2 and done.counts["flaws"] == 0
 

@@ -84,11 +84,11 @@ def test_an_older_version_is_refused_and_a_newer_one_signs(tmp_path, kind):
     folder = tmp_path / "redis"
     mine = server.identify(SERVERS[kind])
     newer = mine._replace(version=(mine.version[0] + 1, 0, 0))
-    server.claim(folder, newer)
+    server.claim_folder(folder, newer)
     with pytest.raises(SystemExit, match=f"was written by {newer}"):
-        server.claim(folder, mine)
+        server.claim_folder(folder, mine)
     assert (folder / "server").read_text() == f"{newer}\n"
-    server.claim(folder, newer._replace(version=(99, 0, 0)))
+    server.claim_folder(folder, newer._replace(version=(99, 0, 0)))
     assert "99.0.0" in (folder / "server").read_text()
 
 

@@ -147,7 +147,7 @@ async def test_nothing_is_added_to_a_chain_that_the_files_left(settings, store, 
             if damage == "cut and grown":  # by what Redis would load: longer than what was shipped
                 await redis.start()
                 await redis.client.set("grown", "x" * 1000)
-        if not await redis.answers():
+        if not await redis.ping():
             await redis.start()
         await until(lambda: shipper.chain.generation == 2, "a new generation")
         async with writing(settings):
@@ -363,7 +363,7 @@ async def test_the_lag_grows_while_the_newest_data_are_in_the_coming_generation_
     async with redis_on(settings) as redis, shipping(settings, slow) as shipper:
         await redis.client.set("large", os.urandom(4 << 20))
         await shipped(shipper)
-        monkeypatch.setattr(shipper.files, "look", lambda: None)  # as if both rewrites came between two looks
+        monkeypatch.setattr(shipper.files, "refresh", lambda: None)  # as if both rewrites came between two looks
         await redis.rewrite()
         await redis.rewrite()
         monkeypatch.undo()

@@ -24,7 +24,7 @@ OLD, OLDEST = 1.1 * DAY, 7.1 * DAY  # seconds; an original may be named by a bac
 
 async def swept(db, store, chosen: settings.Settings, remove: bool) -> Found:
     may_name = KeptBackups(open_store(chosen.backup_store_url)).may_name
-    return await sweep(db, store, may_name, chosen.named_ms, remove)
+    return await sweep(db, store, may_name, chosen.backup_reach_ms, remove)
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ async def owned_objects(server, db, store, tmp_path) -> set[str]:
     opened = await make_upload(db, "bob")
     waiting = await make_processing(db, "bob")
     dropped = await make_upload(db, "bob")
-    chunks = [keys.chunk(opened, name) for name in (await uploads.look(db, opened)).chunks]
-    chunks += [keys.chunk(dropped, name) for name in (await uploads.look(db, dropped)).chunks]
+    chunks = [keys.chunk(opened, name) for name in (await uploads.inspect(db, opened)).chunks]
+    chunks += [keys.chunk(dropped, name) for name in (await uploads.inspect(db, dropped)).chunks]
     named = [keys.uploads(0, "bob"), keys.due(0)]
     await db.call("drop_upload", [keys.upload(dropped), keys.chunks(dropped), *named], db.clock, dropped, 60_000, "")
     for post in (ready, processing, waiting, deleted, told):

@@ -49,7 +49,7 @@ async def test_a_chunk_that_is_durable_before_the_one_in_front_of_it_waits_for_t
     objects, data = Reversed(tmp_path), picture(3 * MIB)
     image = await appender(db, objects, data)
     await feed(image, data)
-    found = await uploads.look(db, image.upload)
+    found = await uploads.inspect(db, image.upload)
     assert found.offset == image.offset == len(data)
     assert b"".join([await objects.get(keys.chunk(image.upload, name)) for name in found.chunks]) == data
 
@@ -60,7 +60,7 @@ async def test_what_follows_a_chunk_that_could_not_be_put_is_taken_back(db, tmp_
     with pytest.raises(Unavailable):
         await feed(image, data)
     await image.abandon()
-    found = await uploads.look(db, image.upload)
+    found = await uploads.inspect(db, image.upload)
     assert found.offset == uploads.SMALL_CHUNK
     assert await kept(objects, image.upload) == found.chunks
 
@@ -72,7 +72,7 @@ async def test_of_two_that_append_at_one_offset_the_loser_leaves_no_object(db, t
     results = await asyncio.gather(feed(first, data), feed(second, data), return_exceptions=True)
     assert sorted(map(type, results), key=str) == [type(None), Offset] or set(map(type, results)) == {Offset}
     await asyncio.gather(first.abandon(), second.abandon())
-    found = await uploads.look(db, first.upload)
+    found = await uploads.inspect(db, first.upload)
     assert sorted(await kept(objects, first.upload)) == sorted(found.chunks)
 
 
@@ -83,6 +83,6 @@ async def test_an_upload_that_is_deleted_while_a_request_resumes_it_is_gone(db, 
     await image.write(picture(3))
     await image.commit()
     resumed = uploads.Appender(db, objects, image.upload, 3, 100)
-    await objects.delete([keys.chunk(image.upload, name) for name in (await uploads.look(db, image.upload)).chunks])
+    await objects.delete([keys.chunk(image.upload, name) for name in (await uploads.inspect(db, image.upload)).chunks])
     with pytest.raises(NoUpload):
         await resumed.resume()

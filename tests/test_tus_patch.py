@@ -343,7 +343,7 @@ async def test_a_trickle_makes_few_objects(serving, store, monkeypatch):
         await appender.write(image[at : at + 1024])
         await asyncio.sleep(0.002)
     await appender.commit()
-    chunks = (await uploads.look(db, upload)).chunks
+    chunks = (await uploads.inspect(db, upload)).chunks
     await db.close()
     assert appender.offset == len(image)
     assert len(chunks) <= 4

@@ -106,5 +106,5 @@ async def test_no_more_than_two_chunks_are_put_at_once_however_slow_the_store(em
     assert most == uploads.PUTS
     objects.gate.set()
     await writing
-    assert appender.offset == (await uploads.look(db, upload)).offset == len(image)
+    assert appender.offset == (await uploads.inspect(db, upload)).offset == len(image)
     await db.close()

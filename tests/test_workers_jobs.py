@@ -44,7 +44,7 @@ def store(tmp_path):
 
 @pytest.fixture
 async def due(db, store) -> outbox.Image:
-    async with uploads.receiving(db, store, "alice", 1) as image:
+    async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
@@ -131,7 +131,7 @@ async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatc
 async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, caplog):
     caplog.set_level("INFO")
     whole = photograph()
-    async with uploads.receiving(db, store, "alice", 1) as image:
+    async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(whole[: len(whole) // 2])
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
@@ -175,7 +175,7 @@ async def test_a_store_or_a_disk_that_is_away_uses_up_no_attempt(db, store, due,
 async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEGRAM_STORE", s3_url(monkeypatch))
     store = objects.open_store(jobs.settings.load().store_url)
-    async with uploads.receiving(db, store, "alice", 1) as image:
+    async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
@@ -214,7 +214,7 @@ async def mortal(tmp_path, monkeypatch):
 
 async def published(server, store) -> tuple[Redis, str]:
     db = Redis(server.url)
-    async with uploads.receiving(db, store, "alice", 1) as image:
+    async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
     return db, (await posts.create(db, "alice", image.upload, ""))[0]

@@ -46,7 +46,7 @@ async def joined(site, server, upload: str) -> bytes:
     """The bytes of an upload as the worker would join them, checked against its offset."""
     db, objects = connect(server), open_store((site.folder / "store").as_uri())
     try:
-        found = await uploads.look(db, upload)
+        found = await uploads.inspect(db, upload)
     finally:
         await db.close()
     data = b"".join([await objects.get(keys.chunk(upload, name)) for name in found.chunks])

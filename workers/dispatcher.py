@@ -90,7 +90,7 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     async with asyncio.TaskGroup() as parts:
         parts.create_task(_hand_out(db, chosen, hints))
         for partition in range(chosen.partitions):
-            parts.create_task(_clean_up(db, store, kept.may_name, partition, chosen.named_ms))
+            parts.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms))
 
 
 async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
@@ -123,7 +123,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
         await asyncio.sleep(pause)
 
 
-async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, named_ms: int):
+async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, backup_reach_ms: int):
     """Ends the uploads of a partition that are due, and erases what is due to be erased."""
     trouble, name = Trouble(), f"cleaning up partition {partition}"
     ends = {"upload": outbox.end_upload, "erase": outbox.erase}
@@ -134,12 +134,12 @@ async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, par
                 for due in await outbox.lease(db, partition):
                     watchdog.step()
                     try:
-                        await ends[due.kind](db, store, may_name, due, named_ms)
+                        await ends[due.kind](db, store, may_name, due, backup_reach_ms)
                     except (Unreachable, Unknown):
                         raise
                     except Exception as fault:  # whatever one entry does, the others are not its fault
                         # Raises Unavailable if it is the store. Then the lease brings the entry back.
-                        await store.answers()
+                        await store.ping()
                         later = trouble.failed(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
                         await outbox.postpone(db, due, int(later * 1000))
                     else:

@@ -82,7 +82,7 @@ async def _picture(
             with path.open("wb") as copy:
                 await originals.keep(db, objects, post, upload, copy)
         except NotFound:
-            await objects.answers()  # raises Unavailable where it is the store that is not there
+            await objects.ping()  # raises Unavailable where it is the store that is not there
             raise
         try:
             return convert(path, chosen)

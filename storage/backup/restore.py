@@ -104,7 +104,7 @@ def _choose(described: dict[int, dict], at: int | None) -> int:
 
 
 def _fits(settings: Settings, description: dict) -> None:
-    here = server.identify(server.program(settings))
+    here = server.identify(server.server_program(settings))
     version = tuple(int(part) for part in description["version"].split("."))
     wrote = server.Server(description["server"], version)
     if here.family != wrote.family or here.version < wrote.version:
@@ -244,9 +244,9 @@ async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) 
     """
     db = scripts.Redis(url(client), undecodable=check.EXACTLY)
     try:
-        found = await check.restored(db, open_store(settings.store_url), settings.partitions)
+        found = await check.fit_restored(db, open_store(settings.store_url), settings.partitions)
     finally:
         await db.close()
-    for line in found.told:
+    for line in found.lines:
         say(f"FLAW: {line}")
     return {"posts": found.posts, "comments": found.comments, "open uploads": found.uploads, "flaws": found.flaws}

@@ -37,7 +37,7 @@ from storage import logs, watchdog
 from storage.backup import aof, chain, retain, state, verify
 from storage.backup.chain import Chain, Copied
 from storage.backup.watch import Files
-from storage.db.server import hold
+from storage.db.server import lock_folder
 from storage.objects import Exists, ObjectStore, Unavailable, open_store
 from storage.settings import Settings, refused
 
@@ -109,7 +109,7 @@ class Shipper:
 
     async def _watch(self) -> None:
         while True:
-            self.files.look()
+            self.files.refresh()
             await asyncio.sleep(LOOK)
 
     async def _work(self) -> None:
@@ -156,14 +156,14 @@ class Shipper:
             self.chain.broken = True
         self.coming = None
         self.asked = -float(ASK_AGAIN)
-        self.files.look_anew()
+        self.files.refresh_all()
         self.refused = self.files.base() or ("", 0)
 
     async def _once(self) -> bool:
         """Ship all that is there; begin, carry on and finish a generation. True: there is more to do now."""
         begun = time.time()
         server = await self._server()
-        self.files.look()
+        self.files.refresh()
         manifest = self.files.manifest
         if server and manifest and (server.run != self.run_id or self.files.replaced):
             await self._compare(server)
@@ -212,7 +212,7 @@ class Shipper:
 
     async def _compare(self, server: Server) -> None:
         """A Redis not seen before: are its files those of the chain?"""
-        self.files.look_anew()
+        self.files.refresh_all()
         self.files.replaced = False
         self.run_id = server.run
         if self.coming:
@@ -384,7 +384,7 @@ def main(settings: Settings) -> None:
     """Ship until SIGTERM or SIGINT. Exits with 3 if another shipper writes the same chain."""
     logs.configure()
     try:
-        hold(settings.data)  # a second one would take the chain of the first, which would then end
+        lock_folder(settings.data)  # a second one would take the chain of the first, which would then end
     except OSError as error:
         raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None
 

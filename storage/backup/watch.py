@@ -31,7 +31,7 @@ class Files:
     def __contains__(self, name: str | None) -> bool:
         return name in self._held
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Hold what the manifest names. Cheap enough for the event loop: at a rewrite, a read and two opens."""
         try:
             status = os.stat(self.folder / aof.MANIFEST)
@@ -48,11 +48,11 @@ class Files:
         self._seen, self.manifest = seen, manifest
         self.follows.update(zip(manifest.files, manifest.files[1:], strict=False))
 
-    def look_anew(self) -> None:
+    def refresh_all(self) -> None:
         """Look at every file again, also for others of the same name. What followed what is forgotten."""
         self._seen = None
         self.follows.clear()
-        self.look()
+        self.refresh()
 
     def _hold(self, name: str) -> None:
         descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)

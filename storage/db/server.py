@@ -30,7 +30,7 @@ class Server(NamedTuple):
         return f"{self.family} {'.'.join(map(str, self.version))}"
 
 
-def program(settings: Settings) -> str:
+def server_program(settings: Settings) -> str:
     return settings.redis_server or str(get_binary_path())
 
 
@@ -49,7 +49,7 @@ def identify(path: str) -> Server:
     return server
 
 
-def hold(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Take a data folder for this process and the server it becomes. Raises SystemExit if another has it.
 
     A second server would take the socket of the first and write into its append-only file. A record lock outlives exec,
@@ -69,7 +69,7 @@ def hold(folder: Path) -> None:
         raise SystemExit(f"{folder} is in use by {who}: stop it, or set another IMAGEGRAM_DATA") from None
 
 
-def claim(folder: Path, server: Server) -> None:
+def claim_folder(folder: Path, server: Server) -> None:
     """Write into a data folder which server writes it. Raises SystemExit if this one could not read what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "server"
@@ -98,8 +98,8 @@ def _server(found: re.Match) -> Server:
 def command(settings: Settings) -> list[str]:
     """The command line of the embedded server, whose data folder it has claimed. Raises SystemExit."""
     folder = settings.data / "redis"
-    path = program(settings)
-    claim(folder, identify(path))
+    path = server_program(settings)
+    claim_folder(folder, identify(path))
     socket = folder / "redis.sock"
     if len(os.fsencode(socket)) > 107:  # unix(7): sun_path
         raise refused("DATA", str(settings.data), f"{socket} is longer than a socket's path may be")

@@ -12,7 +12,7 @@ from pathlib import Path
 from aiofiles.base import wrap
 
 from storage import watchdog
-from storage.objects.pagecache import at_hand
+from storage.objects.pagecache import read_if_cached
 from storage.objects.store import (
     LEFTOVER_SECONDS,
     NAME,
@@ -66,7 +66,7 @@ class Folder:
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
         path = self._path(name)
-        return at_hand(path) or await _hop(Path.read_bytes, path, missing=NotFound)
+        return read_if_cached(path) or await _hop(Path.read_bytes, path, missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
@@ -100,11 +100,11 @@ class Folder:
             else:
                 waiting += reversed(await _hop(_scan, self._root, below))
 
-    async def answers(self) -> None:
+    async def ping(self) -> None:
         """Raises Unavailable where the store is not there."""
         await _hop(os.stat, f"{self._root}/")
 
-    def room(self) -> None:
+    def check_free_space(self) -> None:
         """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
         with suppress(OSError):  # of a folder that is gone, the put says more
             disk = os.statvfs(self._root)

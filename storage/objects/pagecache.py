@@ -10,7 +10,7 @@ LARGEST = 1024 * 1024  # bytes copied at once on the event loop: 0.1 ms
 BUFFER = memoryview(bytearray(LARGEST))  # for all, as the event loop has one thread; a new one each time costs 5 µs
 
 
-def at_hand(path: Path) -> bytes | None:
+def read_if_cached(path: Path) -> bytes | None:
     """A file's bytes if all of them are in the page cache, so that nobody waits for a disk; else None.
 
     preadv(2), RWF_NOWAIT. Opening the file may still read its inode, once.

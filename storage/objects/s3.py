@@ -92,12 +92,12 @@ class S3:
             for meta in page:
                 yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
-    async def answers(self) -> None:
+    async def ping(self) -> None:
         """As a folder's. HEAD would say the same of a bucket that is gone as of an object."""
         async for _ in self.list("none/"):
             return
 
-    def room(self) -> None:
+    def check_free_space(self) -> None:
         """A bucket does not fill up."""
 
     async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:

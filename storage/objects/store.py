@@ -63,10 +63,10 @@ class ObjectStore(Protocol):
     def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable."""
 
-    async def answers(self) -> None:
+    async def ping(self) -> None:
         """Raises Unavailable where the store is not there."""
 
-    def room(self) -> None:
+    def check_free_space(self) -> None:
         """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import keys
-from storage.settings import LATEST
+from storage.settings import LATEST_COMMENTS
 from tests.conftest import RedisServer
 
 AUTHOR = "user-%05d"  # 10 bytes
@@ -45,7 +45,7 @@ def counts(posts: int, comments: int) -> list[int]:
 
 def tied(posts: int) -> list[int]:
     """600 of 1,000 posts have as many comments as the feed shows, 395 have none, 5 have more."""
-    made = [LATEST] * (posts * 600 // 1000) + [0] * (posts * 395 // 1000)
+    made = [LATEST_COMMENTS] * (posts * 600 // 1000) + [0] * (posts * 395 // 1000)
     made += [3 + number % 98 for number in range(posts - len(made))]
     random.Random(5).shuffle(made)
     return made
@@ -92,7 +92,7 @@ def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
         )
         for comment, author in post.comments:
             yield pack("XADD", keys.comments(post.id), comment, "author", author, "text", TEXT)
-        if newest := post.comments[: -LATEST - 1 : -1]:
+        if newest := post.comments[: -LATEST_COMMENTS - 1 : -1]:
             entries = [f'["{comment}","{author}","{TEXT}"]' for comment, author in newest]
             yield pack("RPUSH", keys.latest(post.id), *entries)
         revision += 1
@@ -145,7 +145,7 @@ def verify(server: RedisServer, sample: list[str], posts: int, comments: int) ->
         total += score
     assert total == comments
     for post in sample:
-        stream = client.xrevrange(keys.comments(post), count=LATEST)
+        stream = client.xrevrange(keys.comments(post), count=LATEST_COMMENTS)
         shown = [f'["{comment}","{said["author"]}","{said["text"]}"]' for comment, said in stream]
         assert client.zscore(keys.feed(0), post) == client.xlen(keys.comments(post))
         assert client.lrange(keys.latest(post), 0, -1) == shown

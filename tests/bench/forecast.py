@@ -91,7 +91,7 @@ def plan(system: System, load: Load, ids: list[str], image: bytes) -> dict:
 
 def stalls(client: redis.Redis) -> dict[tuple[str, int], int]:
     """Redis' latency events by name and second: the longest of each in ms. Redis keeps 160 seconds of an event."""
-    events = [event for event, *_ in client.execute_command("LATENCY", "LATEST")]
+    events = [event for event, *_ in client.execute_command("LATENCY", "LATEST_COMMENTS")]
     return {
         (event, second): ms for event in events for second, ms in client.execute_command("LATENCY", "HISTORY", event)
     }

@@ -10,7 +10,7 @@ from statistics import median
 
 from storage import keys
 from storage.db.client import SCRIPTS
-from storage.settings import DAY_MS, LATEST, PAGE_BYTES
+from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
 from tests.bench.parts import Api, Redis
@@ -32,7 +32,7 @@ def page(place: str = "") -> tuple:
 
 def comment(post: str) -> tuple:
     named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
-    arguments = ["", post, "user-00001", fill.TEXT, LATEST, "-", DAY_MS]
+    arguments = ["", post, "user-00001", fill.TEXT, LATEST_COMMENTS, "-", DAY_MS]
     return "EVALSHA", SCRIPTS["add_comment"].sha, len(named), *named, *arguments
 
 

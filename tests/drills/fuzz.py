@@ -257,7 +257,7 @@ async def flaws(site: Site, server: RedisServer) -> list[str]:
     db, store = connect(server), open_store((site.folder / "store").as_uri())
     found = await check.check(db, store)
     await db.close()
-    return [flaw for flaw in found.told if "its original is missing" not in flaw and "its JPEG is missing" not in flaw]
+    return [flaw for flaw in found.lines if "its original is missing" not in flaw and "its JPEG is missing" not in flaw]
 
 
 def fuzz(requests: int = 10_000, seed: int = 1) -> str:

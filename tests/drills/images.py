@@ -43,7 +43,7 @@ class Works(Site):
 
         async def one(number: int, data: bytes) -> str:
             author, most = f"user{number % 40}", 10_000  # each may have 20 uploads open
-            async with uploads.receiving(db, store, author, 1, processing=most) as image:
+            async with uploads.form_upload(db, store, author, 1, processing=most) as image:
                 await image.write(data)
                 await image.finish()
             return (await posts.create(db, author, image.upload, "", processing=most))[0]
