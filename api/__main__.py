@@ -28,7 +28,7 @@ from storage.objects import require_stores
 
 log = logging.getLogger("imagegram.api")
 
-STEP = 0.01  # seconds, more than the last step of Sanic's start takes
+START_STEP = 0.01  # seconds, more than the last step of Sanic's start takes
 
 WELCOME = """
 Imagegram answers at http://{host}:{port} in a moment. In another terminal:
@@ -98,7 +98,7 @@ def serve_one(settings, listening: socket.socket) -> None:
     @app.after_server_start
     async def started(app):
         # By a timer, because this is still a step of the start, in the midst of which a stop is an error.
-        app.loop.call_later(STEP, loops.put, app.loop)
+        app.loop.call_later(START_STEP, loops.put, app.loop)
         watchdog.watch_loop(app.loop)
 
     app.prepare(sock=listening, protocol=Protocol, single_process=True, access_log=False, motd=False)
@@ -170,7 +170,7 @@ def main() -> None:
     asked = parser.parse_args()
     settings = environment.load()
     if asked.command == "token":
-        if not tokens.SUBJECT.fullmatch(asked.user):
+        if not tokens.USER.fullmatch(asked.user):
             raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
         secret = settings.data / "jwt-secret"
         new = not settings.jwt_secret and not secret.exists()

@@ -45,7 +45,7 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = Redis(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
-        app.ctx.receiving, app.ctx.keeping, app.ctx.stopping = set(), set(), False
+        app.ctx.receiving, app.ctx.committing, app.ctx.stopping = set(), set(), False
 
     @app.before_server_stop
     async def stop(app):
@@ -53,7 +53,7 @@ def create(settings: Settings) -> Sanic:
 
     @app.after_server_stop
     async def close(app):
-        await bodies.settle(app)
+        await bodies.wait_for_commits(app)
         await app.ctx.db.close()
 
     return app

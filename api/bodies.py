@@ -26,9 +26,9 @@ async def append(request, image: Appender) -> None:
         await image.commit()
     except asyncio.CancelledError:
         # The request is over; the bytes are not. A task of its own, for this one may be cancelled again.
-        keeping = asyncio.ensure_future(_keep(request.stream, image))
-        ctx.keeping.add(keeping)
-        keeping.add_done_callback(ctx.keeping.discard)
+        keeping = asyncio.ensure_future(_commit_received(request.stream, image))
+        ctx.committing.add(keeping)
+        keeping.add_done_callback(ctx.committing.discard)
         await asyncio.shield(keeping)
         if ctx.stopping:
             task.uncancel()
@@ -44,7 +44,7 @@ async def append(request, image: Appender) -> None:
         ctx.receiving.discard(task)
 
 
-async def _keep(stream, image: Appender) -> None:
+async def _commit_received(stream, image: Appender) -> None:
     """What was received and not yet read, up to the last byte, then everything that is buffered.
 
     Nobody hears a refusal any more: another request has gone on with the upload, or Redis or the store is away.
@@ -71,7 +71,7 @@ def stop(app) -> None:
         task.cancel()
 
 
-async def settle(app) -> None:
+async def wait_for_commits(app) -> None:
     """Wait until what came is kept, also of clients that went away."""
-    if app.ctx.keeping:
-        await asyncio.wait(app.ctx.keeping)
+    if app.ctx.committing:
+        await asyncio.wait(app.ctx.committing)

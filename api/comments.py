@@ -15,9 +15,9 @@ routes = Blueprint("comments")
 @routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
     user = tokens.user(request)
-    await reading.receive(request)
+    await reading.receive_json(request)
     text = reading.text(reading.fields(request).get("text"), "text")
-    if not reading.SEEN.search(text):
+    if not reading.VISIBLE.search(text):
         raise reading.invalid("text must not be blank", pointer="#/text")
     comment, replayed = await comments.add(
         request.app.ctx.db, user, post, text, reading.idempotency_key(request, request.body)
@@ -29,8 +29,8 @@ async def add(request, post: str):
 @shared_read
 async def page(request, post: str) -> Answer:
     limit = reading.limit(request)
-    found = await comments.page(request.app.ctx.db, post, limit, reading.before(request))
-    return rendering.page(request.path, limit, tuple(found.comments), found.more, rendering.encoded_comment, "{row.id}")
+    found = await comments.page(request.app.ctx.db, post, limit, reading.comment_cursor(request))
+    return rendering.page(request.path, limit, tuple(found.comments), found.more, rendering.comment_json, "{row.id}")
 
 
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)

@@ -89,7 +89,7 @@ def boundary(request) -> bytes:
     if not declared.isascii():
         raise damaged("the form's boundary is not ASCII")
     _, options = parse_options_header(declared)
-    if reading.declared(request) > IMAGE_BYTES + FORM_SLACK:
+    if reading.content_length(request) > IMAGE_BYTES + FORM_SLACK:
         raise TooLarge(f"an image may have up to {IMAGE_BYTES} bytes")
     if not options.get(b"boundary"):
         raise damaged("the form names no boundary")
@@ -107,7 +107,7 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     if idempotency and (post := await posts.replayed(ctx.db, user, ctx.settings.partitions, idempotency)):
         return post.id, post.caption, True
     partitions, processing = ctx.settings.partitions, ctx.settings.processing
-    declared = reading.declared(request) or IMAGE_BYTES  # of a chunked form nothing is known
+    declared = reading.content_length(request) or IMAGE_BYTES  # of a chunked form nothing is known
     async with uploads.form_upload(ctx.db, ctx.objects, user, partitions, declared, processing) as image:
         caption = await receive(request, form, image)
         try:

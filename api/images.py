@@ -8,7 +8,7 @@ import re
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api.answers import READ, Shared, encoded_head
+from api.answers import READ, FastResponse, encode_headers
 from api.headers import list_header, matches_etag
 from api.problems import problem
 from storage import posts
@@ -41,7 +41,7 @@ async def image(request, name: str):
     asked = RANGE.fullmatch(request.headers.get("range", ""))
     if asked and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         return part(data, asked[1], asked[2], headers)
-    return Shared(encoded_head({**headers, "Content-Type": "image/jpeg"}), 200, data)
+    return FastResponse(encode_headers({**headers, "Content-Type": "image/jpeg"}), 200, data)
 
 
 def part(data: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPResponse:

@@ -30,7 +30,7 @@ async def create(request):
 
 async def adopt(request, user: str) -> tuple[dict, bool]:
     """Make a post of a finished upload, or find the post that it has become."""
-    await reading.receive(request)
+    await reading.receive_json(request)
     fields = reading.fields(request)
     upload = reading.string(fields.get("upload"), "upload")
     caption = reading.text(fields.get("caption", ""), "caption")
@@ -49,17 +49,17 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
 @routes.route("/v1/posts", methods=READ)
 @shared_read
 async def feed(request) -> Answer:
-    db, after, limit = request.app.ctx.db, reading.place(request), reading.limit(request)
+    db, after, limit = request.app.ctx.db, reading.feed_cursor(request), reading.limit(request)
     found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
     links = () if after else (f'</v1/changes?since={changes.issue(db, found.seen)}>; rel="changes"',)
     place = "{row.comment_count}:{row.id}"
-    return rendering.page(request.path, limit, found.posts, found.more, rendering.encoded_post, place, links)
+    return rendering.page(request.path, limit, found.posts, found.more, rendering.post_json, place, links)
 
 
 @routes.route("/v1/changes", methods=READ)
 @shared_read
 async def changed(request) -> Answer:
-    ctx, since = request.app.ctx, reading.arguments(request).get("since")
+    ctx, since = request.app.ctx, reading.parameters(request).get("since")
     found = await changes.since(
         ctx.db, ctx.settings.partitions, reading.limit(request), changes.parse(since) if since else None
     )
@@ -74,7 +74,7 @@ async def read(request, post: str) -> Answer:
 
 
 def answer(row: posts.Post) -> Answer:
-    return Answer(rendering.encoded_post(row), {"Retry-After": "1"} if row.status == "processing" else None)
+    return Answer(rendering.post_json(row), {"Retry-After": "1"} if row.status == "processing" else None)
 
 
 @routes.delete("/v1/posts/<post>")

@@ -18,12 +18,12 @@ from sanic.exceptions import (
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
-from api.answers import Shared, date
+from api.answers import FastResponse, http_date
 from api.headers import request_id
 
 LINGER = 1.0  # seconds in which a refused client may read why it was refused
 DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
-LOOK = 2.0  # seconds between two looks at a connection's clock
+POLL = 2.0  # seconds between two looks at a connection's clock
 HEADER = 10.0  # seconds in which a request's header must be complete
 
 # Bytes of trailers after the last chunk. Nobody needs more than a checksum there, and they are dropped.
@@ -65,7 +65,7 @@ class StrictHttp(Http):
 
     async def http1_request_header(self):
         # An idle timer would be reset by every byte: the header has its time as a whole.
-        self.protocol.asked = monotonic()
+        self.self.header_began = monotonic()
         buffer = self.recv_buffer
         while (end := buffer.find(b"\r\n\r\n")) == -1 and len(buffer) < self.HEADER_MAX_SIZE:
             await self._receive_more()
@@ -122,8 +122,8 @@ class StrictHttp(Http):
             self.refuse_body()
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
-        if not isinstance(response, Shared):  # which writes them itself
-            response.headers["Date"] = date(int(time()))
+        if not isinstance(response, FastResponse):  # which writes them itself
+            response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
         return super().respond(response)
 
@@ -170,13 +170,13 @@ class Protocol(HttpProtocol):
     """Sanic's protocol, with the holes closed."""
 
     HTTP_CLASS = StrictHttp
-    __slots__ = ("asked", "refused", "_lingering", "_discarded")
+    __slots__ = ("header_began", "refused", "_lingering", "_discarded")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.refused = self._lingering = False
         self._discarded = 0
-        self.asked = 0.0  # when the current request's header began
+        self.header_began = 0.0  # when the current request's header began
 
     def check_timeouts(self):
         """Looks again and again whether the connection has had its time."""
@@ -185,7 +185,7 @@ class Protocol(HttpProtocol):
         now, stage = monotonic(), self._http.stage
         idle, over = now - self._time, None
         if stage is Stage.REQUEST:
-            if now - self.asked > HEADER - LOOK:
+            if now - self.header_began > HEADER - POLL:
                 over = RequestTimeout("the header took too long")
         elif stage is Stage.IDLE:
             if idle > self.keep_alive_timeout:
@@ -193,7 +193,7 @@ class Protocol(HttpProtocol):
         elif idle > self.response_timeout:
             over = ServiceUnavailable("no byte arrived for too long")
         if over is None:
-            self._callback_check_timeouts = self.loop.call_later(LOOK, self.check_timeouts)
+            self._callback_check_timeouts = self.loop.call_later(POLL, self.check_timeouts)
             return
         self._http.exception = over
         self._http.keep_alive = False

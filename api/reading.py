@@ -14,17 +14,17 @@ from storage.posts import FeedCursor
 from storage.settings import TEXT_CHARACTERS
 
 JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and as much again
-LIMIT = 20
-MOST = 100
-REMEMBERED = 128  # query strings and cursors that are remembered
-VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+DEFAULT_LIMIT = 20
+MAX_LIMIT = 100
+CACHED = 128  # query strings and cursors that are remembered
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # Control characters (general category Cc) but tab and newline, LF or CRLF. Browsers' forms send newlines as CRLF.
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 # Anything that can be seen: neither white space nor, by Unicode 16.0, of the property Default_Ignorable_Code_Point
 # (soft hyphen, zero-width characters, bidirectional controls, Hangul fillers, variation selectors, tags), nor one of
 # the others that fonts show as nothing: U+13430 to 13440 and FFF9 to FFFB are formats (Cf, Mn), 2800 is Braille
 # without a dot, 16FE4 a Khitan filler, 1D159 a note without a head. The other formats are signs that are seen.
-SEEN = re.compile(
+VISIBLE = re.compile(
     "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U00013440\U00016fe4\U0001bca0-\U0001bca3\U0001d159"
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
@@ -36,57 +36,57 @@ def invalid(detail: str, **where: str) -> Problem:
     return Problem(422, "invalid", detail, where=where)
 
 
-def arguments(request) -> dict[str, str]:
-    return _arguments(request.query_string)
+def parameters(request) -> dict[str, str]:
+    return _parameters(request.query_string)
 
 
-@lru_cache(REMEMBERED)  # parsing them takes as long as finding the route
-def _arguments(query: str) -> dict[str, str]:
+@lru_cache(CACHED)  # parsing them takes as long as finding the route
+def _parameters(query: str) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(query).items()}
 
 
 def limit(request) -> int:
-    text = arguments(request).get("limit", str(LIMIT))
-    if not COUNT.fullmatch(text) or not 1 <= int(text) <= MOST:
-        raise invalid(f"limit is a whole number from 1 to {MOST}", parameter="limit")
+    text = parameters(request).get("limit", str(DEFAULT_LIMIT))
+    if not COUNT.fullmatch(text) or not 1 <= int(text) <= MAX_LIMIT:
+        raise invalid(f"limit is a whole number from 1 to {MAX_LIMIT}", parameter="limit")
     return int(text)
 
 
-def _opened(cursor: str) -> str:
+def _decode_cursor(cursor: str) -> str:
     try:
         # Strictly: by default what is not in the alphabet is passed over, and nonsense would open as nothing.
         return b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode("ascii")
     except ValueError:
-        raise _no_cursor() from None
+        raise _wrong_cursor() from None
 
 
-def _no_cursor() -> Problem:
+def _wrong_cursor() -> Problem:
     return invalid("this cursor was not given by this list", parameter="cursor")
 
 
-def place(request) -> FeedCursor | None:
+def feed_cursor(request) -> FeedCursor | None:
     """The place in the feed that the cursor names."""
-    cursor = arguments(request).get("cursor")
-    return _place(cursor) if cursor else None
+    cursor = parameters(request).get("cursor")
+    return _feed_cursor(cursor) if cursor else None
 
 
-@lru_cache(REMEMBERED)
-def _place(cursor: str) -> FeedCursor:
-    count, _, post = _opened(cursor).partition(":")
+@lru_cache(CACHED)
+def _feed_cursor(cursor: str) -> FeedCursor:
+    count, _, post = _decode_cursor(cursor).partition(":")
     found = keys.ID.fullmatch(post)
     if not found or found[1] or not COUNT.fullmatch(count):
-        raise _no_cursor()
+        raise _wrong_cursor()
     return FeedCursor(int(count), post)
 
 
-def before(request) -> str:
+def comment_cursor(request) -> str:
     """The comment id that the cursor names; empty without one."""
-    cursor = arguments(request).get("cursor")
+    cursor = parameters(request).get("cursor")
     if not cursor:
         return ""
-    comment = _opened(cursor)
+    comment = _decode_cursor(cursor)
     if not keys.COMMENT_ID.fullmatch(comment):
-        raise _no_cursor()
+        raise _wrong_cursor()
     return comment
 
 
@@ -95,19 +95,19 @@ def idempotency_key(request, body: bytes | None) -> keys.IdempotencyKey | None:
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
-    if not VISIBLE.fullmatch(key):
+    if not IDEMPOTENCY_KEY.fullmatch(key):
         raise invalid("an Idempotency-Key has 1 to 255 visible ASCII characters", header="Idempotency-Key")
     return keys.IdempotencyKey(f"{request.method} {request.path} {key}", "-" if body is None else keys.digest(body))
 
 
-def declared(request) -> int:
+def content_length(request) -> int:
     """The body's length, as far as it is declared: a chunked one is counted as it comes."""
     return int(request.headers.get("content-length", 0))
 
 
-async def receive(request) -> None:
+async def receive_json(request) -> None:
     """Read a JSON body of a route that streams, which is one that looks at the token before it takes a body."""
-    if declared(request) > JSON_BYTES:
+    if content_length(request) > JSON_BYTES:
         raise TooLarge(f"a JSON body may have up to {JSON_BYTES} bytes")
     while request.stream.request_body:
         request.body += await request.stream.read() or b""

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import orjson
 
-from api.answers import Answer, Shared, encoded_head
+from api.answers import Answer, FastResponse, encode_headers
 from storage import keys
 from storage.comments import Comment
 from storage.posts import Post
@@ -14,20 +14,20 @@ from storage.settings import PAGE_BYTES
 from storage.uploads import OpenUpload
 
 SIDE = 600  # pixels of the served image
-PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-RENDERED = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
-USUAL = 500  # characters of caption and comments up to which it is
+CACHED_PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
+CACHED_POSTS = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
+CACHED_CHARACTERS = 500  # characters of caption and comments up to which it is
 
 
-def created(body: dict, location: str, replayed: bool = False) -> Shared:
+def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
     """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
     headers = {"Content-Type": "application/json", "Location": location}
     if replayed:
         headers["Idempotent-Replayed"] = "true"
-    return Shared(encoded_head(headers), 201, orjson.dumps(body))
+    return FastResponse(encode_headers(headers), 201, orjson.dumps(body))
 
 
-def time(ms: int) -> str:
+def timestamp(ms: int) -> str:
     """RFC 3339, in UTC with milliseconds."""
     seconds, rest = divmod(ms, 1000)
     return f"{_second(seconds)}.{rest:03}Z"
@@ -39,30 +39,30 @@ def _second(seconds: int) -> str:
 
 
 def comment(row: Comment) -> dict:
-    return {"id": row.id, "author": row.author, "text": row.text, "created_at": time(keys.comment_ms(row.id))}
+    return {"id": row.id, "author": row.author, "text": row.text, "created_at": timestamp(keys.comment_ms(row.id))}
 
 
 def post(row: Post) -> dict:
-    shown = {
+    body = {
         "id": row.id,
         "author": row.author,
         "caption": row.caption,
-        "created_at": time(keys.created_ms(row.id)),
+        "created_at": timestamp(keys.created_ms(row.id)),
         "status": row.status,
         "image": None,
         "comment_count": row.comment_count,
         "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
     }
     if row.status == "ready":
-        shown["image"] = {
+        body["image"] = {
             "url": f"/v1/images/{row.id}.jpg",
             "width": SIDE,
             "height": SIDE,
             "thumbhash": row.thumbhash,
         }
     if row.status == "failed":
-        shown["error"] = {"code": row.code, "detail": row.detail}
-    return shown
+        body["error"] = {"code": row.code, "detail": row.detail}
+    return body
 
 
 def new_post(post_id: str, author: str, caption: str) -> dict:
@@ -76,28 +76,28 @@ def upload(row: OpenUpload) -> dict:
         "offset": row.offset,
         "length": row.length,
         "metadata": row.metadata,
-        "created_at": time(keys.created_ms(row.id)),
-        "expires_at": time(row.expires),
+        "created_at": timestamp(keys.created_ms(row.id)),
+        "expires_at": timestamp(row.expires),
     }
 
 
-def encoded_post(row: Post) -> bytes:
+def post_json(row: Post) -> bytes:
     """A post in JSON. The same row is the same JSON: remembering it saves rendering, and never a look into Redis."""
-    if len(row.caption) + sum([len(text) for _, _, text in row.latest]) > USUAL:
+    if len(row.caption) + sum([len(text) for _, _, text in row.latest]) > CACHED_CHARACTERS:
         return orjson.dumps(post(row))
-    return _rendered(row)
+    return _cached_post_json(row)
 
 
-@lru_cache(RENDERED)
-def _rendered(row: Post) -> bytes:
+@lru_cache(CACHED_POSTS)
+def _cached_post_json(row: Post) -> bytes:
     return orjson.dumps(post(row))
 
 
-def encoded_comment(row: Comment) -> bytes:
+def comment_json(row: Comment) -> bytes:
     return orjson.dumps(comment(row))
 
 
-@lru_cache(PAGES)
+@lru_cache(CACHED_PAGES)
 def page(
     path: str, limit: int, rows: tuple, more: bool, encode, place: str, links: tuple[str, ...] = ()
 ) -> Answer:
@@ -112,10 +112,10 @@ def page(
             break
         items.append(encode(row))
         size += len(items[-1]) + 1
-    following = None
+    next_cursor = None
     if items and (more or len(items) < len(rows)):
         last = place.format(row=rows[len(items) - 1])
-        following = urlsafe_b64encode(last.encode()).decode().rstrip("=")
-        links = (f'<{path}?limit={limit}&cursor={following}>; rel="next"', *links)
-    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
+        next_cursor = urlsafe_b64encode(last.encode()).decode().rstrip("=")
+        links = (f'<{path}?limit={limit}&cursor={next_cursor}>; rel="next"', *links)
+    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(next_cursor))
     return Answer(body, {"Link": ", ".join(links)} if links else None)

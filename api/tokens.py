@@ -9,9 +9,9 @@ from api.problems import Problem
 from storage.settings import Settings, signing_secret
 
 ALGORITHM = "HS256"  # fixed: a token does not choose how it is verified (RFC 8725, section 3.1)
-SUBJECT = re.compile(r"[\x21-\x7e]{1,255}")  # visible ASCII: it stands in Redis keys and in headers
-REMEMBERED = 10_000  # tokens. When there are more, all are forgotten: simpler than an order of age
-USUAL = 1024  # characters of a token that is remembered, which bounds their memory at 10 MB
+USER = re.compile(r"[\x21-\x7e]{1,255}")  # visible ASCII: it stands in Redis keys and in headers
+CACHED = 10_000  # tokens. When there are more, all are forgotten: simpler than an order of age
+CACHED_CHARACTERS = 1024  # characters of a token that is remembered, which bounds their memory at 10 MB
 DEVELOPMENT_SECONDS = 24 * 60 * 60
 LEEWAY = 30  # seconds the clock of who signs may differ from ours, for exp, nbf and iat (RFC 7519, section 4.1.4)
 
@@ -46,8 +46,8 @@ def user(request) -> str:
     if found and time.time() < found[1]:
         return found[0]
     claims = _verify(carried, ctx.secret, ctx.settings)
-    if len(carried) <= USUAL:
-        if len(ctx.verified) >= REMEMBERED:
+    if len(carried) <= CACHED_CHARACTERS:
+        if len(ctx.verified) >= CACHED:
             ctx.verified.clear()
         ctx.verified[carried] = claims["sub"], int(claims["exp"]) + LEEWAY
     return claims["sub"]
@@ -73,7 +73,7 @@ def _verify(carried: str, secret: str, settings: Settings) -> dict:
     except jwt.InvalidTokenError as error:
         reason = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
         raise _unauthorized(f"the token is of no use: {reason}", ', error="invalid_token"') from None
-    if not SUBJECT.fullmatch(claims["sub"]):
+    if not USER.fullmatch(claims["sub"]):
         raise _unauthorized("`sub` must be 1 to 255 visible ASCII characters", ', error="invalid_token"')
     return claims
 

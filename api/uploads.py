@@ -23,7 +23,7 @@ from storage.settings import IMAGE_BYTES
 
 routes = Blueprint("uploads")
 
-OFFERED = {
+CAPABILITIES = {
     "Tus-Version": VERSION,
     "Tus-Extension": "creation,creation-with-upload,expiration,termination",
     "Tus-Max-Size": str(IMAGE_BYTES),
@@ -34,7 +34,7 @@ KEY = re.compile(r"[!-+\--~]+")  # ASCII, no space and no comma
 METADATA_BYTES = 4096
 
 
-def supported(request) -> None:
+def check_version(request) -> None:
     """Raises Problem 412 for another version of tus."""
     if request.headers.get("tus-resumable") != VERSION:
         raise Problem(412, "version", f"this server speaks tus {VERSION}", {"Tus-Version": VERSION})
@@ -48,7 +48,7 @@ def number(request, name: str) -> int:
     return int(text)
 
 
-def described(request) -> str:
+def metadata(request) -> str:
     """Upload-Metadata as it was sent: keys, each once, and Base64 values that may be missing. Raises Problem 400."""
     text, seen = request.headers.get("upload-metadata", ""), set()
     malformed = len(text) > METADATA_BYTES
@@ -70,34 +70,34 @@ def expires(ms: int) -> str:
     return formatdate(ms // 1000, usegmt=True)
 
 
-def bare(status: int, answer: dict[str, str]) -> HTTPResponse:
+def no_content(status: int, answer: dict[str, str]) -> HTTPResponse:
     """Headers only, where a body could be. Sanic's `empty` would name its type `None`."""
     return HTTPResponse(b"", status, answer, "text/plain")
 
 
 @routes.on_response
-async def resumable(request, response):
+async def add_version(request, response):
     response.headers["Tus-Resumable"] = VERSION
 
 
 @routes.options("/v1/uploads")
 @routes.options("/v1/uploads/<upload>", name="options_of_one")
 async def options(request, upload: str = ""):
-    return empty(204, OFFERED)
+    return empty(204, CAPABILITIES)
 
 
 @routes.post("/v1/uploads", stream=True)
 async def create(request):
-    supported(request)
+    check_version(request)
     user = tokens.user(request)
-    length, metadata = number(request, "Upload-Length"), described(request)
-    if reading.declared(request) > length:
+    length, sent_metadata = number(request, "Upload-Length"), metadata(request)
+    if reading.content_length(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
     ctx.objects.check_free_space()
-    idempotency = reading.idempotency_key(request, f"{length} {metadata}".encode())
+    idempotency = reading.idempotency_key(request, f"{length} {sent_metadata}".encode())
     upload, replayed = await uploads.run_to_completion(
-        uploads.create(ctx.db, user, ctx.settings.partitions, length, metadata, idempotency)
+        uploads.create(ctx.db, user, ctx.settings.partitions, length, sent_metadata, idempotency)
     )
     answer = {"Location": f"/v1/uploads/{upload}"}
     if replayed:
@@ -105,7 +105,7 @@ async def create(request):
     try:
         found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
     except NoUpload:  # it has become a post, or was deleted, since it was made
-        return bare(201, answer)
+        return no_content(201, answer)
     if request.headers.get("content-type") == BODY and not replayed:
         image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, length)
         try:
@@ -117,11 +117,11 @@ async def create(request):
                 refused.headers.update(answer)
                 return refused
         found = found._replace(offset=image.offset, expires=image.expires or found.expires)
-    return bare(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
+    return no_content(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
 
 
 @routes.route("/v1/uploads", methods=READ)
-async def opened(request):
+async def list_open(request):
     """Not a call of tus: it needs no Tus-Resumable."""
     ctx = request.app.ctx
     found = await uploads.list_open(ctx.db, tokens.user(request), ctx.settings.partitions)
@@ -131,7 +131,7 @@ async def opened(request):
 
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
-    supported(request)
+    check_version(request)
     found = await uploads.read_when_still(request.app.ctx.db, tokens.user(request), upload)
     answer = {
         "Upload-Offset": str(found.offset),
@@ -141,12 +141,12 @@ async def read(request, upload: str):
     }
     if found.metadata:
         answer["Upload-Metadata"] = found.metadata
-    return bare(200, answer)
+    return no_content(200, answer)
 
 
 @routes.patch("/v1/uploads/<upload>", stream=True)
 async def patch(request, upload: str):
-    supported(request)
+    check_version(request)
     user, ctx = tokens.user(request), request.app.ctx
     # A client that sends and breaks off at once has sent all the same.
     found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
@@ -154,7 +154,7 @@ async def patch(request, upload: str):
         raise Problem(415, "type", f"a PATCH is sent as {BODY}")
     if number(request, "Upload-Offset") != found.offset:
         raise Offset(f"the upload is at {found.offset}")
-    if reading.declared(request) > found.length - found.offset:
+    if reading.content_length(request) > found.length - found.offset:
         raise TooLarge(f"the upload ends at {found.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
     await uploads.run_to_completion(image.resume())
@@ -164,7 +164,7 @@ async def patch(request, upload: str):
 
 @routes.delete("/v1/uploads/<upload>")
 async def delete(request, upload: str):
-    supported(request)
+    check_version(request)
     user, ctx = tokens.user(request), request.app.ctx
     await uploads.read(ctx.db, user, upload)
     await uploads.discard(ctx.db, ctx.objects, user, upload)
@@ -172,10 +172,10 @@ async def delete(request, upload: str):
 
 
 @routes.post("/v1/uploads/<upload>", stream=True)
-async def override(request, upload: str):
+async def override_method(request, upload: str):
     """For clients whose network knows only GET and POST (tus, X-HTTP-Method-Override)."""
     verbs = {"HEAD": read, "PATCH": patch, "DELETE": delete}
-    verb = verbs.get(request.headers.get("x-http-method-override", "").upper())
+    verb = verbs.get(request.headers.get("x-http-method-override_method", "").upper())
     if verb is None:
         raise Problem(405, "method", "this address does not take this method", {"Allow": "HEAD, PATCH, DELETE"})
     return await verb(request, upload)
