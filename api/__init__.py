@@ -1,4 +1,4 @@
-"""HTTP. Checks the shape of a request, makes one call into storage, answers.
+"""The HTTP API. A handler reads the request, makes one call into storage, and renders the answer.
 
-The only room that imports sanic. Names no Redis key, no Redis command and no object.
+Only this package imports Sanic. It names no Redis key, no Redis command and no object.
 """

@@ -1,6 +1,8 @@
-"""`imagegram-api`, or `python -m api`, serves.
+"""`imagegram-api`, or `python -m api`: serves the API.
 
-`imagegram-api token alice` mints a development token; `imagegram-api welcome` says how to make the first call.
+    imagegram-api                serves until SIGTERM or SIGINT
+    imagegram-api token alice    prints a token for development
+    imagegram-api welcome        prints how to make the first call
 """
 
 import argparse
@@ -28,7 +30,7 @@ from storage.objects import require_stores
 
 log = logging.getLogger("imagegram.api")
 
-START_STEP = 0.01  # seconds, more than the last step of Sanic's start takes
+START_STEP = 0.01  # seconds, longer than the last step of Sanic's start takes
 
 WELCOME = """
 Imagegram answers at http://{host}:{port} in a moment. In another terminal:
@@ -46,33 +48,37 @@ Ctrl-C ends it; the data stays in {data}.
 
 
 def listen(settings) -> list[socket.socket]:
-    """One listening socket for each process, all on the same port; the kernel spreads connections over them.
+    """One listening socket for each process, all on the same port. The kernel spreads connections over them.
 
-    SO_REUSEPORT lets every server of this user join a port, also that of another site, which would then get a share of
-    the requests. So the first socket listens without it, which fails if anybody listens there, and also if two sites
-    start at the same moment. Only then the port is opened for the other sockets. Raises SystemExit.
+    SO_REUSEPORT lets every server of this user join a port. Another site on the same port would get some of our
+    requests. So the first socket listens without the option. This fails if any server listens there, also if two sites
+    start at the same moment. Then the first socket gets the option, and the others join it.
+
+    Raises SystemExit if the address or the port cannot be used.
     """
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):  # UnicodeError: a label of more than 63 characters
         raise environment.refused("HOST", settings.host, "wanted an address or a name of this machine") from None
     try:
-        first = _listen(found[0], found[4], shared=False)
+        first = _listen(family, address, shared=False)
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        others = [_listen(found[0], first.getsockname(), shared=True) for _ in range(settings.api_processes - 1)]
+        others = [_listen(family, first.getsockname(), shared=True) for _ in range(settings.api_processes - 1)]
     except OSError as error:
         variable = "IMAGEGRAM_HOST" if error.errno == errno.EADDRNOTAVAIL else "IMAGEGRAM_PORT"
         reason = f"api: cannot listen on {settings.host}:{settings.port}: {error.strerror}"
         if error.errno == errno.EADDRINUSE:
-            who = " and ".join(map(str, processes.listening(settings.port)))
-            raise SystemExit(f"{reason}{f' by process {who}' if who else ''}. End it or set {variable}.") from None
+            holders = " and ".join(map(str, processes.listening(settings.port)))
+            reason += f" by process {holders}" if holders else ""
+            raise SystemExit(f"{reason}. End it or set {variable}.") from None
         raise SystemExit(f"{reason}. Set {variable}.") from None
     return [first, *others]
 
 
 def _listen(family: int, address: tuple, shared: bool) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run may be in TIME_WAIT
+    # Connections of the last run may still be in TIME_WAIT.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
     listening.bind(address)
     listening.listen(1024)
@@ -80,13 +86,13 @@ def _listen(family: int, address: tuple, shared: bool) -> socket.socket:
 
 
 def serve_one(settings, listening: socket.socket) -> None:
-    """Serve on a socket until SIGTERM, which the caller has blocked.
+    """Serve on a socket until SIGTERM. The caller has blocked this signal.
 
-    A thread waits for the signal from the first. Sanic ignores it for a moment while it starts, and a process that
-    was told to stop then would never stop.
+    A thread waits for the signal from the very beginning. Sanic ignores it for a moment while it starts. A process that
+    gets it in this moment would never stop.
     """
     watchdog.start(settings.watchdog)
-    loops = SimpleQueue()  # of one event loop, once it serves
+    loops = SimpleQueue()  # gets the event loop as soon as it serves
 
     def stop_at_sigterm() -> None:
         signal.sigwait({signal.SIGTERM})
@@ -97,7 +103,7 @@ def serve_one(settings, listening: socket.socket) -> None:
 
     @app.after_server_start
     async def started(app):
-        # By a timer, because this is still a step of the start, in the midst of which a stop is an error.
+        # This is still a step of Sanic's start, and a stop during the start is an error. Hence the timer.
         app.loop.call_later(START_STEP, loops.put, app.loop)
         watchdog.watch_loop(app.loop)
 
@@ -106,25 +112,26 @@ def serve_one(settings, listening: socket.socket) -> None:
 
 
 def serve(settings) -> None:
-    """Fork as many processes as are set, and serve until a signal stops them.
+    """Fork IMAGEGRAM_WORKERS processes, and serve until a signal stops them.
 
-    A process that ends by itself, whatever its status, stops the others: fewer processes would serve with part of
-    the capacity, or none at all, and nobody would notice. Raises SystemExit with status 1 then, else with 0.
+    If a process ends by itself, the others are stopped, whatever its status: otherwise fewer processes would serve, or
+    none, and nobody would notice. Raises SystemExit with status 1 in this case, with 0 after a signal.
     """
     logs.configure()
     require_stores(settings, "STORE")
-    environment.signing_secret(settings)  # made once, before there are several who want it
-    # Bound in the parent, so that a port that is taken is reported once, and a port of 0 is one port for all.
+    environment.signing_secret(settings)  # made here, before several processes need it
+    # The parent binds the sockets. So a port in use is reported once, and port 0 becomes one port for all processes.
     sockets = listen(settings)
     settings = dataclasses.replace(settings, port=sockets[0].getsockname()[1])
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it is handled here; in the children for good
+    # Blocked in the parent until it has a handler, and in the children for good: they wait for it in a thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent, children = os.getpid(), set()
     for listening in sockets:
         child = os.fork()
         if child == 0:
-            processes.die_with_parent(signal.SIGTERM, parent)  # no orphan goes on serving
-            # A group of its own: who signals all of ours at once would interrupt, by the parent's second signal, an
-            # orderly end that has begun.
+            processes.die_with_parent(signal.SIGTERM, parent)  # an orphan would go on serving
+            # A process group of its own. A signal to the parent's whole group would reach the child twice: the second
+            # one, from the parent, would interrupt the orderly end that the first has begun.
             os.setpgid(0, 0)
             for other in sockets:
                 if other is not listening:
@@ -143,7 +150,7 @@ def serve(settings) -> None:
         if not stopping:
             stopping = True
             for child in children:
-                with suppress(ProcessLookupError):  # it has ended, and `wait` has just returned
+                with suppress(ProcessLookupError):  # it has just ended
                     os.kill(child, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
@@ -167,17 +174,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("token").add_argument("user")
     commands.add_parser("welcome")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     settings = environment.load()
-    if asked.command == "token":
-        if not tokens.USER.fullmatch(asked.user):
+    if arguments.command == "token":
+        if not tokens.USER.fullmatch(arguments.user):
             raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
         secret = settings.data / "jwt-secret"
-        new = not settings.jwt_secret and not secret.exists()
-        print(tokens.mint(settings, asked.user))
-        if new:  # maybe in the wrong folder: a site that runs has made its own
+        is_new = not settings.jwt_secret and not secret.exists()
+        print(tokens.mint(settings, arguments.user))
+        if is_new:  # maybe in the wrong folder: a running site has made its secret in its own
             print(f"made a new signing secret, {secret}", file=sys.stderr)
-    elif asked.command == "welcome":
+    elif arguments.command == "welcome":
         token = tokens.mint(settings, "alice")
         socket_file = shlex.quote(f"{settings.data}/redis/redis.sock")
         print(WELCOME.format(**dataclasses.asdict(settings), token=token, socket=socket_file))

@@ -1,6 +1,6 @@
-"""JSON that can be asked for again: made once for all who wait, with a strong ETag for each encoding.
+"""JSON answers that a client can revalidate: one body with a strong ETag for each content coding.
 
-ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2; Accept-Encoding: section 12.5.3.
+ETags, If-Match and If-None-Match: RFC 9110, sections 8.8.3, 13.1.1 and 13.1.2. Accept-Encoding: section 12.5.3.
 """
 
 import asyncio
@@ -14,101 +14,106 @@ import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
-from api.headers import preferred_coding, list_header, matches_etag, request_id
+from api.headers import list_header, matches_etag, preferred_coding, request_id
 
-READ = ("GET", "HEAD")  # the methods of what can be read: HEAD gets GET's headers, and Sanic leaves the body out
-MIN_COMPRESSED = 200  # bytes below which compressing saves less than a header line
-BLOCKING = 64 * 1024  # bytes above which compressing takes over 1 ms, and leaves the event loop
-BROTLI_QUALITY = 5  # of 11: within 3 % of the next ones in size, at a third of their time
+READ = ("GET", "HEAD")  # the methods of a route that reads. Sanic leaves out the body of an answer to HEAD
+MIN_COMPRESSED = 200  # bytes. Compressing a smaller body saves less than the header that announces it
+BLOCKING = 64 * 1024  # bytes. Compressing a larger body takes over 1 ms, so a thread does it
+BROTLI_QUALITY = 5  # of 11. Higher ones save at most 3 % of the size and take three times as long
 
 
 class FastResponse(BaseHTTPResponse):
-    """A response with headers that were encoded together. What is set on it besides, which
-    are Sanic's own, follows them unchecked.
+    """A response whose headers were encoded in advance, by `encode_headers`.
 
-    Sanic encodes each header of each response, which costs as much as half of its other work. Here `headers` is a
-    plain dict, which is faster than Sanic's multidict: no name is set twice.
+    Sanic encodes each header of each response. That takes half as long as all its other work. Here `headers` is a plain
+    dict, which is faster than Sanic's multidict: it only gets headers that Sanic itself sets, each name once.
     """
 
-    __slots__ = ("_headers_for",)
+    __slots__ = ("_encoded_headers",)
 
-    def __init__(self, head: tuple[bytes, bytes], status: int = 200, body: bytes = b""):
-        self.asgi, self.content_type, self.stream, self._cookies = False, None, None, None
+    def __init__(self, encoded_headers: tuple[bytes, bytes], status: int = 200, body: bytes = b""):
+        self.asgi = False
+        self.content_type = None
+        self.stream = None
+        self._cookies = None
         self.headers = {}
-        self.body, self.status, self._headers_for = body, status, head
+        self.status = status
+        self.body = body
+        self._encoded_headers = encoded_headers
 
     @property
     def processed_headers(self):
-        # As in `encode_headers`, one header that goes on over the next lines.
+        # One header whose value continues on the next lines, as in `encode_headers`.
         lines = f"{http_date(int(time()))}\r\nRequest-Id: {request_id(self.stream.request)}"
-        for name, value in self.headers.items():  # Sanic's own: a length and words
+        for name, value in self.headers.items():
             lines += f"\r\n{name}: {value}"
-        return self._headers_for, (b"Date", lines.compress())
+        return self._encoded_headers, (b"Date", lines.encode())
 
 
 @lru_cache(2)
 def http_date(second: int) -> str:
-    """An HTTP date (RFC 9110, section 5.6.7)."""
+    """An HTTP date (RFC 9110, section 5.6.7). `second` is in seconds since 1970."""
     return formatdate(second, usegmt=True)
 
 
 def encode_headers(headers: dict[str, str]) -> tuple[bytes, bytes]:
-    """Headers as one: Sanic writes a name, a colon and a value, and this value goes on over the next lines.
+    """All headers as the name and the value of one.
 
-    They are made here, of parts that were checked: none of them ends its line by itself.
+    Sanic writes a name, a colon and a value. This value contains the line breaks and the other headers. All its parts
+    were checked before, so none of them can end its line and add a header.
     """
     name, _, lines = "\r\n".join([f"{name}: {value}" for name, value in headers.items()]).partition(": ")
-    return name.compress("ascii"), lines.compress()
+    return name.encode("ascii"), lines.encode()
 
 
 class Answer:
-    """A body, the headers it goes with, and its encodings once somebody wanted them."""
+    """A JSON body, its headers, and its compressed forms, which are made when the first client wants them."""
 
     def __init__(self, body: bytes, headers: dict[str, str] | None = None):
         self.body = body
         self.headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **(headers or {})}
         self.digest = blake2b(body, digest_size=12).hexdigest()
         self._compressed: dict[str, bytes | asyncio.Task] = {}
-        self._heads: dict[tuple[int, str], tuple[bytes, bytes]] = {}
+        self._encoded_headers: dict[tuple[int, str], tuple[bytes, bytes]] = {}
 
     async def respond(self, request) -> FastResponse:
-        """200 in the preferred_coding encoding the client takes, or 304 if it has that already."""
+        """200 in the coding the client prefers, or 304 if the client already has this body."""
         coding = preferred_coding(list_header(request, "accept-encoding")) if len(self.body) >= MIN_COMPRESSED else ""
-        tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
+        etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
         known = list_header(request, "if-none-match")
-        if known and (known == tag or matches_etag(known, tag)):
-            return FastResponse(self._headers_for(304, coding, tag), 304)
-        return FastResponse(self._headers_for(200, coding, tag), 200, await self._compress(coding) if coding else self.body)
+        if known and (known == etag or matches_etag(known, etag)):
+            return FastResponse(self._headers_for(304, coding, etag), 304)
+        body = await self._compress(coding) if coding else self.body
+        return FastResponse(self._headers_for(200, coding, etag), 200, body)
 
-    def matches(self, listed: str) -> bool:
-        """Whether If-Match lists this body in any encoding. Compared strongly, so no weak tag does."""
-        return matches_etag(listed, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weak=False)
+    def matches(self, if_match: str) -> bool:
+        """Whether an If-Match header lists this body in any coding. The comparison is strong: weak tags never match."""
+        return matches_etag(if_match, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weak=False)
 
-    def _headers_for(self, status: int, coding: str, tag: str) -> tuple[bytes, bytes]:
-        head = self._heads.get((status, coding))
-        if head is None:
-            headers = {**self.headers, "ETag": tag}
+    def _headers_for(self, status: int, coding: str, etag: str) -> tuple[bytes, bytes]:
+        encoded = self._encoded_headers.get((status, coding))
+        if encoded is None:
+            headers = {**self.headers, "ETag": etag}
             if status == 200:
                 headers["Content-Type"] = "application/json"
                 if coding:
                     headers["Content-Encoding"] = coding
-            head = self._heads[status, coding] = encode_headers(headers)
-        return head
+            encoded = self._encoded_headers[status, coding] = encode_headers(headers)
+        return encoded
 
     async def _compress(self, coding: str) -> bytes:
         if coding not in self._compressed:
-            large = len(self.body) > BLOCKING
-            self._compressed[coding] = (
-                asyncio.create_task(asyncio.to_thread(compress, coding, self.body))
-                if large
-                else compress(coding, self.body)
-            )
-        encoded = self._compressed[coding]
-        return encoded if isinstance(encoded, bytes) else await asyncio.shield(encoded)
+            if len(self.body) > BLOCKING:
+                task = asyncio.create_task(asyncio.to_thread(compress, coding, self.body))
+                self._compressed[coding] = task
+            else:
+                self._compressed[coding] = compress(coding, self.body)
+        compressed = self._compressed[coding]
+        return compressed if isinstance(compressed, bytes) else await asyncio.shield(compressed)
 
 
 def shared_read(read):
-    """A handler from a function that makes an Answer of a request: those who wait for one address share it."""
+    """A handler from a function that makes an Answer. Requests for the same address at the same time share one call."""
 
     async def handler(request, **path):
         answer = await request.app.ctx.flights.join(request.raw_url, lambda: read(request, **path))
@@ -125,5 +130,5 @@ def json_answer(body, headers: dict[str, str] | None = None) -> Answer:
 def compress(coding: str, body: bytes) -> bytes:
     if coding == "br":
         return brotli.compress(body, mode=brotli.MODE_TEXT, quality=BROTLI_QUALITY)
-    packer = zlib.compressobj(6, wbits=31)  # 31: gzip's header and trailer
+    packer = zlib.compressobj(6, wbits=31)  # 31: with gzip's header and trailer
     return packer.compress(body) + packer.flush()

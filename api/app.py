@@ -1,4 +1,4 @@
-"""The application: routes, settings and what they share."""
+"""The application: routes, Sanic's settings, and the objects that all requests share."""
 
 import orjson
 from sanic import Sanic
@@ -11,10 +11,20 @@ from storage.db.client import Redis
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret
 
-IDLE = 30  # seconds without a byte after which a connection goes
+IDLE = 30  # seconds without a byte after which a connection is closed
 
 
 def create(settings: Settings) -> Sanic:
+    """The Sanic application. `app.ctx` holds what its requests share:
+
+    | name | what |
+    |---|---|
+    | `settings`, `secret` | the settings; the secret that signs tokens |
+    | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
+    | `db`, `objects` | the Redis client; object storage |
+    | `flights` | reads in progress, which equal requests share |
+    | `receiving`, `committing`, `stopping` | uploads in progress, see `api.bodies` |
+    """
     app = Sanic(
         "imagegram",
         error_handler=Errors(),
@@ -29,19 +39,20 @@ def create(settings: Settings) -> Sanic:
         REQUEST_MAX_SIZE=JSON_BYTES,
         REQUEST_TIMEOUT=IDLE,
         RESPONSE_TIMEOUT=IDLE,
-        KEEP_ALIVE_TIMEOUT=120,  # longer than a proxy keeps its idle connections: it closes first, never in mid-request
+        # Longer than a proxy keeps idle connections. So the proxy closes them, and never during a request.
+        KEEP_ALIVE_TIMEOUT=120,
         GRACEFUL_SHUTDOWN_TIMEOUT=25,
         MOTD=False,
-        DEPRECATION_FILTER="ignore",  # on Python 3.14 Sanic calls what 3.16 removes, and each process would say so
+        DEPRECATION_FILTER="ignore",  # on Python 3.14 Sanic calls a function that 3.16 removes; each process would warn
     )
     app.ctx.settings = settings
     app.ctx.secret = signing_secret(settings)
-    app.ctx.verified = {}  # Authorization header -> user, and when it expires (seconds since 1970)
-    for room in (posts, uploads, comments, images, health):
-        app.blueprint(room.routes)
+    app.ctx.verified = {}
+    for module in (posts, uploads, comments, images, health):
+        app.blueprint(module.routes)
 
     @app.before_server_start
-    async def open(app):
+    async def connect(app):
         app.ctx.db = Redis(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
@@ -52,7 +63,7 @@ def create(settings: Settings) -> Sanic:
         bodies.stop(app)
 
     @app.after_server_stop
-    async def close(app):
+    async def disconnect(app):
         await bodies.wait_for_commits(app)
         await app.ctx.db.close()
 

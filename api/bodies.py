@@ -1,4 +1,13 @@
-"""Bodies that stream into an upload, of which every byte that arrived counts, however the request ends."""
+"""Request bodies that stream into an upload. Every byte that arrived is kept, however the request ends.
+
+| the request ends | what is kept | the answer |
+|---|---|---|
+| at the end of the body | everything | the route's own |
+| the client goes away or stalls | everything that the server has received | nobody reads it |
+| this process stops | everything that the server has received | 503 `stopping` |
+| the body's framing is broken | everything before the broken part | 400 |
+| storage refuses the bytes | what was committed before | the refusal |
+"""
 
 import asyncio
 from contextlib import suppress
@@ -10,11 +19,13 @@ from storage.errors import Refusal
 from storage.objects import Unavailable
 from storage.uploads import Appender
 
+READ_BUFFERED = 0.1  # seconds. Data in the buffer is read at once; an incomplete chunk header would wait for more
+
 
 async def append(request, image: Appender) -> None:
-    """Write a request's body, and commit what came also when the client goes away, stalls, or the server stops.
+    """Write a request's body into an upload and commit it.
 
-    Raises what Appender raises, Problem 503 when the server stops, and Sanic's error where the body is malformed.
+    Raises what Appender raises, Problem 503 if the server stops, and SanicException if the body's framing is broken.
     """
     ctx, task = request.app.ctx, asyncio.current_task()
     if ctx.stopping:
@@ -25,36 +36,38 @@ async def append(request, image: Appender) -> None:
             await image.write(data)
         await image.commit()
     except asyncio.CancelledError:
-        # The request is over; the bytes are not. A task of its own, for this one may be cancelled again.
-        keeping = asyncio.ensure_future(_commit_received(request.stream, image))
-        ctx.committing.add(keeping)
-        keeping.add_done_callback(ctx.committing.discard)
-        await asyncio.shield(keeping)
+        # The request is over, but its bytes count. A separate task commits them, because this one may be cancelled
+        # again.
+        committing = asyncio.ensure_future(_commit_received(request.stream, image))
+        ctx.committing.add(committing)
+        committing.add_done_callback(ctx.committing.discard)
+        await asyncio.shield(committing)
         if ctx.stopping:
             task.uncancel()
             raise stopped() from None
         raise
-    except SanicException:  # the body's framing is broken from here on; what came before it counts
+    except SanicException:  # the framing is broken from here on; the bytes before it count
         await image.commit()
         raise
     except BaseException:
-        await image.abandon()  # nothing is committed any more once the client was told no
+        await image.abandon()  # after an error response, commit nothing more
         raise
     finally:
         ctx.receiving.discard(task)
 
 
 async def _commit_received(stream, image: Appender) -> None:
-    """What was received and not yet read, up to the last byte, then everything that is buffered.
+    """Read what is left in the receive buffer, then commit everything.
 
-    Nobody hears a refusal any more: another request has gone on with the upload, or Redis or the store is away.
+    Errors are dropped, because nobody reads the answer: another request has continued the upload, or Redis or object
+    storage is unavailable.
     """
     with suppress(Refusal, Unavailable):
         while stream.request_body and stream.recv_buffer:
             try:
-                # Reading what lies there does not wait; a chunk's header that came only in part would.
-                data = await asyncio.wait_for(stream.read(), 0.1)
-            except (TimeoutError, SanicException, AttributeError):  # Sanic asks a transport for more that is gone
+                data = await asyncio.wait_for(stream.read(), READ_BUFFERED)
+            # AttributeError: Sanic reads from a transport that is closed.
+            except (TimeoutError, SanicException, AttributeError):
                 break
             await image.write(data or b"")
         await image.commit()
@@ -65,13 +78,13 @@ def stopped() -> Problem:
 
 
 def stop(app) -> None:
-    """End the uploads under way: each keeps what came and says so."""
+    """End all uploads in progress. Each commits what it has received, and its client gets 503."""
     app.ctx.stopping = True
     for task in app.ctx.receiving:
         task.cancel()
 
 
 async def wait_for_commits(app) -> None:
-    """Wait until what came is kept, also of clients that went away."""
+    """Wait until all received bytes are committed, also those of clients that have gone."""
     if app.ctx.committing:
         await asyncio.wait(app.ctx.committing)

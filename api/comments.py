@@ -19,18 +19,17 @@ async def add(request, post: str):
     text = reading.text(reading.fields(request).get("text"), "text")
     if not reading.VISIBLE.search(text):
         raise reading.invalid("text must not be blank", pointer="#/text")
-    comment, replayed = await comments.add(
-        request.app.ctx.db, user, post, text, reading.idempotency_key(request, request.body)
-    )
+    idempotency = reading.idempotency_key(request, request.body)
+    comment, replayed = await comments.add(request.app.ctx.db, user, post, text, idempotency)
     return rendering.created(rendering.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 
 @routes.route("/v1/posts/<post>/comments", methods=READ)
 @shared_read
 async def page(request, post: str) -> Answer:
-    limit = reading.limit(request)
-    found = await comments.page(request.app.ctx.db, post, limit, reading.comment_cursor(request))
-    return rendering.page(request.path, limit, tuple(found.comments), found.more, rendering.comment_json, "{row.id}")
+    limit, before = reading.limit(request), reading.comment_cursor(request)
+    rows = await comments.page(request.app.ctx.db, post, limit, before)
+    return rendering.page(request.path, limit, tuple(rows.comments), rows.more, rendering.comment_json, "{row.id}")
 
 
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
@@ -45,11 +44,11 @@ def answer(row: comments.Comment) -> Answer:
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
-    user, db, wanted = tokens.user(request), request.app.ctx.db, list_header(request, "if-match")
-    if wanted and wanted != "*":
-        # A comment never changes, so what is compared here is what is deleted below.
+    user, db, if_match = tokens.user(request), request.app.ctx.db, list_header(request, "if-match")
+    if if_match and if_match != "*":
+        # A comment never changes. So the one compared here is the one deleted below.
         row = await comments.read(db, post, comment)
-        if row.author == user and not answer(row).matches(wanted):
+        if row.author == user and not answer(row).matches(if_match):
             raise Precondition("If-Match lists none of the comment's ETags")
     await comments.delete(db, user, post, comment)
     return empty()

@@ -1,7 +1,7 @@
-"""Reads shared by all who wait for the same: one call to Redis, one body, one ETag.
+"""Reads that several requests share: one call to Redis, one body, one ETag.
 
-A request joins the *next* flight to start, never one already under way, so no answer is older than its question.
-Nothing is cached and nothing must be invalidated.
+A request joins the *next* flight, never one that has started. So no answer is older than its request. Nothing is cached
+and nothing must be invalidated.
 """
 
 import asyncio
@@ -11,18 +11,18 @@ from storage.errors import Unreachable
 
 
 class Flights:
-    """Flights by key: at most one under way and one boarding for each."""
+    """Flights by key. For each key at most one is flying and one is boarding."""
 
     def __init__(self):
-        self._loop = asyncio.get_running_loop()  # asked for once: Python 3.11 makes a system call each time
+        self._loop = asyncio.get_running_loop()  # kept, because Python 3.11 makes a system call to look it up
         self._boarding: dict[Hashable, tuple[Callable[[], Awaitable], list[asyncio.Future]]] = {}
         self._flying: dict[Hashable, asyncio.Task] = {}
 
     def join(self, key: Hashable, fly: Callable[[], Awaitable]) -> asyncio.Future:
-        """Awaits what `fly` returns, called once for all who join until it starts. Its error goes to all of them.
+        """Await the result of `fly`, which is called once for all who join before it starts. All of them get its error.
 
-        Everybody has a seat of their own, and the flight is nobody's task: whoever leaves takes nothing from the
-        others. (`asyncio.shield` on one task would do the same, at 4 µs a request instead of 1.)
+        Each caller has a future of its own, and the flight is a task of its own. So a caller that is cancelled does not
+        disturb the others. (`asyncio.shield` around one task would do the same, but takes 4 µs a request instead of 1.)
         """
         boarding = self._boarding.get(key)
         if boarding is None:
@@ -34,20 +34,20 @@ class Flights:
         return seat
 
     async def _fly(self, key: Hashable) -> None:
-        """One flight after the other, as long as somebody boards."""
+        """Fly one flight after the other, as long as somebody boards."""
         try:
             while key in self._boarding:
                 fly, seats = self._boarding.pop(key)
                 try:
                     answer, error = await fly(), None
-                except Unreachable as raised:
-                    # Those who board would wait as long again for the same server: they are told now.
-                    answer, error = None, raised
+                except Unreachable as unreachable:
+                    # The next flight would wait as long for the same server. So its passengers get the error now.
+                    answer, error = None, unreachable
                     seats += self._boarding.pop(key, (None, []))[1]
-                except Exception as raised:
-                    answer, error = None, raised
+                except Exception as other:
+                    answer, error = None, other
                 for seat in seats:
-                    if seat.done():  # whoever sat there has gone
+                    if seat.done():  # its caller was cancelled
                         continue
                     if error:
                         seat.set_exception(error)

@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether it can serve."""
+"""`/healthz`: the process is alive. `/readyz`: it can serve."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from api.rendering import timestamp
 from storage.backup import state as shipper
 from storage.objects import Unavailable
 
-STORE_TIMEOUT = 1.0  # seconds the store has for its answer: whoever asks has seldom more than two for his
+STORE_TIMEOUT = 1.0  # seconds. A probe rarely waits more than two for its answer
 NO_STORE = {"Cache-Control": "no-store"}
 
 routes = Blueprint("health")
@@ -23,14 +23,19 @@ async def healthz(request):
 
 @routes.route("/readyz", methods=READ)
 async def readyz(request):
-    """Redis decides. Without the store reading the feed and commenting work, without a backup all does."""
+    """200 if Redis answers. Raises Unreachable if it does not.
+
+    Without object storage the feed and comments still work. Without a backup everything works. So these two are only
+    reported.
+    """
     ctx = request.app.ctx
     await ctx.db.ping()
-    told = {"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)}
-    return json(told, headers=NO_STORE)
+    body = {"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)}
+    return json(body, headers=NO_STORE)
 
 
 async def store(objects) -> str:
+    """`ok`, or why object storage does not answer."""
     try:
         async with asyncio.timeout(STORE_TIMEOUT):
             await objects.ping()
@@ -42,10 +47,14 @@ async def store(objects) -> str:
 
 
 def backup(settings) -> dict:
-    """`lag` in seconds, null where nothing was ever shipped; `verified`: how the last restore on trial ended."""
+    """What the shipper of this machine reports.
+
+    `lag` is in seconds, null if nothing was ever shipped. `trouble` is empty or says why the lag grows. `verified` is
+    the result of the last trial restore, null if there was none.
+    """
     state = shipper.read(settings)
-    lag, proof = state["lag"], state["verified"]
-    if proof:
-        flaws, detail = proof.get("counts", {}).get("flaws"), proof.get("detail", "")
-        proof = {"at": timestamp(int(proof["time"] * 1000)), "ok": proof["ok"], "flaws": flaws, "detail": detail}
-    return {"lag": lag and round(lag, 3), "trouble": state["trouble"], "verified": proof}
+    lag, trial = state["lag"], state["verified"]
+    if trial:
+        flaws, detail = trial.get("counts", {}).get("flaws"), trial.get("detail", "")
+        trial = {"at": timestamp(int(trial["time"] * 1000)), "ok": trial["ok"], "flaws": flaws, "detail": detail}
+    return {"lag": lag and round(lag, 3), "trouble": state["trouble"], "verified": trial}

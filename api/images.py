@@ -1,6 +1,7 @@
 """Served images: 600x600 JPEGs that never change. Originals are never served.
 
-The object store is asked, not Redis: an image is there from just before its post shows until its post is deleted.
+A handler asks object storage, not Redis: an image is there from just before its post is ready until the post is
+deleted.
 """
 
 import re
@@ -31,34 +32,40 @@ RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 async def image(request, name: str):
     post = name.removesuffix(".jpg")
     try:
-        data = await posts.image(request.app.ctx.objects, post)
+        jpeg = await posts.image(request.app.ctx.objects, post)
     except NotFound:
         return await missing(request, post)
-    # Strong: the id names the bytes, which never change; the length tells apart what a restore made anew.
-    headers = {**HEADERS, "ETag": f'"{post}-{len(data):x}"'}
+    # A strong tag: the bytes of a post's image never change. After a restore the image is made again, maybe by another
+    # version of the encoder. The length tells the two apart.
+    headers = {**HEADERS, "ETag": f'"{post}-{len(jpeg):x}"'}
     if matches_etag(list_header(request, "if-none-match"), headers["ETag"]):
         return empty(304, headers)
-    asked = RANGE.fullmatch(request.headers.get("range", ""))
-    if asked and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
-        return part(data, asked[1], asked[2], headers)
-    return FastResponse(encode_headers({**headers, "Content-Type": "image/jpeg"}), 200, data)
+    bounds = RANGE.fullmatch(request.headers.get("range", ""))
+    if bounds and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
+        return part(jpeg, bounds[1], bounds[2], headers)
+    return FastResponse(encode_headers({**headers, "Content-Type": "image/jpeg"}), 200, jpeg)
 
 
-def part(data: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPResponse:
-    """A single range (RFC 9110, section 14). Several at once are answered with the whole, as section 14.2 allows."""
+def part(jpeg: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPResponse:
+    """One range of the image: 206, or 416 if no byte is in it (RFC 9110, section 14).
+
+    `first` and `last` are byte positions; an empty `first` means the last `last` bytes. A request for several ranges
+    does not come here: it gets the whole image, as section 14.2 allows.
+    """
     if first:
-        start, stop = int(first), min(int(last or len(data)) + 1, len(data))
+        start, stop = int(first), min(int(last or len(jpeg)) + 1, len(jpeg))
     else:
-        start, stop = max(0, len(data) - int(last or 0)), len(data)
+        start, stop = max(0, len(jpeg) - int(last or 0)), len(jpeg)
     if start >= stop:
-        if first and last and int(last) < int(first):  # not a range at all: ignored
-            return HTTPResponse(data, 200, headers, "image/jpeg")
-        return problem(416, "range", "the image has no such bytes", {"Content-Range": f"bytes */{len(data)}"})
-    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-    return HTTPResponse(data[start:stop], 206, headers, "image/jpeg")
+        if first and last and int(last) < int(first):  # not a valid range, so the header is ignored
+            return HTTPResponse(jpeg, 200, headers, "image/jpeg")
+        return problem(416, "range", "the image has no such bytes", {"Content-Range": f"bytes */{len(jpeg)}"})
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(jpeg)}"
+    return HTTPResponse(jpeg[start:stop], 206, headers, "image/jpeg")
 
 
 async def missing(request, post: str) -> HTTPResponse:
+    """404, with Retry-After while the image is being made. Raises NoPost, NoImage."""
     row = await posts.read(request.app.ctx.db, post)
     if row.status == "processing":
         return problem(404, NoImage.word.lower(), "the image is being made", {"Retry-After": "1"})

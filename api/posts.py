@@ -1,4 +1,4 @@
-"""Posts: made of a form or of a finished upload, read, listed, deleted."""
+"""Posts: created from a form or from a finished upload, read, listed, deleted."""
 
 from sanic import Blueprint
 from sanic.response import empty
@@ -22,26 +22,28 @@ async def create(request):
         post, caption, replayed = await publish(request, user)
         body = rendering.new_post(post, user, caption)
     elif kind == "application/json":
-        body, replayed = await adopt(request, user)
+        body, replayed = await create_from_upload(request, user)
     else:
         raise Problem(415, "type", "a post is sent as multipart/form-data, or as JSON that names an upload")
     return rendering.created(body, f"/v1/posts/{body['id']}", replayed)
 
 
-async def adopt(request, user: str) -> tuple[dict, bool]:
-    """Make a post of a finished upload, or find the post that it has become."""
+async def create_from_upload(request, user: str) -> tuple[dict, bool]:
+    """Make a post of a finished upload. Returns its JSON, and whether the request was a repetition.
+
+    An upload that is a post already gives that post as it is now.
+    """
     await reading.receive_json(request)
     fields = reading.fields(request)
     upload = reading.string(fields.get("upload"), "upload")
     caption = reading.text(fields.get("caption", ""), "caption")
-    db = request.app.ctx.db
-    processing = request.app.ctx.settings.processing
+    ctx = request.app.ctx
     idempotency = reading.idempotency_key(request, request.body)
-    post, how = await posts.create(db, user, upload, caption, idempotency, processing)
-    if how == posts.MADE:
+    post, outcome = await posts.create(ctx.db, user, upload, caption, idempotency, ctx.settings.processing)
+    if outcome == posts.MADE:
         return rendering.new_post(post, user, caption), False
-    row = await posts.read(db, post)
-    if how == posts.KNOWN:
+    row = await posts.read(ctx.db, post)
+    if outcome == posts.KNOWN:
         return rendering.post(row), False
     return rendering.new_post(post, user, row.caption), True
 
@@ -49,22 +51,20 @@ async def adopt(request, user: str) -> tuple[dict, bool]:
 @routes.route("/v1/posts", methods=READ)
 @shared_read
 async def feed(request) -> Answer:
-    db, after, limit = request.app.ctx.db, reading.feed_cursor(request), reading.limit(request)
-    found = await posts.feed(db, request.app.ctx.settings.partitions, limit, after)
-    links = () if after else (f'</v1/changes?since={changes.issue(db, found.seen)}>; rel="changes"',)
-    place = "{row.comment_count}:{row.id}"
-    return rendering.page(request.path, limit, found.posts, found.more, rendering.post_json, place, links)
+    ctx, cursor, limit = request.app.ctx, reading.feed_cursor(request), reading.limit(request)
+    page = await posts.feed(ctx.db, ctx.settings.partitions, limit, cursor)
+    links = () if cursor else (f'</v1/changes?since={changes.issue(ctx.db, page.seen)}>; rel="changes"',)
+    template = "{row.comment_count}:{row.id}"
+    return rendering.page(request.path, limit, page.posts, page.more, rendering.post_json, template, links)
 
 
 @routes.route("/v1/changes", methods=READ)
 @shared_read
 async def changed(request) -> Answer:
-    ctx, since = request.app.ctx, reading.parameters(request).get("since")
-    found = await changes.since(
-        ctx.db, ctx.settings.partitions, reading.limit(request), changes.parse(since) if since else None
-    )
-    items = [{"id": row, "deleted": True} if isinstance(row, str) else rendering.post(row) for row in found.posts]
-    return json_answer({"items": items, "next": str(found.token), "more": found.more})
+    ctx, since, limit = request.app.ctx, reading.parameters(request).get("since"), reading.limit(request)
+    page = await changes.since(ctx.db, ctx.settings.partitions, limit, changes.parse(since) if since else None)
+    items = [{"id": row, "deleted": True} if isinstance(row, str) else rendering.post(row) for row in page.posts]
+    return json_answer({"items": items, "next": str(page.token), "more": page.more})
 
 
 @routes.route("/v1/posts/<post>", methods=READ)
@@ -79,12 +79,13 @@ def answer(row: posts.Post) -> Answer:
 
 @routes.delete("/v1/posts/<post>")
 async def delete(request, post: str):
-    user = tokens.user(request)
-    ctx, wanted, seen = request.app.ctx, list_header(request, "if-match"), ""
-    if wanted and wanted != "*":  # any is all that `delete` takes anyway
+    user, ctx = tokens.user(request), request.app.ctx
+    if_match, seen = list_header(request, "if-match"), ""
+    if if_match and if_match != "*":  # `*` matches any post, and `delete` needs one anyway
         row = await posts.read(ctx.db, post)
-        # Somebody else's is refused as that: a precondition counts where all else is well (RFC 9110, section 13.2.1).
-        if row.author == user and not answer(row).matches(wanted):
+        # Another user's post is refused as that: a precondition counts only for a request that would otherwise succeed
+        # (RFC 9110, section 13.2.1).
+        if row.author == user and not answer(row).matches(if_match):
             raise Precondition("the post has changed: If-Match lists none of its ETags")
         seen = row.seen()
     await posts.delete(ctx.db, ctx.objects, user, post, ctx.settings.backup_reach_ms, seen)

@@ -17,7 +17,7 @@ from sanic.response import HTTPResponse
 from api.protocol import EncodedBody
 from storage import errors, objects
 
-# Every answer below /v1/uploads says it, also what the router refuses, before a blueprint is known.
+# Every answer below /v1/uploads has it in a header. That includes errors of the router, which know no blueprint.
 TUS_VERSION = "1.0.0"
 
 
@@ -26,7 +26,7 @@ Where = dict[str, str]
 
 
 class Problem(Exception):
-    """A request that is refused before storage is asked. A 422 says in `where` which part of the request is wrong."""
+    """A refusal that needs no call to storage. A 422 says in `where` which part of the request is wrong."""
 
     def __init__(
         self,
@@ -65,19 +65,20 @@ STATUS = {
     errors.Unreachable: 503,
     errors.Unknown: 503,
 }
-# What clients are told of an outage. Its cause names paths and libraries, and goes to the log.
+# What a client reads during an outage. The cause goes to the log, because it names paths and libraries.
 OUTAGES = {
     errors.Unreachable: "the database cannot be reached: nothing has changed",
     errors.Unknown: "the database's answer was lost: the write may have happened",
     objects.Unavailable: "the store of images cannot be reached",
     objects.Full: "the store of images has no room",
 }
-LOG_PAUSE = 1.0  # seconds between two lines about outages: a thousand requests a second may meet one
+LOG_PAUSE = 1.0  # seconds between two log lines about outages: an outage may fail a thousand requests a second
 WHERE = {errors.Empty: {"pointer": "#/upload"}, errors.Reused: {"header": "Idempotency-Key"}}
-# Retry-After, seconds: Redis is back in a second or not soon, disks are cleared in minutes. A refusal may know better.
+# Retry-After in seconds. Redis is back in a second or not soon. Clearing a disk takes minutes. `Refusal.again` comes
+# before these.
 AGAIN = {503: "1", 507: "60"}
 
-# What Sanic refuses by itself. Another of its errors is told by its status, with the phrase of that status as code.
+# Errors that Sanic raises itself. Its other errors get the phrase of their status as code.
 SANIC = {
     exceptions.NotFound: ("nowhere", "there is nothing at this address"),
     exceptions.MethodNotAllowed: ("method", "this address does not take this method"),
@@ -91,7 +92,7 @@ SANIC = {
 def problem(
     status: int, code: str, detail: str, headers: dict[str, str] | None = None, where: Where | None = None
 ) -> HTTPResponse:
-    """A problem as a response. `type` is relative (RFC 9457, section 3.1.1): the code's entry on the docs page."""
+    """A problem as a response. `type` is a relative URL (RFC 9457, section 3.1.1): the code's entry in the docs."""
     body = {
         "type": f"/docs#{code}",
         "title": HTTPStatus(status).phrase,
@@ -101,7 +102,7 @@ def problem(
     }
     if status == 422:
         body["errors"] = [{**(where or {}), "detail": detail}]
-    # Without it a cache may keep a 404 or a 410 for as long as it likes (RFC 9111, section 4.2.2).
+    # Without it a cache may reuse a 404 or 410 for as long as it likes (RFC 9111, section 4.2.2).
     headers = {"Cache-Control": "no-store", **(headers or {})}
     if status in AGAIN:
         headers.setdefault("Retry-After", AGAIN[status])
@@ -109,7 +110,7 @@ def problem(
 
 
 def answer_to(exception: Exception) -> HTTPResponse:
-    """The response to an error, whoever raised it."""
+    """The response to an exception that a handler, storage or Sanic raised."""
     outage = OUTAGES.get(type(exception))
     if outage:
         log_outage(exception)
@@ -125,37 +126,40 @@ def answer_to(exception: Exception) -> HTTPResponse:
         case objects.Unavailable():
             return problem(503, errors.Unreachable.word.lower(), outage)
         case exceptions.RequestCancelled():
-            return problem(408, "timeout", "the connection broke off")  # nobody hears it, and it is no fault of ours
+            return problem(408, "timeout", "the connection broke off")  # nobody reads this answer
         case exceptions.SanicException():
             status = exception.status_code or 500
             fallback = HTTPStatus(status).phrase.lower().replace(" ", "_"), HTTPStatus(status).phrase
             code, detail = SANIC.get(type(exception), fallback)
             return problem(status, code, detail, exception.headers)
         case _:
-            return problem(500, "internal", "this is our fault, and it is logged")
+            return problem(500, "internal", "this is a fault of the server, and it is logged")
 
 
-_logged = [-LOG_PAUSE]  # when the last outage was logged, by time.monotonic()
+_last_logged = [-LOG_PAUSE]  # time.monotonic() of the last log line about an outage
 
 
 def log_outage(exception: Exception) -> None:
-    if monotonic() >= _logged[0] + LOG_PAUSE:
-        _logged[0] = monotonic()
+    if monotonic() >= _last_logged[0] + LOG_PAUSE:
+        _last_logged[0] = monotonic()
         error_logger.warning("outage: %s", exception)
 
 
 def allowed(request) -> str:
-    """The methods an address takes, for `Allow` (RFC 9110, section 15.5.6). Sanic says them only of fixed paths."""
-    taken = []
+    """The value of `Allow`: the methods an address takes (RFC 9110, section 15.5.6).
+
+    Sanic knows them only for paths without parameters.
+    """
+    methods = []
     for method in HTTP_METHODS:
         with suppress(exceptions.MethodNotAllowed, exceptions.NotFound):
             request.app.router.get(request.path, method, None)
-            taken.append(str(method))
-    return ", ".join(taken)
+            methods.append(str(method))
+    return ", ".join(methods)
 
 
 class Errors(ErrorHandler):
-    """Every error leaves as a problem."""
+    """Answers every error with a problem."""
 
     def response(self, request, exception):
         response = answer_to(exception)

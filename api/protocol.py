@@ -1,8 +1,11 @@
-"""What Sanic's HTTP/1.1 leaves open under connections that stall, trickle, break off, are refused, or smuggle.
+"""Closes holes in Sanic's HTTP/1.1 protocol. Measured with Sanic 25.12:
 
-Measured with Sanic 25.12: after an early refusal it reads the rest of the body, and first invites it with
-`100 Continue`; a body that stalls holds its connection for ever; a header sent a byte a second is waited for as long
-as it lasts; and shapes pass that a proxy in front may read as another request.
+| hole | here |
+|---|---|
+| After an early refusal Sanic reads the rest of the body, and first sends `100 Continue`. | It does neither. |
+| A body that stalls holds its connection for ever. | It is closed after the idle time. |
+| A header that arrives one byte a second is accepted, however long it takes. | It has 10 seconds. |
+| Malformed requests pass that a proxy may split in another way (request smuggling). | They get 400. |
 """
 
 import re
@@ -21,18 +24,18 @@ from sanic.server import HttpProtocol
 from api.answers import FastResponse, http_date
 from api.headers import request_id
 
-LINGER = 1.0  # seconds in which a refused client may read why it was refused
-DISCARD = 64 * 1024  # bytes of its body that are still taken meanwhile, for clients that send all before they read
-POLL = 2.0  # seconds between two looks at a connection's clock
-HEADER = 10.0  # seconds in which a request's header must be complete
+LINGER = 1.0  # seconds for which a refused client may read why it was refused
+DISCARD = 64 * 1024  # bytes of its body that are read meanwhile, for clients that send everything before they read
+POLL = 2.0  # seconds between two checks of a connection's timeouts
+HEADER = 10.0  # seconds within which a request's header must be complete
 
-# Bytes of trailers after the last chunk. Nobody needs more than a checksum there, and they are dropped.
+# Bytes of trailers after the last chunk. They are dropped; clients send at most a checksum there.
 TRAILER_BYTES = 8192
-TAKE_A_BODY = {"POST", "PATCH"}  # methods of which an address here reads the body
+TAKE_A_BODY = {"POST", "PATCH"}  # methods whose body is read
 
 # RFC 9112, sections 3 and 5: one space between the parts, none before a colon, no folded lines, no control characters.
-# The target is a path, or an http address (section 3.2.2), of which group 1 is what stands before the path. Group 2 is
-# a transfer coding. The quantifiers are possessive: lines that match in two ways would be tried 2^n times.
+# The target is a path, or an absolute URL (section 3.2.2); group 1 is the part of the URL before its path. Group 2 is a
+# transfer coding. The quantifiers are possessive: without that, lines that match in two ways are tried 2^n times.
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 FIELD = NAME + rb"++:[^\x00-\x08\x0a-\x1f]*+"
 HEAD = re.compile(
@@ -40,32 +43,32 @@ HEAD = re.compile(
     rb"(?:\r\n(?>(?i:transfer-encoding):([ \t]*+(?i:chunked)[ \t]*+)|" + FIELD + rb"))*+"
 )
 TRAILERS = re.compile(rb"(?:" + FIELD + rb"\r\n)*+")
-# What says where a body ends is read as bytes: Sanic's strings lose what Unicode takes for spaces or digits.
-# RFC 9110, section 8.6: a length has ASCII digits and nothing else.
+# The headers that say where a body ends. They are read as bytes, because Python's string methods also accept other
+# Unicode spaces and digits. RFC 9110, section 8.6: a length has only ASCII digits.
 FRAMING = re.compile(rb"\r\n(?:content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
 FRAMED = re.compile(rb"[ \t]*(?:[0-9]{1,18}|chunked)[ \t]*")
 # RFC 9112, section 7.1. Group 1: the size of the last chunk.
 CHUNK = re.compile(rb"\r\n(?:(0{1,16})|[0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]{0,64})?\r\n")
-CHUNK_HEAD = 64  # bytes a chunk's size line may have, extensions and all
+CHUNK_HEAD = 64  # bytes a chunk's size line may have, including extensions
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class EncodedBody(SanicException):
-    """A body with a Content-Encoding. To decode it would need a limit of its own against what grows a thousandfold."""
+    """A body with a Content-Encoding. Decoding it would need its own limit: some bodies grow a thousandfold."""
 
     status_code = 415
 
 
 class StrictHttp(Http):
-    """Sanic's parser; what could mean another thing to a proxy is refused, and the connection closed.
+    """Sanic's parser, but it refuses a request that a proxy could read in another way, and closes the connection.
 
-    Bodies are decided here, for every method and address: a handler reads the body of a POST or PATCH after it has
-    looked at the token. A body that nobody reads is neither invited nor awaited.
+    It also decides about bodies, for every method and address: the handler of a POST or PATCH reads the body after it
+    has checked the token. A body that no handler reads is neither invited by `100 Continue` nor read.
     """
 
     async def http1_request_header(self):
-        # An idle timer would be reset by every byte: the header has its time as a whole.
-        self.self.header_began = monotonic()
+        # Every byte would reset an idle timer. So the time of the whole header is limited.
+        self.protocol.header_began = monotonic()
         buffer = self.recv_buffer
         while (end := buffer.find(b"\r\n\r\n")) == -1 and len(buffer) < self.HEADER_MAX_SIZE:
             await self._receive_more()
@@ -101,17 +104,17 @@ class StrictHttp(Http):
                 raise EncodedBody("the body has a Content-Encoding", headers={"Accept-Encoding": "identity"})
 
     def refuse_body(self) -> None:
-        """Neither invite nor drain what is left of the body, and close the connection after the answer.
+        """Neither invite nor read the rest of the body, and close the connection after the answer.
 
-        RFC 9110, section 10.1.1: a final status may be sent instead of 100, before the content was read.
+        RFC 9110, section 10.1.1: a server may send a final status instead of 100, before it has read the content.
         """
         self.expecting_continue = self.keep_alive = False
         self.request_body = None
         self.protocol.refused = True
 
     async def error_response(self, exception: Exception) -> None:
-        # The client went away while its answer was sent. Sanic would send another one, which nobody hears, and would
-        # fail because the first has begun.
+        # The client went away while its answer was sent. Sanic would send a second answer. That fails, because the
+        # first has begun.
         if isinstance(exception, RequestCancelled) and self.response and self.protocol.transport.is_closing():
             self.keep_alive = False
             return
@@ -122,7 +125,7 @@ class StrictHttp(Http):
             self.refuse_body()
         if self.protocol.app.ctx.stopping:
             self.keep_alive = False
-        if not isinstance(response, FastResponse):  # which writes them itself
+        if not isinstance(response, FastResponse):  # it writes them itself
             response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
         return super().respond(response)
@@ -140,13 +143,13 @@ class StrictHttp(Http):
                 self.keep_alive = False
                 raise BadRequest("the body's chunks are malformed")
         if self.request_bytes > self.request_max_size:
-            self.expecting_continue = False  # what is too large is not invited
+            self.expecting_continue = False  # a body that is too large gets no 100 Continue
         return await super().read()
 
     async def _drop_trailers(self, start: int) -> bool:
-        """Remove the trailers, which Sanic refuses, from the buffer. Whether they are fields, and not too long.
+        """Remove the trailers from the buffer, because Sanic refuses them. False if they are malformed or too long.
 
-        `start` is where they begin. RFC 9112, section 7.1.2: a recipient may discard them.
+        `start` is the position in the buffer where they begin. RFC 9112, section 7.1.2: a recipient may discard them.
         """
         buffer = self.recv_buffer
         while (end := buffer.find(b"\r\n\r\n", start - 2)) == -1 and len(buffer) - start <= TRAILER_BYTES:
@@ -158,16 +161,16 @@ class StrictHttp(Http):
 
 
 def normalize(buffer: bytearray, head: re.Match) -> None:
-    """Write a request's header as Sanic understands it: `chunked` in small letters, and a path as the target."""
+    """Rewrite a request's header for Sanic: `chunked` in lower case, and a path as the target."""
     if head[2]:
         buffer[head.start(2) : head.end(2)] = head[2].strip().lower().rjust(len(head[2]))
     if head[1]:
-        # RFC 9112, section 3.2.2: servers must accept an address, and section 3.2.1: an empty path is sent as "/"
+        # RFC 9112, section 3.2.2: servers must accept an absolute URL. Section 3.2.1: an empty path is sent as "/".
         buffer[head.start(1) : head.end(1)] = b"" if buffer[head.end(1)] == ord("/") else b"/"
 
 
 class Protocol(HttpProtocol):
-    """Sanic's protocol, with the holes closed."""
+    """Sanic's protocol with our parser and timeouts."""
 
     HTTP_CLASS = StrictHttp
     __slots__ = ("header_began", "refused", "_lingering", "_discarded")
@@ -176,35 +179,35 @@ class Protocol(HttpProtocol):
         super().__init__(**kwargs)
         self.refused = self._lingering = False
         self._discarded = 0
-        self.header_began = 0.0  # when the current request's header began
+        self.header_began = 0.0  # time.monotonic() when the current request's header began
 
     def check_timeouts(self):
-        """Looks again and again whether the connection has had its time."""
+        """Check every POLL seconds whether the connection has exceeded one of its timeouts."""
         if not self._task:
             return
         now, stage = monotonic(), self._http.stage
-        idle, over = now - self._time, None
+        idle, timeout = now - self._time, None
         if stage is Stage.REQUEST:
             if now - self.header_began > HEADER - POLL:
-                over = RequestTimeout("the header took too long")
+                timeout = RequestTimeout("the header took too long")
         elif stage is Stage.IDLE:
             if idle > self.keep_alive_timeout:
-                over = RequestTimeout("idle")
+                timeout = RequestTimeout("idle")
         elif idle > self.response_timeout:
-            over = ServiceUnavailable("no byte arrived for too long")
-        if over is None:
+            timeout = ServiceUnavailable("no byte arrived for too long")
+        if timeout is None:
             self._callback_check_timeouts = self.loop.call_later(POLL, self.check_timeouts)
             return
-        self._http.exception = over
+        self._http.exception = timeout
         self._http.keep_alive = False
         self._task.cancel()
-        # What came is being kept meanwhile; then the socket goes, whatever the client does.
+        # The cancelled task commits what was received. Then the socket is closed, whatever the client does.
         self.loop.call_later(LINGER, self.abort)
 
     def close(self, timeout: float | None = None):
-        # Closing a socket with unread bytes resets it, and the client loses the answer that tells it why. So the
-        # answer's end is sent first (RFC 9112, section 9.6), and the socket stays a while, for the most part unread:
-        # what a client on a slow line sends in vain costs it more than us.
+        # Closing a socket that has unread bytes resets it, and the client loses the answer that explains the refusal.
+        # So our side is closed first (RFC 9112, section 9.6), and the socket stays open for LINGER seconds. At most
+        # DISCARD bytes are read from it: a client on a slow line should stop sending.
         if not self.refused or self._lingering or self.transport is None or self.transport.is_closing():
             return super().close(timeout)
         if self._callback_check_timeouts:
@@ -215,7 +218,7 @@ class Protocol(HttpProtocol):
         self.loop.call_later(LINGER, self.abort)
 
     def connection_lost(self, exc):
-        # What arrived together with the connection's end is read before its task is cancelled.
+        # Bytes that arrived together with the end of the connection are read before the task is cancelled.
         self.loop.call_soon(super().connection_lost, exc)
 
     def data_received(self, data: bytes):

@@ -1,6 +1,7 @@
-"""Renders rows as the contract's JSON: posts, comments, uploads and pages of lists."""
+"""Renders storage's rows as the contract's JSON: posts, comments, uploads and pages of lists."""
 
 from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -14,13 +15,14 @@ from storage.settings import PAGE_BYTES
 from storage.uploads import OpenUpload
 
 SIDE = 600  # pixels of the served image
-CACHED_PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-CACHED_POSTS = 16384  # posts whose JSON is remembered, which takes 24 MB, and up to 80 MB
-CACHED_CHARACTERS = 500  # characters of caption and comments up to which it is
+# Caches of rendered JSON. They save rendering, never a call to Redis: the same rows always give the same bytes.
+CACHED_PAGES = 128  # 1 MB, and 32 MB if all are as long as a page may be
+CACHED_POSTS = 16384  # 24 MB, and at most 80 MB
+CACHED_CHARACTERS = 500  # of caption and comments. A longer post is not cached, which bounds the memory
 
 
 def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
-    """201; of a request that was sent again, the same answer (draft-ietf-httpapi-idempotency-key-header)."""
+    """201. A repeated request gets the same answer with `Idempotent-Replayed: true`."""
     headers = {"Content-Type": "application/json", "Location": location}
     if replayed:
         headers["Idempotent-Replayed"] = "true"
@@ -28,7 +30,11 @@ def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
 
 
 def timestamp(ms: int) -> str:
-    """RFC 3339, in UTC with milliseconds."""
+    """A time in ms since 1970 as RFC 3339, in UTC with milliseconds.
+
+    >>> timestamp(1_732_000_000_123)
+    '2024-11-19T07:06:40.123Z'
+    """
     seconds, rest = divmod(ms, 1000)
     return f"{_second(seconds)}.{rest:03}Z"
 
@@ -66,7 +72,7 @@ def post(row: Post) -> dict:
 
 
 def new_post(post_id: str, author: str, caption: str) -> dict:
-    """A post as it was made, which is also what a repeated request is told."""
+    """A post as it was when it was created. A repeated request gets the same."""
     return post(Post(post_id, 0, author, caption, "processing", None, None, None, ()))
 
 
@@ -82,7 +88,7 @@ def upload(row: OpenUpload) -> dict:
 
 
 def post_json(row: Post) -> bytes:
-    """A post in JSON. The same row is the same JSON: remembering it saves rendering, and never a look into Redis."""
+    """A post as JSON, from the cache if it is there."""
     if len(row.caption) + sum([len(text) for _, _, text in row.latest]) > CACHED_CHARACTERS:
         return orjson.dumps(post(row))
     return _cached_post_json(row)
@@ -99,12 +105,19 @@ def comment_json(row: Comment) -> bytes:
 
 @lru_cache(CACHED_PAGES)
 def page(
-    path: str, limit: int, rows: tuple, more: bool, encode, place: str, links: tuple[str, ...] = ()
+    path: str,
+    limit: int,
+    rows: tuple,
+    more: bool,
+    encode: Callable[..., bytes],
+    cursor: str,
+    links: tuple[str, ...] = (),
 ) -> Answer:
-    """A page of a list: as many rows as fit, and the place behind the last of them.
+    """A page of a list: as many rows as fit into PAGE_BYTES, and the cursor behind the last of them.
 
-    `place` is a template that the last row fills in. The same rows are the same page, with its ETag and what was
-    compressed of it: this saves making it again, and never a look into Redis.
+    `more`: storage has rows behind these. `encode` renders a row. `cursor` is a template for `str.format` with `row`,
+    the last row of the page. `links` are Link headers that go with the one to the next page. The cached Answer keeps
+    its ETag and its compressed forms.
     """
     items, size = [], 0
     for row in rows:
@@ -114,8 +127,8 @@ def page(
         size += len(items[-1]) + 1
     next_cursor = None
     if items and (more or len(items) < len(rows)):
-        last = place.format(row=rows[len(items) - 1])
-        next_cursor = urlsafe_b64encode(last.encode()).decode().rstrip("=")
+        position = cursor.format(row=rows[len(items) - 1])
+        next_cursor = urlsafe_b64encode(position.encode()).decode().rstrip("=")
         links = (f'<{path}?limit={limit}&cursor={next_cursor}>; rel="next"', *links)
     body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(next_cursor))
     return Answer(body, {"Link": ", ".join(links)} if links else None)

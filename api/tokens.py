@@ -1,4 +1,4 @@
-"""Who asks: a JWT (RFC 7519) in `Authorization: Bearer` (RFC 6750), signed with HS256."""
+"""Who sends a request: a JWT (RFC 7519) in `Authorization: Bearer` (RFC 6750), signed with HS256."""
 
 import re
 import time
@@ -8,12 +8,12 @@ import jwt
 from api.problems import Problem
 from storage.settings import Settings, signing_secret
 
-ALGORITHM = "HS256"  # fixed: a token does not choose how it is verified (RFC 8725, section 3.1)
-USER = re.compile(r"[\x21-\x7e]{1,255}")  # visible ASCII: it stands in Redis keys and in headers
-CACHED = 10_000  # tokens. When there are more, all are forgotten: simpler than an order of age
-CACHED_CHARACTERS = 1024  # characters of a token that is remembered, which bounds their memory at 10 MB
+ALGORITHM = "HS256"  # fixed: a token must not choose how it is verified (RFC 8725, section 3.1)
+USER = re.compile(r"[\x21-\x7e]{1,255}")  # visible ASCII, because it becomes part of Redis keys and of headers
+CACHED = 10_000  # verified tokens. When there are more, all are dropped: simpler than tracking their age
+CACHED_CHARACTERS = 1024  # a longer token is not cached. This bounds the memory at 10 MB
 DEVELOPMENT_SECONDS = 24 * 60 * 60
-LEEWAY = 30  # seconds the clock of who signs may differ from ours, for exp, nbf and iat (RFC 7519, section 4.1.4)
+LEEWAY = 30  # seconds by which the issuer's clock may differ, for exp, nbf and iat (RFC 7519, section 4.1.4)
 
 # Why a token is refused, in our words: PyJWT's may quote Python's errors. A subclass stands before its base.
 REASONS = {
@@ -30,7 +30,7 @@ REASONS = {
 
 
 def mint(settings: Settings, user: str, seconds: int = DEVELOPMENT_SECONDS) -> str:
-    """A token for development and tests, with the issuer and the audience that are set."""
+    """A token for development and tests, valid for `seconds`, with the configured issuer and audience."""
     claims = {"sub": user, "exp": int(time.time()) + seconds, "iss": settings.jwt_issuer, "aud": settings.jwt_audience}
     return jwt.encode({name: value for name, value in claims.items() if value}, signing_secret(settings), ALGORITHM)
 
@@ -38,27 +38,27 @@ def mint(settings: Settings, user: str, seconds: int = DEVELOPMENT_SECONDS) -> s
 def user(request) -> str:
     """The user whose token the request carries. Raises Problem 401.
 
-    A verified token is remembered until it expires, leeway included: verifying it takes longer than all else of a
-    request.
+    A verified token is cached until it expires, leeway included: verifying it takes longer than the rest of a request.
     """
-    ctx, carried = request.app.ctx, request.headers.get("authorization", "")
-    found = ctx.verified.get(carried)
-    if found and time.time() < found[1]:
-        return found[0]
-    claims = _verify(carried, ctx.secret, ctx.settings)
-    if len(carried) <= CACHED_CHARACTERS:
+    ctx, header = request.app.ctx, request.headers.get("authorization", "")
+    cached = ctx.verified.get(header)
+    if cached and time.time() < cached[1]:
+        return cached[0]
+    claims = _verify(header, ctx.secret, ctx.settings)
+    if len(header) <= CACHED_CHARACTERS:
         if len(ctx.verified) >= CACHED:
             ctx.verified.clear()
-        ctx.verified[carried] = claims["sub"], int(claims["exp"]) + LEEWAY
+        ctx.verified[header] = claims["sub"], int(claims["exp"]) + LEEWAY
     return claims["sub"]
 
 
-def _verify(carried: str, secret: str, settings: Settings) -> dict:
-    scheme, _, token = carried.partition(" ")
+def _verify(header: str, secret: str, settings: Settings) -> dict:
+    """The token's claims. Raises Problem 401."""
+    scheme, _, token = header.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise _unauthorized("a Bearer token is needed", "")
-    if not token.isascii():  # PyJWT would encode it first, which bytes that are no UTF-8 do not survive
-        raise _unauthorized("the token is of no use: it is not ASCII", ', error="invalid_token"')
+    if not token.isascii():  # PyJWT encodes the token first, which fails for bytes that are not UTF-8
+        raise _unauthorized("the token is not accepted: it is not ASCII", ', error="invalid_token"')
     try:
         claims = jwt.decode(
             token.strip(),
@@ -67,12 +67,12 @@ def _verify(carried: str, secret: str, settings: Settings) -> dict:
             issuer=settings.jwt_issuer or None,
             audience=settings.jwt_audience or None,
             leeway=LEEWAY,
-            # Without this, PyJWT refuses every token that names an audience where none is set.
+            # verify_aud: PyJWT would otherwise refuse every token that names an audience if none is configured.
             options={"require": ["exp", "sub"], "verify_aud": bool(settings.jwt_audience)},
         )
     except jwt.InvalidTokenError as error:
         reason = next(reason for kind, reason in REASONS.items() if isinstance(error, kind))
-        raise _unauthorized(f"the token is of no use: {reason}", ', error="invalid_token"') from None
+        raise _unauthorized(f"the token is not accepted: {reason}", ', error="invalid_token"') from None
     if not USER.fullmatch(claims["sub"]):
         raise _unauthorized("`sub` must be 1 to 255 visible ASCII characters", ', error="invalid_token"')
     return claims

@@ -1,5 +1,7 @@
-"""Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload), extensions creation,
-creation-with-upload, expiration and termination. No locks, so never 423: the offset moves by compare-and-set.
+"""Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload) with the extensions creation,
+creation-with-upload, expiration and termination.
+
+There are no locks, so no answer is 423: storage moves the offset by compare-and-set.
 """
 
 import binascii
@@ -28,9 +30,9 @@ CAPABILITIES = {
     "Tus-Extension": "creation,creation-with-upload,expiration,termination",
     "Tus-Max-Size": str(IMAGE_BYTES),
 }
-BODY = "application/offset+octet-stream"
+BODY_TYPE = "application/offset+octet-stream"
 NUMBER = re.compile(r"0|[1-9][0-9]{0,15}")
-KEY = re.compile(r"[!-+\--~]+")  # ASCII, no space and no comma
+METADATA_KEY = re.compile(r"[!-+\--~]+")  # ASCII without space and comma
 METADATA_BYTES = 4096
 
 
@@ -49,8 +51,11 @@ def number(request, name: str) -> int:
 
 
 def metadata(request) -> str:
-    """Upload-Metadata as it was sent: keys, each once, and Base64 values that may be missing. Raises Problem 400."""
-    text, seen = request.headers.get("upload-metadata", ""), set()
+    """Upload-Metadata as it was sent: pairs of a key, each only once, and a Base64 value, which may be missing.
+
+    Raises Problem 400.
+    """
+    text, keys = request.headers.get("upload-metadata", ""), set()
     malformed = len(text) > METADATA_BYTES
     for pair in text.split(",") if text else ():
         key, _, value = pair.strip(" ").partition(" ")
@@ -58,21 +63,21 @@ def metadata(request) -> str:
             b64decode(value, validate=True)
         except (binascii.Error, ValueError):
             malformed = True
-        malformed = malformed or not KEY.fullmatch(key) or key in seen
-        seen.add(key)
+        malformed = malformed or not METADATA_KEY.fullmatch(key) or key in keys
+        keys.add(key)
     if malformed:
         raise Problem(400, "malformed", "Upload-Metadata must be pairs of a key and a Base64 value")
     return text
 
 
 def expires(ms: int) -> str:
-    """An HTTP date (RFC 9110, section 5.6.7)."""
+    """An HTTP date (RFC 9110, section 5.6.7) from ms since 1970."""
     return formatdate(ms // 1000, usegmt=True)
 
 
-def no_content(status: int, answer: dict[str, str]) -> HTTPResponse:
-    """Headers only, where a body could be. Sanic's `empty` would name its type `None`."""
-    return HTTPResponse(b"", status, answer, "text/plain")
+def no_content(status: int, headers: dict[str, str]) -> HTTPResponse:
+    """A response without a body, for a status that allows one. Sanic's `empty` would send the content type `None`."""
+    return HTTPResponse(b"", status, headers, "text/plain")
 
 
 @routes.on_response
@@ -99,67 +104,67 @@ async def create(request):
     upload, replayed = await uploads.run_to_completion(
         uploads.create(ctx.db, user, ctx.settings.partitions, length, sent_metadata, idempotency)
     )
-    answer = {"Location": f"/v1/uploads/{upload}"}
+    headers = {"Location": f"/v1/uploads/{upload}"}
     if replayed:
-        answer["Idempotent-Replayed"] = "true"
+        headers["Idempotent-Replayed"] = "true"
     try:
-        found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
-    except NoUpload:  # it has become a post, or was deleted, since it was made
-        return no_content(201, answer)
-    if request.headers.get("content-type") == BODY and not replayed:
-        image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, length)
+        state = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
+    except NoUpload:  # a repeated request: the upload has become a post, or was deleted
+        return no_content(201, headers)
+    if request.headers.get("content-type") == BODY_TYPE and not replayed:
+        image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, length)
         try:
             await append(request, image)
         except (Problem, Refusal, Unavailable) as error:
-            # Once it is created the client must learn where. What could not be written now is sent by PATCH.
-            refused = answer_to(error)
-            if refused.status < 500:
-                refused.headers.update(answer)
-                return refused
-        found = found._replace(offset=image.offset, expires=image.expires or found.expires)
-    return no_content(201, {**answer, "Upload-Offset": str(found.offset), "Upload-Expires": expires(found.expires)})
+            # The upload exists, so the client must learn its address. It can send the bytes again by PATCH.
+            refusal = answer_to(error)
+            if refusal.status < 500:
+                refusal.headers.update(headers)
+                return refusal
+        state = state._replace(offset=image.offset, expires=image.expires or state.expires)
+    return no_content(201, {**headers, "Upload-Offset": str(state.offset), "Upload-Expires": expires(state.expires)})
 
 
 @routes.route("/v1/uploads", methods=READ)
 async def list_open(request):
-    """Not a call of tus: it needs no Tus-Resumable."""
+    """The user's open uploads. This call is not part of tus, so it needs no Tus-Resumable."""
     ctx = request.app.ctx
-    found = await uploads.list_open(ctx.db, tokens.user(request), ctx.settings.partitions)
-    body = orjson.dumps({"items": [rendering.upload(row) for row in found]})
+    rows = await uploads.list_open(ctx.db, tokens.user(request), ctx.settings.partitions)
+    body = orjson.dumps({"items": [rendering.upload(row) for row in rows]})
     return HTTPResponse(body, 200, {"Cache-Control": "no-store"}, "application/json")
 
 
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
     check_version(request)
-    found = await uploads.read_when_still(request.app.ctx.db, tokens.user(request), upload)
-    answer = {
-        "Upload-Offset": str(found.offset),
-        "Upload-Length": str(found.length),
-        "Upload-Expires": expires(found.expires),
+    state = await uploads.read_when_still(request.app.ctx.db, tokens.user(request), upload)
+    headers = {
+        "Upload-Offset": str(state.offset),
+        "Upload-Length": str(state.length),
+        "Upload-Expires": expires(state.expires),
         "Cache-Control": "no-store",
     }
-    if found.metadata:
-        answer["Upload-Metadata"] = found.metadata
-    return no_content(200, answer)
+    if state.metadata:
+        headers["Upload-Metadata"] = state.metadata
+    return no_content(200, headers)
 
 
 @routes.patch("/v1/uploads/<upload>", stream=True)
 async def patch(request, upload: str):
     check_version(request)
     user, ctx = tokens.user(request), request.app.ctx
-    # A client that sends and breaks off at once has sent all the same.
-    found = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
-    if request.headers.get("content-type") != BODY:
-        raise Problem(415, "type", f"a PATCH is sent as {BODY}")
-    if number(request, "Upload-Offset") != found.offset:
-        raise Offset(f"the upload is at {found.offset}")
-    if reading.content_length(request) > found.length - found.offset:
-        raise TooLarge(f"the upload ends at {found.length}")
-    image = uploads.Appender(ctx.db, ctx.objects, upload, found.offset, found.length)
+    # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
+    state = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
+    if request.headers.get("content-type") != BODY_TYPE:
+        raise Problem(415, "type", f"a PATCH is sent as {BODY_TYPE}")
+    if number(request, "Upload-Offset") != state.offset:
+        raise Offset(f"the upload is at {state.offset}")
+    if reading.content_length(request) > state.length - state.offset:
+        raise TooLarge(f"the upload ends at {state.length}")
+    image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, state.length)
     await uploads.run_to_completion(image.resume())
     await append(request, image)
-    return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or found.expires)})
+    return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or state.expires)})
 
 
 @routes.delete("/v1/uploads/<upload>")
@@ -173,9 +178,9 @@ async def delete(request, upload: str):
 
 @routes.post("/v1/uploads/<upload>", stream=True)
 async def override_method(request, upload: str):
-    """For clients whose network knows only GET and POST (tus, X-HTTP-Method-Override)."""
-    verbs = {"HEAD": read, "PATCH": patch, "DELETE": delete}
-    verb = verbs.get(request.headers.get("x-http-method-override_method", "").upper())
-    if verb is None:
+    """For clients whose network passes only GET and POST (tus, X-HTTP-Method-Override)."""
+    handlers = {"HEAD": read, "PATCH": patch, "DELETE": delete}
+    handler = handlers.get(request.headers.get("x-http-method-override", "").upper())
+    if handler is None:
         raise Problem(405, "method", "this address does not take this method", {"Allow": "HEAD, PATCH, DELETE"})
-    return await verb(request, upload)
+    return await handler(request, upload)

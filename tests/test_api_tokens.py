@@ -167,7 +167,7 @@ def test_a_refused_token_is_told_why_in_our_words(standing):
         "/w.e30.e30": "it is malformed",
     }.items():
         answer = exchange(standing.port, request("DELETE", f"/v1/posts/{NOBODY}", token))
-        assert answer.json()["detail"] == f"the token is of no use: {reason}"
+        assert answer.json()["detail"] == f"the token is not accepted: {reason}"
 
 
 def test_a_short_secret_is_refused_in_one_line(embedded, tmp_path):
