@@ -1,6 +1,7 @@
 """The house is as its docs say, and stays so."""
 
 import ast
+import doctest
 import importlib
 import re
 import subprocess
@@ -285,6 +286,17 @@ def test_jobs_are_named_by_paths_that_import():
 @each(ROOMS)
 def test_a_file_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_examples_in_docstrings_are_true():
+    examples = 0
+    for path in ROOMS:
+        if ">>>" in path.read_text():
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            result = doctest.testmod(module)
+            assert not result.failed, path
+            examples += result.attempted
+    assert examples
 
 
 def ours() -> list[Path]:
