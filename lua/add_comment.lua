@@ -19,19 +19,15 @@
 -- The id is later than any the stream ever had, also when the clock went back or the last comment was deleted.
 -- The score is counted, never incremented: it cannot drift.
 local post, comments, latest, feed, changes, gone, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local now, id, author, text, shown = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local now, id, author, text, shown = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local request, keep = ARGV[6], ARGV[7]
 if #KEYS < 6 or #ARGV ~= 7 or not (shown and tonumber(keep)) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local kept = once and redis.call('GET', once)
-if kept then
-  local digest, made = kept:match('^(%S+) (%S+)$')
-  if digest ~= request then
-    return redis.error_reply('REUSED this Idempotency-Key was used for another request')
-  end
-  return {made, 1}
+local answer = once and replay(once, request)
+if answer then
+  return answer
 end
 local status = redis.call('HGET', post, 'status')
 if not status then
@@ -43,13 +39,7 @@ end
 if status ~= 'ready' then
   return redis.error_reply('NOTREADY the image of this post is not ready')
 end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-local revision = math.max(now, changed + 1, deleted + 1)
+local revision = next_revision(now, changes, gone)
 
 local comment = redis.pcall('XADD', comments, string.format('%.0f-*', now), 'author', author, 'text', text)
 if type(comment) == 'table' then -- refused: the clock went back

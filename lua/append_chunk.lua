@@ -16,7 +16,7 @@
 -- A compare-and-set instead of a lock: a request that wakes up late finds another offset and harms nothing.
 -- Asked twice it finds its own name at the end, and says the same again.
 local upload, chunks, due = KEYS[1], KEYS[2], KEYS[3]
-local now, id, from, bytes, name = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local now, id, from, bytes, name = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local expiry, largest, most = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 if #KEYS ~= 3 or #ARGV ~= 8 or not (from and (bytes or 0) > 0 and expiry and largest and most) then
   return redis.error_reply('ERR wrong arguments')
@@ -26,10 +26,6 @@ local row = redis.call('HMGET', upload, 'offset', 'length', 'post', 'expires')
 local offset, length, post, expires = tonumber(row[1]), tonumber(row[2]) or largest, row[3], tonumber(row[4])
 if not offset or post then
   return redis.error_reply('NOUPLOAD no such upload')
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 if now >= expires then
   return redis.error_reply('EXPIRED this upload has expired')

@@ -8,15 +8,11 @@
 -- Refuses nothing
 -- The time of the restore never goes back: backups of a timeline that was left earlier began before it, too.
 local epoch, restored = KEYS[1], KEYS[2]
-local now, name = tonumber(ARGV[1]), ARGV[2]
+local now, name = now_ms(ARGV[1]), ARGV[2]
 if #KEYS ~= 2 or #ARGV ~= 2 or not name:match('^%w+$') then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local before = redis.pcall('GET', restored) -- of another type it is replaced
 before = type(before) == 'string' and tonumber(before) or 0
 redis.call('SET', restored, string.format('%.0f', math.max(now, before)))

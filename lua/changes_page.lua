@@ -19,9 +19,7 @@ local prefix, latests, streams = ARGV[4], ARGV[5], ARGV[6]
 
 local current = redis.call('GET', epoch) or '0'
 if not since then
-  local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-  local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-  return {current, math.max(changed, deleted), 0, {}}
+  return {current, newest_revision(changes, gone), 0, {}}
 end
 local rows, more, size, skipped = {}, 0, 0, nil
 local whole = 2 * (limit + 1) -- length of a list that may have been cut off

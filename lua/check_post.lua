@@ -18,16 +18,12 @@
 -- A post that lacks a field, or whose keys have a wrong type, cannot be shown; it is in no list then.
 -- A flaw begins with the number of the invariant, or with 0 where it breaks none.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local turns, now, id, shown = KEYS[7], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local turns, now, id, shown = KEYS[7], now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local repair, making = ARGV[4] == '1', ARGV[5]
 if #KEYS ~= 7 or #ARGV ~= 5 or (shown or 0) < 1 then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local whole = true -- the post can be shown
 local function holds(key, kind)
   local is = redis.call('TYPE', key)
@@ -84,9 +80,7 @@ if status == 'ready' and whole then
     end
   end
   if not revision then
-    local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-    local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-    wrong('0 it is missing among the changes', 'ZADD', changes, math.max(now, changed + 1, deleted + 1), id)
+    wrong('0 it is missing among the changes', 'ZADD', changes, next_revision(now, changes, gone), id)
   end
 else
   local why = status == 'ready' and 'cannot be shown' or 'not ready'

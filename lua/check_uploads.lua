@@ -11,15 +11,11 @@
 -- Refuses nothing
 -- Bytes reserved for nothing would lock the user out one day; an upload that is not due would never expire.
 local uploads, due = KEYS[1], KEYS[2]
-local now, id, prefix, largest, repair = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5] == '1'
+local now, id, prefix, largest, repair = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5] == '1'
 if #KEYS ~= 2 or #ARGV ~= 5 or not largest then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local found = {}
 local function wrong(upload, flaw, ...)
   found[#found + 1] = upload

@@ -19,36 +19,26 @@
 -- ARGV[10] posts   prefix of the post keys of this partition, to which ids are appended
 -- Returns {post id, repeated: 0 made now, 1 its Idempotency-Key was used, 2 the upload had become this post}
 -- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
--- `making` also holds ready posts after a restore, which do not count as processing. They came before, so the posts
--- that do count have the highest scores: it is enough to look at twice as many as are allowed.
 -- A user who had no turn goes before those who had one within two leases. Without this head start they would go behind
 -- one who was served a moment ago. It ends, so that new users cannot hold up the others for ever.
 -- Whose turn lies ahead was last served a lease before it, when what they had was leased.
 local upload, post, uploads, due, making, turns = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local once, processing, lease, posts = KEYS[7], tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local now, upload_id, id, author, caption = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local now, upload_id, id, author, caption = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, keep = ARGV[6], ARGV[7]
 if #KEYS < 6 or #ARGV ~= 10 or not (tonumber(keep) and processing and lease) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local kept = once and redis.call('GET', once)
-if kept then
-  local digest, made = kept:match('^(%S+) (%S+)$')
-  if digest ~= request then
-    return redis.error_reply('REUSED this Idempotency-Key was used for another request')
-  end
-  return {made, 1}
+local answer = once and replay(once, request)
+if answer then
+  return answer
 end
 
 local row = redis.call('HMGET', upload, 'owner', 'offset', 'length', 'expires', 'post')
 local owner, offset, length, expires, made = row[1], tonumber(row[2]), tonumber(row[3]), tonumber(row[4]), row[5]
 if owner ~= author then
   return redis.error_reply('NOUPLOAD no such upload')
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 if not made then
   if now >= expires then
@@ -60,16 +50,9 @@ if not made then
   if offset == 0 then
     return redis.error_reply('EMPTY the image is empty')
   end
-  if redis.call('ZCARD', making) >= processing then
-    local found = 0
-    for _, other in ipairs(redis.call('ZREVRANGE', making, 0, 2 * processing - 1)) do
-      if redis.call('HGET', posts .. other, 'status') == 'processing' then
-        found = found + 1
-      end
-    end
-    if found >= processing then
-      return redis.error_reply('BUSY wait until one of your ' .. found .. ' posts in processing is ready')
-    end
+  local refusal = refuse_busy(making, posts, processing)
+  if refusal then
+    return refusal
   end
 end
 

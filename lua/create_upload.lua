@@ -27,7 +27,7 @@
 -- An upload that has expired counts no longer, also if no worker has erased it yet: the seconds told come true.
 -- A form becomes a post at once, so BUSY is refused here, before its body, as create_post would refuse it after.
 local upload, uploads, due, making, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local now, id, owner, bytes, form, metadata = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local now, id, owner, bytes, form, metadata = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local expiry, largest, open, quota = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 local prefix, request, keep, processing, posts = ARGV[11], ARGV[12], ARGV[13], tonumber(ARGV[14]), ARGV[15]
 if #KEYS < 4 or #ARGV ~= 15 or not (expiry and largest and open and quota and tonumber(keep) and processing)
@@ -35,32 +35,17 @@ if #KEYS < 4 or #ARGV ~= 15 or not (expiry and largest and open and quota and to
   return redis.error_reply('ERR wrong arguments')
 end
 
-local kept = once and redis.call('GET', once)
-if kept then
-  local digest, made = kept:match('^(%S+) (%S+)$')
-  if digest ~= request then
-    return redis.error_reply('REUSED this Idempotency-Key was used for another request')
-  end
-  return {made, 1}
+local answer = once and replay(once, request)
+if answer then
+  return answer
 end
 
 if bytes > largest then
   return redis.error_reply('TOOLARGE an image may have up to ' .. largest .. ' bytes')
 end
-if form == '1' and redis.call('ZCARD', making) >= processing then
-  local found = 0
-  for _, other in ipairs(redis.call('ZREVRANGE', making, 0, 2 * processing - 1)) do
-    if redis.call('HGET', posts .. other, 'status') == 'processing' then
-      found = found + 1
-    end
-  end
-  if found >= processing then
-    return redis.error_reply('BUSY wait until one of your ' .. found .. ' posts in processing is ready')
-  end
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
+local refusal = form == '1' and refuse_busy(making, posts, processing)
+if refusal then
+  return refusal
 end
 local reserved, count, others = bytes, 0, {}
 local rows = redis.call('HGETALL', uploads)

@@ -15,7 +15,7 @@
 -- Refuses NOPOST NOCOMMENT FORBIDDEN
 -- The latest comments are refilled from the stream, whichever was deleted: one path, and it heals.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local now, id, comment, author, shown = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local now, id, comment, author, shown = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if #KEYS ~= 6 or #ARGV ~= 5 or not tonumber(shown) then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -30,13 +30,7 @@ end
 if entry[2][2] ~= author then
   return redis.error_reply("FORBIDDEN only its author may delete a comment")
 end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-local revision = math.max(now, changed + 1, deleted + 1)
+local revision = next_revision(now, changes, gone)
 
 redis.call('XDEL', comments, comment)
 redis.call('DEL', latest)

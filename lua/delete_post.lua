@@ -21,7 +21,7 @@
 -- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local due, making = KEYS[7], KEYS[8]
-local now, id, author, keep, told = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local now, id, author, keep, told = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local seen = ARGV[6]
 if #KEYS ~= 8 or #ARGV ~= 6 or not keep or not told then
   return redis.error_reply('ERR wrong arguments')
@@ -42,13 +42,7 @@ if seen ~= '' then
     return redis.error_reply('PRECONDITION the post has changed')
   end
 end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-local revision = math.max(now, changed + 1, deleted + 1)
+local revision = next_revision(now, changes, gone)
 
 redis.call('UNLINK', post, comments, latest)
 redis.call('ZREM', feed, id)

@@ -12,7 +12,7 @@
 -- Refuses NOUPLOAD
 -- First nothing can be appended any more, then the objects go, then forget_chunks: a chunk is never without an owner.
 local upload, chunks, uploads, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local now, id, grace, tell = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local now, id, grace, tell = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 if #KEYS ~= 4 or #ARGV ~= 4 or not (grace and (tell == '' or tonumber(tell))) then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -20,10 +20,6 @@ end
 local row = redis.call('HMGET', upload, 'offset', 'owner', 'post')
 if not row[1] or row[3] then
   return redis.error_reply('NOUPLOAD no such upload')
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
 redis.call('UNLINK', upload)

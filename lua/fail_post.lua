@@ -13,7 +13,7 @@
 -- Only the current attempt may fail a post: an older one may have met its end by being late.
 -- The post is due, so that a JPEG is erased which an older attempt stores after this.
 local post, due, making = KEYS[1], KEYS[2], ARGV[6]
-local now, id, attempt, code, detail = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local now, id, attempt, code, detail = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if #KEYS ~= 2 or #ARGV ~= 6 or not tonumber(attempt) then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -25,10 +25,6 @@ if not status then
 end
 if status ~= 'processing' or current ~= attempt then
   return redis.error_reply('STALE another attempt is the current one')
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
 redis.call('HSET', post, 'status', 'failed', 'code', code, 'detail', detail, 'failed_at', now)

@@ -64,6 +64,4 @@ until more == 1 or #members < 2 * (limit + 1)
 if count then
   return {'0', 0, more, rows, skipped}
 end
-local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-return {redis.call('GET', epoch) or '0', math.max(changed, deleted), more, rows, skipped}
+return {redis.call('GET', epoch) or '0', newest_revision(changes, gone), more, rows, skipped}

@@ -15,15 +15,11 @@
 -- Posts whose image is to be made stood in `due` too, before `making` existed. Such a post, in data of that time, goes
 -- there now.
 local due, gone, turns = KEYS[1], KEYS[2], KEYS[3]
-local now, lease, most, posts, making = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local now, lease, most, posts, making = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
 if #KEYS ~= 3 or #ARGV ~= 5 or not (lease and most) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local leased = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)) do
   local upload = id:sub(1, 1) == 'u'

@@ -16,15 +16,11 @@
 -- place, and gains nothing over users who have queued many posts.
 -- Scores further ahead than any lease were set by a clock that had jumped forward. They are due now.
 local turns, room, lease, attempts = KEYS[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local now, most, making, posts = tonumber(ARGV[1]), tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local now, most, making, posts = now_ms(ARGV[1]), tonumber(ARGV[5]), ARGV[6], ARGV[7]
 if #KEYS ~= 1 or #ARGV ~= 7 or not (room and lease and attempts and most) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local STEP = 1 / 1024 -- ms between turns of the same millisecond; a double holds it exactly at today's times
 local WATCHED = 64 -- scores of one user that are checked in one turn; twice what `busy` allows by default
 local soon = '(' .. now + 1 -- places within this millisecond count as reached

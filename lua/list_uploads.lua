@@ -7,12 +7,8 @@
 -- Refuses nothing
 -- The quota bounds the list.
 local uploads = KEYS[1]
-local now, prefix = tonumber(ARGV[1]), ARGV[2]
+local now, prefix = now_ms(ARGV[1]), ARGV[2]
 
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local found, rows = {}, redis.call('HGETALL', uploads)
 for i = 1, #rows, 2 do
   if not rows[i + 1]:match('^form ') then

@@ -10,7 +10,7 @@
 -- Refuses nothing
 -- It takes ready posts, and posts that stand in `due`, which is where image work stood before `making` existed.
 local post, turns, due = KEYS[1], KEYS[2], KEYS[3]
-local now, id, making = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+local now, id, making = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 if #KEYS ~= 3 or #ARGV ~= 3 then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -19,10 +19,6 @@ local row = redis.call('HMGET', post, 'author', 'status')
 local author, status = row[1], row[2]
 if status ~= 'ready' and not (status == 'processing' and redis.call('ZSCORE', due, id)) then
   return 0
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 redis.call('ZADD', turns, 'LT', now, author)
 redis.call('ZREM', due, id)

@@ -14,7 +14,7 @@
 -- Refuses NOPOST STALE
 -- Whichever attempt succeeds counts, as long as the post is processing. Its upload is due: the chunks can go.
 local post, comments, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local now, id, thumbhash, making = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local now, id, thumbhash, making = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 if #KEYS ~= 6 or #ARGV ~= 4 then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -31,13 +31,7 @@ if status == 'ready' then
   redis.call('ZREM', queue, id)
   return 0
 end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local changed = tonumber(redis.call('ZREVRANGE', changes, 0, 0, 'WITHSCORES')[2]) or 0
-local deleted = tonumber(redis.call('ZREVRANGE', gone, 0, 0, 'WITHSCORES')[2]) or 0
-local revision = math.max(now, changed + 1, deleted + 1)
+local revision = next_revision(now, changes, gone)
 
 redis.call('HSET', post, 'status', 'ready', 'thumbhash', thumbhash)
 redis.call('HDEL', post, 'attempt', 'upload')

@@ -9,13 +9,9 @@
 -- The outbox asks also for an upload that was dropped, of which only the chunks are left.
 -- Names only where they are wanted: there may be thousands, and a request of tus needs none.
 local upload, chunks = KEYS[1], KEYS[2]
-local now, names = tonumber(ARGV[1]), ARGV[2] == '1'
+local now, names = now_ms(ARGV[1]), ARGV[2] == '1'
 
 local row = redis.call('HMGET', upload, 'owner', 'offset', 'length', 'metadata', 'expires', 'post')
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
-end
 row[7] = row[5] and now >= tonumber(row[5]) and 1 or 0
 row[8] = names and redis.call('LRANGE', chunks, 0, -1) or {}
 return row

@@ -10,7 +10,7 @@
 -- Refuses nothing
 -- A failed post keeps its bytes until it is deleted: its original, or the chunks of the upload that it still names.
 local post, turns = KEYS[1], KEYS[2]
-local now, id, code, making = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local now, id, code, making = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 if #KEYS ~= 2 or #ARGV ~= 4 then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -19,10 +19,6 @@ local row = redis.call('HMGET', post, 'status', 'code', 'author')
 local author = row[3]
 if row[1] ~= 'failed' or row[2] ~= code or not author then
   return 0
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 redis.call('HSET', post, 'status', 'processing', 'attempt', 0)
 redis.call('HDEL', post, 'code', 'detail', 'failed_at')

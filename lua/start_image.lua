@@ -12,7 +12,7 @@
 -- Refuses NOPOST STALE
 -- An attempt counts when its work starts: what only waited in a queue was not tried. A ready post has work when a
 -- restore brought it back without its JPEG.
-local post, due, now, id, lease = KEYS[1], KEYS[2], tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local post, due, now, id, lease = KEYS[1], KEYS[2], now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local span, most, making = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 if #KEYS ~= 2 or #ARGV ~= 6 or not (lease and span and most) then
   return redis.error_reply('ERR wrong arguments')
@@ -25,10 +25,6 @@ if not status then
 end
 if status == 'failed' or tonumber(redis.call('ZSCORE', queue, id)) ~= lease then
   return redis.error_reply('STALE this work was handed out again')
-end
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
 if attempt >= most and status == 'processing' then

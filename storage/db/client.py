@@ -52,7 +52,22 @@ def script(text: str) -> Script:
     return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0])
 
 
-SCRIPTS = {path.stem: script(path.read_text()) for path in Path(__file__).parent.parent.with_name("lua").glob("*.lua")}
+def read_scripts(folder: Path) -> dict[str, Script]:
+    """Every script by its name: its first line (`#!lua …`), the functions of shared.lua, and the rest of its text.
+
+    The functions are a part of every script because Redis offers a script no other way to them: a script can neither
+    read a file nor define a global.
+    """
+    shared = (folder / "shared.lua").read_text()
+    scripts = {}
+    for path in sorted(folder.glob("*.lua")):
+        if path.name != "shared.lua":
+            first, rest = path.read_text().split("\n", 1)
+            scripts[path.stem] = script(f"{first}\n{shared}{rest}")
+    return scripts
+
+
+SCRIPTS = read_scripts(Path(__file__).parent.parent.with_name("lua"))
 
 
 class Channel:
