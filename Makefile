@@ -14,8 +14,8 @@ test: ## linters, then all tests
 
 lint:
 	.venv/bin/ruff check --select E,F,I,B,UP,SIM --ignore SIM105 --line-length 120 --target-version py311 .
-	luacheck -q --std lua51 --globals redis cjson KEYS ARGV --read-globals $$(sed -n 's/^local function \(\w*\).*/\1/p' lua/shared.lua) \
-	  --max-line-length 130 -- lua
+	luacheck -q --std lua51 --globals redis cjson KEYS ARGV \
+	  --read-globals $$(sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/shared.lua) --max-line-length 130 -- lua
 	.venv/bin/lint-imports
 	.venv/bin/hadolint Dockerfile
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml

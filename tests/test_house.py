@@ -15,11 +15,13 @@ from conftest import application
 from api.problems import SANIC, STATUS
 from api.protocol import TAKE_A_BODY
 from storage import check, errors, keys, settings
+from storage.db import client
 from workers import dispatcher
 from workers.errors import SENTENCES
 
 ROOT = Path(__file__).parent.parent
-LUA = sorted((ROOT / "lua").glob("*.lua"))
+SHARED = ROOT / "lua" / "shared.lua"
+SCRIPTS = sorted(path for path in (ROOT / "lua").glob("*.lua") if path != SHARED)
 ROOMS = [path for room in ("api", "storage", "workers") for path in sorted((ROOT / room).rglob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -64,14 +66,31 @@ def rows(page: str, heading: str = "") -> list[list[str]]:
 
 
 def writes(body: str) -> list[int]:
-    called = re.finditer(r"redis\.p?call\((?:'([A-Z]+)')?", body)
-    return [found.start() for found in called if not READS.fullmatch(found[1] or "")]
+    """Where a script writes: the places of its calls of Redis that are not reads."""
+    calls = re.finditer(r"redis\.p?call\((?:'([A-Z]+)')?", body)
+    return [call.start() for call in calls if not READS.fullmatch(call[1] or "")]
+
+
+# The functions of shared.lua: name -> parameters and body.
+FUNCTIONS = dict(re.findall(r"^local function (\w+)(\(.*?^end)$", SHARED.read_text(), re.MULTILINE | re.DOTALL))
+
+
+def shared_calls(body: str) -> list[re.Match]:
+    """The calls of functions of shared.lua in a script; group 1 is the function's name."""
+    return list(re.finditer(rf"\b({'|'.join(FUNCTIONS)})\(", body))
+
+
+def words(text: str) -> set[str]:
+    """The words that a text refuses with. Each refusal is returned, and its word is written out."""
+    refusals = re.findall(r"""return redis\.error_reply\(['"]([A-Z]+) """, text)
+    assert len(refusals) == text.count("error_reply(")
+    return set(refusals)
 
 
 # Lua
 
 
-@each(LUA)
+@each(SCRIPTS)
 def test_a_script_tells_what_it_takes_and_names_it_in_its_first_lines(path):
     header, naming, body = split(path)
     assert re.match(r"-- [A-Z][^.]*[.:]", header), "one sentence"
@@ -83,7 +102,7 @@ def test_a_script_tells_what_it_takes_and_names_it_in_its_first_lines(path):
     assert re.search(r"^-- Returns ", header, re.MULTILINE)
 
 
-@each(LUA)
+@each(SCRIPTS)
 def test_a_scripts_keys_are_those_of_the_key_page(path):
     header, _, _ = split(path)
     types = {row[0].strip("`").split(":{")[0]: row[1] for row in rows(KEYS)}
@@ -95,36 +114,56 @@ def test_a_scripts_keys_are_those_of_the_key_page(path):
         assert kind == types[word]
 
 
-@each(LUA)
+@each(SCRIPTS)
 def test_a_script_makes_no_key_and_increments_nothing(path):
     _, _, body = split(path)
     assert not re.search(r"""['"]\w+:""", body)
     assert not re.search(r"'(Z|H)?INCRBY'", body)
 
 
-@each(LUA)
+@each(SCRIPTS)
 def test_a_script_checks_everything_before_it_writes(path):
     _, _, body = split(path)
     refusals = [found.start() for found in re.finditer(r"redis\.error_reply", body)]
+    for call in shared_calls(body):
+        if words(FUNCTIONS[call[1]]):
+            refusals.append(call.start())
+            returned = rf"local (\w+) = .*\b{call[1]}\(.*\n *if \1 then\n *return \1\n"
+            assert re.search(returned, body), f"what {call[1]} refuses is not returned at once"
     assert max(refusals, default=0) < min(writes(body), default=len(body))
 
 
-@each(LUA)
+@each(SCRIPTS)
 def test_a_script_that_writes_nothing_says_so(path):
     first = path.read_text().splitlines()[0]
     assert ("flags=no-writes" in first) == (not writes(split(path)[2]))
 
 
-@each(LUA)
-def test_every_word_a_script_refuses_with_is_told_and_has_a_class(path):
+@each(SCRIPTS)
+def test_every_word_a_script_refuses_with_is_in_its_header_and_has_a_class(path):
     header, _, body = split(path)
-    told = re.search(r"^-- Refuses (.*)$", header, re.MULTILINE)[1].split()
-    used = set(re.findall(r"""error_reply\(['"]([A-Z]+) """, body))
-    assert body.count("error_reply(") == len(re.findall(r"return redis\.error_reply\(['\"][A-Z]+ ", body))
-    used -= {"ERR"}  # a call that is wrong in itself: Redis' own word, and no refusal
-    assert (told == ["nothing"]) == (not used)
-    assert used == set(told) - {"nothing"}
+    listed = re.search(r"^-- Refuses (.*)$", header, re.MULTILINE)[1].split()
+    used = words(body).union(*(words(FUNCTIONS[call[1]]) for call in shared_calls(body)))
+    used -= {"ERR"}  # wrong arguments, which is Redis' own word and not a refusal
+    assert (listed == ["nothing"]) == (not used)
+    assert used == set(listed) - {"nothing"}
     assert used <= set(errors.REFUSALS)
+
+
+def test_shared_functions_only_read_and_several_scripts_call_each():
+    """A function that called another one would be slower: Lua would create it with an upvalue."""
+    outside = re.sub(r"^local function .*?^end$", "", SHARED.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert all(line.startswith("--") for line in outside.splitlines() if line)
+    for name, body in FUNCTIONS.items():
+        assert not writes(body) and not shared_calls(body), name
+        assert sum(f"{name}(" in path.read_text() for path in SCRIPTS) > 1, name
+
+
+@each(SCRIPTS)
+def test_a_script_is_sent_with_the_shared_functions_behind_its_first_line(path):
+    first, rest = path.read_text().split("\n", 1)
+    assert client.SCRIPTS[path.stem].text == f"{first}\n{SHARED.read_text()}{rest}"
+    assert "shared" not in client.SCRIPTS
 
 
 # Words and statuses
