@@ -8,6 +8,7 @@
     check [--repair] [--deep]          holds the data, live or restored, against what must be true of it
     sweep [--dry-run]                  removes objects that nobody owns
     retry                              makes the images again that failed as `exhausted`
+    script NAME                        prints a Lua script as it is sent to Redis, for `redis-cli --eval`
 """
 
 import argparse
@@ -24,7 +25,7 @@ from storage import check, processes, retry, sweep
 from storage.backup import restore, retain, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
 from storage.db import server
-from storage.db.client import Redis
+from storage.db.client import SCRIPTS, Redis
 from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.settings import Settings, load, make_data, refused
@@ -58,7 +59,14 @@ def run() -> None:
     checking.add_argument("--folder", type=Path, help="a restored data folder, on a server of its own")
     sweeping = commands.add_parser("sweep")
     sweeping.add_argument("--dry-run", action="store_true", help="only say what there is")
+    printing = commands.add_parser("script")
+    printing.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
     arguments = parser.parse_args()
+    if arguments.command == "script":
+        if arguments.name not in SCRIPTS:
+            printing.error(f"NAME must be one of {', '.join(SCRIPTS)}")
+        print(SCRIPTS[arguments.name].text, end="")
+        return
     settings = load()
     if arguments.command in ("redis", "ship", "verify"):
         make_data(settings)

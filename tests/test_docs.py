@@ -194,6 +194,13 @@ def ask(home, command):
     assert home.run(command, stdin="PING") == "PONG\n"
 
 
+def evaluate(home, command):
+    """A script by redis-cli, on a post that exists."""
+    with httpx.Client(base_url=home.site.url, headers=home.site.user) as alice:
+        sent = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "Read by a script"})
+    assert "Read by a script\n" in home.run(POST.sub(sent.json()["id"], command))
+
+
 def exist(home, command):
     """A name alone."""
     home.run(f"command -v {command}")
@@ -227,6 +234,8 @@ RUN = {
     r"make [\w-]+( REVISION=\w+)?": dry,
     r"python -m tests\.\S+( .*)?": parse,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
+    r"imagegram-storage script \w+": succeed,
+    r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
     r"imagegram-api token alice": succeed,
     r"imagegram-storage ship": start,
     r"imagegram-\w+|redis-cli": exist,
@@ -287,7 +296,7 @@ def shape(reply: str) -> str:
 
 
 def test_the_example_session_of_the_key_page_is_true(session):
-    blocks = re.findall(r"```\n(.*?)```", KEYS[KEYS.index("## An example session") :], re.DOTALL)
+    blocks = re.findall(r"```\n(.*?)```", section(KEYS, "## An example session"), re.DOTALL)
     commands = [part for block in blocks for part in re.split(r"^> ", block, flags=re.MULTILINE) if part]
     assert len(commands) >= 8
     for part in commands:

@@ -162,7 +162,7 @@ def test_shared_functions_only_read_and_several_scripts_call_each():
 @each(SCRIPTS)
 def test_a_script_is_sent_with_the_shared_functions_behind_its_first_line(path):
     first, rest = path.read_text().split("\n", 1)
-    assert client.SCRIPTS[path.stem].text == f"{first}\n{SHARED.read_text()}{rest}"
+    assert client.SCRIPTS[path.stem].text == f"{first}\n{SHARED.read_text()}\n{rest}"
     assert "shared" not in client.SCRIPTS
 
 

@@ -1,9 +1,11 @@
 """Every script decides before it writes: after a refusal, or an argument that is none, nothing has changed."""
 
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
-from conftest import NOBODY, connect
+from conftest import NOBODY, ROOT, connect
 from making import make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
@@ -197,6 +199,25 @@ async def test_no_upload_is_shorter_than_nothing_and_no_chunk_goes_back(server, 
     ):
         with unchanged(server.client), pytest.raises(ResponseError):
             await work
+
+
+# A script by hand
+
+
+def print_script(*names: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "storage", "script", *names], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_script_is_printed_as_it_is_sent():
+    printed = print_script("read_post")
+    assert (printed.returncode, printed.stdout) == (0, SCRIPTS["read_post"].text)
+
+
+@pytest.mark.parametrize("names", [[], ["read"], ["shared"]])
+def test_an_unknown_script_is_refused_with_the_names_of_all_scripts(names):
+    printed = print_script(*names)
+    assert (printed.returncode, printed.stdout) == (2, "")
+    assert printed.stderr.endswith(f"NAME must be one of {', '.join(SCRIPTS)}\n")
 
 
 # Posts

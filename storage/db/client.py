@@ -63,7 +63,7 @@ def read_scripts(folder: Path) -> dict[str, Script]:
     for path in sorted(folder.glob("*.lua")):
         if path.name != "shared.lua":
             first, rest = path.read_text().split("\n", 1)
-            scripts[path.stem] = script(f"{first}\n{shared}{rest}")
+            scripts[path.stem] = script(f"{first}\n{shared}\n{rest}")
     return scripts
 
 
