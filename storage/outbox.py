@@ -206,4 +206,4 @@ async def postpone(db: Redis, due: Due, pause_ms: int) -> None:
 
 
 async def _settle(db: Redis, due: Due, again: int | str) -> None:
-    await db.call("settle_due", [keys.due(due.partition)], due.id, due.lease, again)
+    await db.call("end_lease", [keys.due(due.partition)], due.id, due.lease, again)

@@ -145,7 +145,7 @@ WRITES = {
     "forget_chunks": lambda db, at: uploads.erase_chunks(db, EMPTY, at.upload, []),
     "lease_due": lambda db, at: outbox.lease(db, 0),
     "lease_images": lambda db, at: outbox.lease_images(db, 0, 10),
-    "settle_due": settle,
+    "end_lease": settle,
     "start_image": lambda db, at: outbox.start_image(db, at.processing, at.leased.lease),
     "return_image": lambda db, at: outbox.return_image(db, at.processing, 0, 1),
     "retry_post": lambda db, at: retry._retry(db, at.failed),
