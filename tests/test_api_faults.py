@@ -278,7 +278,7 @@ async def test_an_upload_under_way_ends_at_the_mark(real_server, store):
     image = uploads.Appender(db, store, upload, 0, 200)
     await image.write(picture(100))
     await image.commit()
-    store._spare = 2**60  # another filled the disk meanwhile
+    store._min_free = 2**60  # another filled the disk meanwhile
     await image.write(picture(100))
     with pytest.raises(Full):
         await image.commit()

@@ -176,7 +176,7 @@ async def test_only_a_folder_can_have_less_room_than_is_to_be_spared(store, tmp_
     store.check_free_space()
     if isinstance(store, Folder):
         with pytest.raises(Full):
-            Folder(tmp_path, spare=2**60).check_free_space()
+            Folder(tmp_path, min_free=2**60).check_free_space()
 
 
 # What only the folder has to prove
@@ -236,7 +236,7 @@ async def test_a_tmp_file_is_never_listed_and_swept_when_it_is_old(tmp_path):
     new.touch()
     os.utime(old, (0, 0))
     assert await names(store) == ["a/1"]
-    assert await store.sweep() == 1
+    assert await store.remove_leftovers() == 1
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [new.name, "1"]
 
 

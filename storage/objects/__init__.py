@@ -23,15 +23,15 @@ __all__ = [
 ]
 
 
-def open_store(url: str, spare: int = 0) -> ObjectStore:
+def open_store(url: str, min_free: int = 0) -> ObjectStore:
     """The store at `file:///absolute/path` or `s3://bucket/prefix` (the rest: the usual AWS_* variables).
 
-    There is `room` in a folder while more than `spare` bytes of its disk are free.
+    There is `room` in a folder while more than `min_free` bytes of its disk are free.
     Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made, and obstore's
     errors for AWS_* variables of no use.
     """
     scheme, bucket, path = store_place(url)
-    return Folder(Path(path), spare) if scheme == "file" else S3(bucket, path)
+    return Folder(Path(path), min_free) if scheme == "file" else S3(bucket, path)
 
 
 def require_stores(settings: Settings, *names: str) -> None:

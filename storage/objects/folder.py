@@ -22,11 +22,11 @@ from storage.objects.store import (
     Full,
     NotFound,
     Unavailable,
-    checked,
-    checked_prefix,
+    require_name,
+    require_prefix,
 )
 
-TRIES = 100  # to make a folder whose parent a delete may prune each time; /proc has one and makes no folder in it
+FOLDER_TRIES = 100  # to make a folder whose parent a delete may prune each time; /proc makes no folder in itself
 TMP = ".tmp-"  # begins with a dot, which no object's name may
 
 
@@ -37,89 +37,89 @@ class Folder:
     one for each piece. A verb whose caller is cancelled may still complete, whole.
     """
 
-    def __init__(self, root: Path, spare: int = 0):
-        self._root, self._spare = root, spare
+    def __init__(self, root: Path, min_free: int = 0):
+        self._root, self._min_free = root, min_free
         _make_folder(root)
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
         path = self._path(name)
         if isinstance(data, bytes):
-            return await _hop(_finish, self._root, path, None, data, os.rename)
-        file = await _hop(_open_tmp, path)
-        held = bytearray()
+            return await _in_thread(_write_durably, self._root, path, None, data, os.rename)
+        file = await _in_thread(_create_draft, path)
+        buffer = bytearray()
         try:
             async for piece in data:
-                held += piece
-                if len(held) >= PIECE:
-                    await _hop(file.write, held)
-                    held = bytearray()
+                buffer += piece
+                if len(buffer) >= PIECE:
+                    await _in_thread(file.write, buffer)
+                    buffer = bytearray()
         except BaseException:
-            await _hop(_discard, file)
+            await _in_thread(_close_draft, file)
             raise
-        await _hop(_finish, self._root, path, file, held, os.rename)
+        await _in_thread(_write_durably, self._root, path, file, buffer, os.rename)
 
     async def create(self, name: str, data: bytes) -> None:
         """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
-        await _hop(_finish, self._root, self._path(name), None, data, os.link)
+        await _in_thread(_write_durably, self._root, self._path(name), None, data, os.link)
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
         path = self._path(name)
-        return read_if_cached(path) or await _hop(Path.read_bytes, path, missing=NotFound)
+        return read_if_cached(path) or await _in_thread(Path.read_bytes, path, missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
-        piece, file = await _hop(_open_and_read, self._path(name), missing=NotFound)
+        piece, file = await _in_thread(_open_and_read, self._path(name), missing=NotFound)
         try:
             while piece:
                 yield piece
-                piece = await _hop(file.read, PIECE) if file else b""
+                piece = await _in_thread(file.read, PIECE) if file else b""
         finally:
             if file:
                 file.close()
 
     async def size(self, name: str) -> int:
         """Bytes of the object. Raises NotFound, Unavailable."""
-        return await _hop(_size, self._path(name), missing=NotFound)
+        return await _in_thread(_file_size, self._path(name), missing=NotFound)
 
     async def delete(self, names: Iterable[str]) -> None:
         """Remove the objects; one that is missing is as good as removed. Raises Unavailable."""
-        await _hop(_delete, self._root, [self._path(name) for name in names])
+        await _in_thread(_delete_files, self._root, [self._path(name) for name in names])
 
     async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable.
 
         One hop a folder. What is put or deleted meanwhile may show or not.
         """
-        waiting = [checked_prefix(prefix)]
+        waiting = [require_prefix(prefix)]
         while waiting:
             below = waiting.pop()
             if isinstance(below, Entry):
                 yield below
             else:
-                waiting += reversed(await _hop(_scan, self._root, below))
+                waiting += reversed(await _in_thread(_list_folder, self._root, below))
 
     async def ping(self) -> None:
         """Raises Unavailable where the store is not there."""
-        await _hop(os.stat, f"{self._root}/")
+        await _in_thread(os.stat, f"{self._root}/")
 
     def check_free_space(self) -> None:
         """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
         with suppress(OSError):  # of a folder that is gone, the put says more
             disk = os.statvfs(self._root)
-            if disk.f_bavail * disk.f_frsize < self._spare:
+            if disk.f_bavail * disk.f_frsize < self._min_free:
                 raise Full("the store's disk is almost full")
 
-    async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
+    async def remove_leftovers(self, older: float = LEFTOVER_SECONDS) -> int:
         """Remove what puts that died half way left `older` seconds ago: how many. Raises Unavailable."""
-        return await _hop(_sweep, self._root, time.time() - older)
+        return await _in_thread(_remove_leftovers, self._root, time.time() - older)
 
     def _path(self, name: str) -> Path:
-        return self._root / checked(name)
+        return self._root / require_name(name)
 
 
-async def _hop(function, *arguments, missing=Unavailable):
+async def _in_thread(function, *arguments, missing=Unavailable):
     try:
         return await wrap(function)(*arguments)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -133,7 +133,7 @@ async def _hop(function, *arguments, missing=Unavailable):
         watchdog.step()
 
 
-def _open_tmp(path: Path):
+def _create_draft(path: Path):
     """A new file in the folder of `path`, which is made; what is in it keeps the folder from being pruned."""
     while True:
         try:
@@ -142,27 +142,27 @@ def _open_tmp(path: Path):
             _make_folder(path.parent)  # and a delete may prune it again before we are in: then once more
 
 
-def _finish(root: Path, path: Path, file, last: bytes, name_it) -> None:
+def _write_durably(root: Path, path: Path, file, last: bytes, publish) -> None:
     """Write the last bytes, then what makes a put durable, in this order: bytes, name, folder, folders above.
 
     Folders that were there before are synced too. Another put may have made them a moment ago without having
     come to its own fsync; syncing a clean folder costs 0.04 ms beside 0.8 ms for 1 MiB.
     """
-    file = file or _open_tmp(path)
+    file = file or _create_draft(path)
     try:
         file.write(last)
         file.flush()
         os.fsync(file.fileno())
-        name_it(file.name, path)  # os.rename replaces; os.link raises FileExistsError
+        publish(file.name, path)  # os.rename replaces; os.link raises FileExistsError
         folder = path
         while folder != root:
             folder = folder.parent
             _sync_folder(folder)
     finally:
-        _discard(file)
+        _close_draft(file)
 
 
-def _discard(file) -> None:
+def _close_draft(file) -> None:
     """Close a tmp file, and remove it unless it became the object."""
     with suppress(OSError):  # flushing to a full disk: the fault that counts was raised by the write
         file.close()
@@ -172,7 +172,7 @@ def _discard(file) -> None:
 
 def _make_folder(path: Path) -> None:
     """Make a folder and those above it; each new one is synced in its parent."""
-    for _ in range(TRIES):
+    for _ in range(FOLDER_TRIES):
         try:
             path.mkdir()
         except FileExistsError:
@@ -204,14 +204,14 @@ def _open_and_read(path: Path):
         return piece, file
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(f"{path} is a folder")
     return found.st_size
 
 
-def _delete(root: Path, paths: list[Path]) -> None:
+def _delete_files(root: Path, paths: list[Path]) -> None:
     """Unlink, sync, then prune: rmdir refuses a folder that a put has begun to use."""
     folders = set()
     for path in paths:
@@ -229,7 +229,7 @@ def _delete(root: Path, paths: list[Path]) -> None:
                 folder = folder.parent
 
 
-def _scan(root: Path, prefix: str) -> list[Entry | str]:
+def _list_folder(root: Path, prefix: str) -> list[Entry | str]:
     """What is in one folder, objects as Entry and folders as prefix, in the order of all names below it."""
     found: list[Entry | str] = []
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / prefix) as entries:
@@ -247,7 +247,7 @@ def _scan(root: Path, prefix: str) -> list[Entry | str]:
     return sorted(found, key=lambda item: item if isinstance(item, str) else item.name)
 
 
-def _sweep(root: Path, before: float) -> int:
+def _remove_leftovers(root: Path, before: float) -> int:
     removed = 0
     for folder, _, files in os.walk(root):
         for name in files:

@@ -15,11 +15,11 @@ from storage.objects.store import (
     Exists,
     NotFound,
     Unavailable,
-    checked,
-    checked_prefix,
+    require_name,
+    require_prefix,
 )
 
-PAUSE = timedelta(milliseconds=50)  # before S3 is asked again
+RETRY_PAUSE = timedelta(milliseconds=50)  # before S3 is asked again
 METADATA_SERVICE = "169.254.169.254"  # where S3's client asks for credentials that are in no variable
 
 
@@ -37,34 +37,38 @@ class S3:
             # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may take long
             # (a big object over a slow line), silence within it may not.
             config={"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"},
-            retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=5), "backoff": {"init_backoff": PAUSE}},
+            retry_config={
+                "max_retries": 2,
+                "retry_timeout": timedelta(seconds=5),
+                "backoff": {"init_backoff": RETRY_PAUSE},
+            },
         )
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
         """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
         whole = isinstance(data, bytes)
-        with _s3_errors():
+        with _translate_errors():
             # One part at a time: the memory of one, not of twelve.
-            await obstore.put_async(self._store, checked(name), data, use_multipart=not whole, max_concurrency=1)
+            await obstore.put_async(self._store, require_name(name), data, use_multipart=not whole, max_concurrency=1)
 
     async def create(self, name: str, data: bytes) -> None:
         """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
-        with _s3_errors():
-            await obstore.put_async(self._store, checked(name), data, mode="create", use_multipart=False)
+        with _translate_errors():
+            await obstore.put_async(self._store, require_name(name), data, mode="create", use_multipart=False)
 
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
-        with _s3_errors(missing=NotFound):
-            found = await obstore.get_async(self._store, checked(name))
+        with _translate_errors(missing=NotFound):
+            found = await obstore.get_async(self._store, require_name(name))
             return bytes(await found.bytes_async())
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
-        with _s3_errors(missing=NotFound):
-            found = await obstore.get_async(self._store, checked(name))
+        with _translate_errors(missing=NotFound):
+            found = await obstore.get_async(self._store, require_name(name))
             stream = found.stream(min_chunk_size=PIECE // 4)
         while True:
-            with _s3_errors():
+            with _translate_errors():
                 piece = await anext(stream, None)
             if piece is None:
                 return
@@ -73,19 +77,19 @@ class S3:
 
     async def size(self, name: str) -> int:
         """Bytes of the object. Raises NotFound, Unavailable."""
-        with _s3_errors(missing=NotFound):
-            return (await obstore.head_async(self._store, checked(name)))["size"]
+        with _translate_errors(missing=NotFound):
+            return (await obstore.head_async(self._store, require_name(name)))["size"]
 
     async def delete(self, names: Iterable[str]) -> None:
         """Remove the objects; one that is missing is as good as removed. Raises Unavailable."""
-        with _s3_errors():
-            await obstore.delete_async(self._store, [checked(name) for name in names])
+        with _translate_errors():
+            await obstore.delete_async(self._store, [require_name(name) for name in names])
 
     async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
         """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable."""
-        stream = obstore.list(self._store, checked_prefix(prefix) or None, chunk_size=1000)
+        stream = obstore.list(self._store, require_prefix(prefix) or None, chunk_size=1000)
         while True:
-            with _s3_errors():
+            with _translate_errors():
                 page = await anext(stream, None)
             if page is None:
                 return
@@ -100,13 +104,13 @@ class S3:
     def check_free_space(self) -> None:
         """A bucket does not fill up."""
 
-    async def sweep(self, older: float = LEFTOVER_SECONDS) -> int:
+    async def remove_leftovers(self, older: float = LEFTOVER_SECONDS) -> int:
         """0: nothing but the bucket's lifecycle rule sees what puts left that died half way."""
         return 0
 
 
 @contextmanager
-def _s3_errors(missing=Unavailable) -> Iterator[None]:
+def _translate_errors(missing=Unavailable) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:

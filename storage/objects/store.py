@@ -70,13 +70,13 @@ class ObjectStore(Protocol):
         """Raises Full where the disk has less free than is to be spared: 2 µs, it waits for no disk."""
 
 
-def checked(name: str) -> str:
+def require_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of an object")
     return name
 
 
-def checked_prefix(prefix: str) -> str:
+def require_prefix(prefix: str) -> str:
     if prefix and not prefix.endswith("/"):
         raise ValueError(f"{prefix!r} is no folder: wanted '' or a path that ends in '/'")
-    return prefix and checked(prefix[:-1]) + "/"
+    return prefix and require_name(prefix[:-1]) + "/"
