@@ -123,10 +123,10 @@ async def shipped(shipper: Shipper) -> None:
         lag = shipper_state.read(shipper.settings)["lag"]
         return lag is not None and time.time() - lag > now
 
-    await until(
-        lambda: shipper.task.done() or (shipper.chain and shipper.chain.second and shipper.caught > now and told()),
-        "the shipper caught up",
-    )
+    def caught_up() -> bool:
+        return bool(shipper.chain and shipper.chain.second and shipper.caught_up_at > now and told())
+
+    await until(lambda: shipper.task.done() or caught_up(), "the shipper caught up")
     if shipper.task.done():
         shipper.task.result()
 

@@ -244,7 +244,7 @@ async def test_one_flipped_bit_anywhere_is_found_and_nothing_is_restored(setting
         bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
         await store.put(name, bytes(bad))
         with pytest.raises(Damaged):
-            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+            await restore(settings, store, tmp_path / "to", report=lambda text: None)
         assert not (tmp_path / "to").exists()
         await store.put(name, good)
     await restore(settings, store, tmp_path / "to")
@@ -257,10 +257,10 @@ async def test_an_object_that_is_missing_or_in_anothers_place_is_found(settings,
     for name in names[:-1]:
         await store.delete([name])
         with pytest.raises(Damaged):
-            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+            await restore(settings, store, tmp_path / "to", report=lambda text: None)
         await store.put(name, kept[names[-1]])
         with pytest.raises(Damaged):
-            await restore(settings, store, tmp_path / "to", say=lambda text: None)
+            await restore(settings, store, tmp_path / "to", report=lambda text: None)
         await store.put(name, kept[name])
     await restore(settings, store, tmp_path / "to")
 
@@ -404,7 +404,7 @@ async def test_a_missing_original_is_told_and_stands_in_no_restores_way(settings
         await shipped(shipper)
     await objects.delete([keys.original(post)])
     before = files(settings.data / "store")
-    done = await restore(settings, store, tmp_path / "to", say=said.append)
+    done = await restore(settings, store, tmp_path / "to", report=said.append)
     assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in said
     assert await verify(settings, store)
     assert files(settings.data / "store") == before

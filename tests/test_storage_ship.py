@@ -94,9 +94,9 @@ async def test_redis_is_asked_for_nothing_but_info_and_rewrites(settings, store)
 async def test_a_generation_begins_on_schedule(settings, store):
     settings = replace(settings, snapshot_every=1)
     async with redis_on(settings), shipping(settings, store) as shipper:
-        shipper.asked = -1e9
+        shipper.rewrite_requested_at = -1e9
         await shipped(shipper)
-        shipper.asked = -1e9
+        shipper.rewrite_requested_at = -1e9
         await until(lambda: shipper.chain.generation >= 2, "a second generation")
     assert list(await chain.descriptions(store)) == [1, 2]
 
@@ -147,7 +147,7 @@ async def test_nothing_is_added_to_a_chain_that_the_files_left(settings, store, 
             if damage == "cut and grown":  # by what Redis would load: longer than what was shipped
                 await redis.start()
                 await redis.client.set("grown", "x" * 1000)
-        if not await redis.ping():
+        if not await redis.answers():
             await redis.start()
         await until(lambda: shipper.chain.generation == 2, "a new generation")
         async with writing(settings):
@@ -242,7 +242,7 @@ class Faulty:
 async def test_a_store_that_fails_half_way_leaves_no_gap_and_is_caught_up_with(
     settings, store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(ship, "PUT_AGAIN", 0.01)
+    monkeypatch.setattr(ship, "PUT_RETRY", 0.01)
     faulty = Faulty(store, 0.3)
     async with redis_on(settings) as redis, shipping(settings, faulty) as shipper:
         async with writing(settings, 2) as writers:
@@ -327,11 +327,11 @@ async def test_there_is_no_lag_while_a_large_base_is_shipped_beside_a_chain_that
         async with writing(settings) as writers:
             await redis.rewrite()
             watched = asyncio.ensure_future(lags(settings, shipper, 2))
-            await until(lambda: writers[0].number > 50 and shipper.coming, "writes while the base is on its way")
+            await until(lambda: writers[0].number > 50 and shipper.next_chain, "writes while the base is on its way")
             await shipped(shipper)
             moment = time.time() - shipper_state.read(settings)["lag"]
             done, (found,) = await restored(settings, store, writers, tmp_path)
-            assert done.generation == 1 and shipper.coming, "the base was shipped too early"
+            assert done.generation == 1 and shipper.next_chain, "the base was shipped too early"
             took, worst, troubles = await watched
         assert took > 4 and worst < took / 2 and troubles == {""}
     # What the lag claims is true: without the new base, nothing older than that is missing
@@ -368,8 +368,8 @@ async def test_the_lag_grows_while_the_newest_data_are_in_the_coming_generation_
         await redis.rewrite()
         monkeypatch.undo()
         monkeypatch.setattr(chain, "SEGMENT", 64 * 1024)
-        await until(lambda: shipper.coming, "the next base is on its way")
-        took, worst, troubles = await lags(settings, shipper, shipper.coming.generation)
+        await until(lambda: shipper.next_chain, "the next base is on its way")
+        took, worst, troubles = await lags(settings, shipper, shipper.next_chain.generation)
         assert took > 4 and worst > took - 1
         assert any(told.startswith("generation 2 begins: ") for told in troubles)
     assert (await chain.load(slow, 1)).end["gap"] is True
@@ -437,7 +437,7 @@ async def test_every_second_of_a_day_is_kept_and_one_base_a_day_of_a_month(tmp_p
     settings = make_settings(tmp_path, "", "file:///x")
     ages = [*range(35 * 24, 0, -6)]
     one_a_quarter_day = described(*ages)
-    whole, bases = retain.kept(one_a_quarter_day, settings, len(ages), 100 * 86400.0)
+    whole, bases = retain.select_kept(one_a_quarter_day, settings, len(ages), 100 * 86400.0)
     assert sorted(ages[n - 1] for n in whole) == [6, 12, 18, 24, 30]
     days = [one_a_quarter_day[n]["second"] // 86400 for n in sorted(bases)]
     assert len(days) == len(set(days)) == 29 and days == list(range(days[0], days[0] + 29))
@@ -448,7 +448,7 @@ async def test_every_second_of_a_day_is_kept_and_one_base_a_day_of_a_month(tmp_p
 async def test_nothing_is_removed_below_what_was_verified(tmp_path, good):
     settings = make_settings(tmp_path, "", "file:///x")
     old = described(*[90 * 24 - n for n in range(5)])
-    whole, bases = retain.kept(old, settings, good, 100 * 86400.0)
+    whole, bases = retain.select_kept(old, settings, good, 100 * 86400.0)
     assert whole >= set(range(good or 1, 6))
     assert whole | bases == set(range(good or 1, 6))
 
@@ -465,12 +465,12 @@ async def test_a_sweep_removes_what_is_not_kept_and_leaves_chains_that_can_be_re
                 await redis.rewrite()
     assert list(await whole(store)) == [1, 2, 3, 4]  # nothing was verified yet
     await store.put("verified", b'{"good": 3, "ok": true, "time": 0}')
-    assert await retain.sweep(store, settings, 4) > 0
+    assert await retain.remove_old(store, settings, 4) > 0
     left = await whole(store)
     assert list(left) == [1, 3, 4] and len(left[1]) == 1 and len(left[3]) > 1
     done, _ = await restored(settings, store, [], tmp_path, (await chain.descriptions(store))[1]["second"])
     assert done.generation == 1
-    assert await retain.sweep(store, settings, 4) == 0
+    assert await retain.remove_old(store, settings, 4) == 0
 
 
 async def test_a_state_nobody_wrote_says_that_no_shipper_ran(tmp_path):

@@ -95,7 +95,7 @@ async def test_verify_says_its_result_and_snapshots_show_it_at_once(daily, store
 
 
 async def test_a_trial_that_another_process_has_done_is_told_too(settings, store, monkeypatch):
-    monkeypatch.setattr(ship, "LOOK_AGAIN", 0.1)
+    monkeypatch.setattr(ship, "RESULT_REFRESH", 0.1)
     async with redis_on(settings), shipping(settings, store) as shipper:
         await shipped(shipper)
         assert shipper_state.read(settings)["verified"] is None
@@ -123,7 +123,7 @@ async def test_a_trial_ends_with_its_shipper_and_leaves_neither_server_nor_folde
         await redis.client.eval(fill, 0)
         shipper = ship.Shipper(daily, store)
         task = asyncio.ensure_future(shipper.run())
-        trial = await until(lambda: shipper.verifying and psutil.Process(shipper.verifying.pid), "a trial")
+        trial = await until(lambda: shipper.trial_process and psutil.Process(shipper.trial_process.pid), "a trial")
         (server,) = await until(trial.children, "its server")
         shipper.stop.set()
         await asyncio.wait_for(task, 20)

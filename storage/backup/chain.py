@@ -25,7 +25,7 @@ from storage.objects import ObjectStore
 
 DESCRIPTIONS = "generations/"
 SEGMENT = 4 * 1024 * 1024  # bytes of a file in one object: what a put over 10 Mbit/s brings through in 4 s
-AHEAD = 8  # objects fetched at once when a chain is read: hides the store's latency for 8 segments of memory
+READ_AHEAD = 8  # objects fetched at once when a chain is read: hides the store's latency for 8 segments of memory
 # zlib at level 1, of the standard library: 240 MB/s, comments become 6.3 times smaller. lzma packs 7.7 times at
 # 40 MB/s, 9.8 times at 2 MB/s, and would take a core from Redis while a base is shipped (measured on one core).
 LEVEL = 1
@@ -54,13 +54,13 @@ def unseal(name: str, data: bytes) -> tuple[dict, bytes]:
 
 
 @dataclass
-class Copied:
+class ShippedFile:
     """A file of the chain, as far as it is in the store."""
 
     name: str
     length: int = 0  # bytes
-    hash: "hashlib._Hash" = field(default_factory=hashlib.sha256)  # of those bytes
-    digest: str = ""  # what `hash` must come to, where the chain was found in the store
+    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)  # of those bytes
+    expected: str = ""  # what `hasher` must come to, where the chain was found in the store
 
 
 @dataclass
@@ -68,12 +68,12 @@ class Chain:
     """A generation as its writer sees it: where its next object goes."""
 
     generation: int
-    files: list[Copied]  # the base, then the increments; the last is being copied
+    files: list[ShippedFile]  # the base, then the increments; the last is being copied
     previous: str = ""  # digest of the last object, hex
-    until: float = 0.0  # unix time at which the newest of its bytes were read
+    read_at: float = 0.0  # unix time at which the newest of its bytes were read
     second: int = 0  # unix second of the base: it holds nothing newer, and the chain before reaches up to it
     closed: int | None = None  # the generation that goes on after the close mark
-    broken: bool = False  # the files at hand are not those that were copied
+    diverged: bool = False  # the files at hand are not those that were copied
     end: dict = field(default_factory=dict)  # header of the last object, if the chain was found in the store
 
     @property
@@ -81,7 +81,7 @@ class Chain:
         return self.files[0].name
 
     @property
-    def copying(self) -> Copied:
+    def current(self) -> ShippedFile:
         return self.files[-1]
 
 
@@ -117,15 +117,15 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
     chain, header = None, {}
     while file in ends:
         header, digest = ends[file]
-        copied = Copied(file, header["offset"] + header["length"], digest=header["prefix"])
+        copied = ShippedFile(file, header["offset"] + header["length"], expected=header["prefix"])
         if chain is None:
             chain = Chain(generation, [copied])
         else:
             chain.files.append(copied)
-        chain.end, chain.previous, chain.until = header, digest, header["time"]
+        chain.end, chain.previous, chain.read_at = header, digest, header["time"]
         chain.closed, file = header.get("closed"), header.get("next")
     if file and chain:  # an end mark is the last object: its next file has none yet
-        chain.files.append(Copied(file, digest=hashlib.sha256().hexdigest()))
+        chain.files.append(ShippedFile(file, expected=hashlib.sha256().hexdigest()))
     return chain
 
 
@@ -142,8 +142,8 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
         offsets = waiting.pop(file)
         names = [segment_name(generation, file, offset) for offset in offsets]
         position, digest, following = 0, hashlib.sha256(), None
-        for start in range(0, len(names), AHEAD):
-            window = names[start : start + AHEAD]
+        for start in range(0, len(names), READ_AHEAD):
+            window = names[start : start + READ_AHEAD]
             for name, data in zip(window, await asyncio.gather(*map(store.get, window)), strict=True):
                 header, body = unseal(name, data)
                 digest.update(body)
@@ -167,7 +167,7 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
         raise Damaged(f"generation {generation}: an object before {min(waiting)} is missing")
 
 
-async def newest(store: ObjectStore) -> Chain | None:
+async def load_newest(store: ObjectStore) -> Chain | None:
     """The chain that a writer has to go on from or to close.
 
     That is the newest described generation; or, if a writer died between closing it and describing its
@@ -184,7 +184,7 @@ async def newest(store: ObjectStore) -> Chain | None:
     return chain
 
 
-async def unused(store: ObjectStore) -> int:
+async def unused_number(store: ObjectStore) -> int:
     """A number above all generations, described or not. Raises Unavailable."""
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     number = max((int(name.removeprefix(DESCRIPTIONS)) for name in names), default=0) + 1

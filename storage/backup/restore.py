@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from storage import check
 from storage.backup import aof, chain
 from storage.backup.aof import Damaged
-from storage.db import client as scripts
+from storage.db import client as db_client
 from storage.db import server
 from storage.objects import ObjectStore, open_store
 from storage.settings import Settings
@@ -39,7 +39,7 @@ class Refused(Exception):
 @dataclass
 class Restored:
     generation: int
-    asked: int | None  # unix second; None: the newest
+    requested: int | None  # unix second; None: the newest
     second: int  # the newest second of which something is in
     exact: bool  # nothing between `second` and the second asked for is missing
     counts: dict[str, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ async def restore(
     store: ObjectStore,
     to: Path,
     at: int | None = None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Restored:
     """Make `to` the data folder of a Redis that holds all of the seconds up to and including `at`.
 
@@ -64,36 +64,36 @@ async def restore(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Refused(f"{to} is not empty")
     described = await chain.descriptions(store)
-    number = _choose(described, at)
+    number = _choose_generation(described, at)
     description = described[number]
-    _fits(settings, description)
-    say(f"generation {number}, begun {clock(description['second'])} by {description['server']}")
+    _require_fitting_server(settings, description)
+    report(f"generation {number}, begun {clock(description['second'])} by {description['server']}")
     part = to.with_name(to.name + ".part")
     if part.exists():
         shutil.rmtree(part)
     folder = part / "appendonlydir"
     folder.mkdir(parents=True)
-    files, mark = await _fetch(store, description, folder, say)
-    kept, restored = await wrap(_cut)(folder, files, description, at)
-    await wrap(_finish)(part, kept, description)
+    files, mark = await _download(store, description, folder, report)
+    kept, restored = await wrap(_truncate)(folder, files, description, at)
+    await wrap(_write_manifest)(part, kept, description)
     following = min((other for other in described if other > number), default=None)
     if at is not None and following and not restored.exact:
         restored.exact = mark.get("closed") == following and not mark["gap"]
         if not restored.exact:
-            say(
+            report(
                 f"NOT EXACT: nothing is kept of the time from {clock(restored.second)}"
                 f" to {clock(described[following]['second'])}; this is the state at its beginning"
             )
     else:
         restored.exact = True
-    say("starting a server on it")
+    report("starting a server on it")
     async with running(settings, part) as redis:
-        restored.counts = await _prove(redis, settings, say)
-    await wrap(_name)(part, to)
+        restored.counts = await _check_data(redis, settings, report)
+    await wrap(_rename_into_place)(part, to)
     return restored
 
 
-def _choose(described: dict[int, dict], at: int | None) -> int:
+def _choose_generation(described: dict[int, dict], at: int | None) -> int:
     """The newest generation, or the newest whose base holds nothing later than the second asked for."""
     if not described:
         raise Refused("the backup store holds no generation")
@@ -103,7 +103,7 @@ def _choose(described: dict[int, dict], at: int | None) -> int:
     return max(fit)
 
 
-def _fits(settings: Settings, description: dict) -> None:
+def _require_fitting_server(settings: Settings, description: dict) -> None:
     here = server.identify(server.server_program(settings))
     version = tuple(int(part) for part in description["version"].split("."))
     wrote = server.Server(description["server"], version)
@@ -114,35 +114,35 @@ def _fits(settings: Settings, description: dict) -> None:
         )
 
 
-async def _fetch(store: ObjectStore, description: dict, folder: Path, say) -> tuple[list[str], dict]:
+async def _download(store: ObjectStore, description: dict, folder: Path, report) -> tuple[list[str], dict]:
     """Write the files of the chain. Returns their names in order, and the last header."""
     files: list[str] = []
     header: dict = {}
-    size, told, out = 0, time.monotonic(), None
+    size, reported_at, file = 0, time.monotonic(), None
     try:
         async for header, body in chain.read(store, description["generation"], description["base"]):
             if not files or header["file"] != files[-1]:
-                if out:
-                    out.close()
+                if file:
+                    file.close()
                 files.append(header["file"])
-                out = open(folder / Path(header["file"]).name, "xb")  # noqa: SIM115
-            await wrap(out.write)(body)
+                file = open(folder / Path(header["file"]).name, "xb")  # noqa: SIM115
+            await wrap(file.write)(body)
             size += len(body)
-            if time.monotonic() - told >= 1:
-                told = time.monotonic()
-                say(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
+            if time.monotonic() - reported_at >= 1:
+                reported_at = time.monotonic()
+                report(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
             if header.get("next") and len(files) == 1 and header["prefix"] != description["sha256"]:
                 raise Damaged(f"{header['file']}: not the base that was described")
     finally:
-        if out:
-            out.close()
+        if file:
+            file.close()
     if not files or (len(files) == 1 and "next" not in header):
         raise Damaged(f"generation {description['generation']}: its base is not whole")
-    say(f"{size / (1 << 20):.1f} MiB read, all digests hold")
+    report(f"{size / (1 << 20):.1f} MiB read, all digests hold")
     return files, header
 
 
-def _cut(folder: Path, files: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
+def _truncate(folder: Path, files: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
     """Cut the increments after the second, or after the last whole record. Returns the files left."""
     restored = Restored(description["generation"], at, description["second"], False)
     kept = [files[0]]
@@ -165,7 +165,7 @@ def _cut(folder: Path, files: list[str], description: dict, at: int | None) -> t
     return kept, restored
 
 
-def _finish(part: Path, files: list[str], description: dict) -> None:
+def _write_manifest(part: Path, files: list[str], description: dict) -> None:
     """What makes it a data folder: bytes first, then the manifest that names them, then the folders."""
     folder = part / "appendonlydir"
     manifest = folder / aof.MANIFEST
@@ -176,7 +176,7 @@ def _finish(part: Path, files: list[str], description: dict) -> None:
         _sync(path)
 
 
-def _name(part: Path, to: Path) -> None:
+def _rename_into_place(part: Path, to: Path) -> None:
     os.rename(part, to)  # takes the place of an empty folder
     _sync(to.parent)
 
@@ -196,7 +196,7 @@ async def running(settings: Settings, folder: Path):
     Raises Damaged with the server's last words if it does not load.
     """
     with tempfile.TemporaryDirectory(prefix="imagegram-") as scratch:
-        socket, words = Path(scratch, "redis.sock"), Path(scratch, "log")
+        socket, log_file = Path(scratch, "redis.sock"), Path(scratch, "log")
         Path(scratch, "redis").symlink_to(folder)  # a data folder whose paths are short enough for a socket
         command = server.command(replace(settings, data=Path(scratch)))
         own = [
@@ -205,16 +205,16 @@ async def running(settings: Settings, folder: Path):
             "--logfile",
             "",
         ]  # of options given twice the server takes the last
-        with words.open("wb") as out:
+        with log_file.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
-                *command, *own, stdout=out, stderr=out, stdin=asyncio.subprocess.DEVNULL
+                *command, *own, stdout=file, stderr=file, stdin=asyncio.subprocess.DEVNULL
             )
         client = Redis(unix_socket_path=str(socket))
         try:
             deadline = time.monotonic() + LOAD_SECONDS
-            while not await _loaded(client):
+            while not await _is_loaded(client):
                 if process.returncode is not None or time.monotonic() > deadline:
-                    tail = words.read_text(errors="replace").strip().splitlines()[-5:]
+                    tail = log_file.read_text(errors="replace").strip().splitlines()[-5:]
                     raise Damaged("the server does not load it: " + " | ".join(tail))
                 await asyncio.sleep(0.02)
             yield client
@@ -230,23 +230,23 @@ def url(client: Redis) -> str:
     return f"unix://{quote(client.connection_pool.connection_kwargs['path'])}"
 
 
-async def _loaded(client: Redis) -> bool:
+async def _is_loaded(client: Redis) -> bool:
     try:
         return not (await client.info("persistence"))["loading"]
     except (RedisError, OSError):
         return False
 
 
-async def _prove(client: Redis, settings: Settings, say: Callable[[str], None]) -> dict[str, int]:
+async def _check_data(client: Redis, settings: Settings, report: Callable[[str], None]) -> dict[str, int]:
     """The one place where the data model comes in: fit the data to the store's objects, check and count.
 
     A missing original is told of and stands in nobody's way: it is not the backup that lacks it.
     """
-    db = scripts.Redis(url(client), undecodable=check.EXACTLY)
+    db = db_client.Redis(url(client), undecodable=check.EXACTLY)
     try:
         found = await check.fit_restored(db, open_store(settings.store_url), settings.partitions)
     finally:
         await db.close()
     for line in found.lines:
-        say(f"FLAW: {line}")
+        report(f"FLAW: {line}")
     return {"posts": found.posts, "comments": found.comments, "open uploads": found.uploads, "flaws": found.flaws}

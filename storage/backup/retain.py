@@ -12,12 +12,12 @@ from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import Settings
 
 DAY = 86400
-ASK_AGAIN = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
+REFRESH = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
 # A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
-REWRITE_MS = 3_600_000
+LONGEST_REWRITE_MS = 3_600_000
 
 
-async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
+async def remove_old(store: ObjectStore, settings: Settings, current: int) -> int:
     """Remove what is not kept; returns how many objects. Raises Damaged, Unavailable: next time goes on.
 
     `current` is the generation being written. Leftovers of writers that died (objects of an older number
@@ -27,7 +27,7 @@ async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
     described = await chain.descriptions(store)
     last = await verify.last_result(store)
     good = min(last["good"] if last and last.get("good") else 0, current)
-    whole, bases = kept(described, settings, good, time.time())
+    whole, bases = select_kept(described, settings, good, time.time())
     removed = []
     async for entry in store.list():
         head, *rest = entry.name.split("/")
@@ -47,7 +47,7 @@ async def sweep(store: ObjectStore, settings: Settings, current: int) -> int:
     return len(removed)
 
 
-def kept(described: dict[int, dict], settings: Settings, good: int, now: float) -> tuple[set[int], set[int]]:
+def select_kept(described: dict[int, dict], settings: Settings, good: int, now: float) -> tuple[set[int], set[int]]:
     """Generations kept whole, and those of which the base is kept. `good` is the last verified, 0 if none."""
     numbers = sorted(described)
     whole, bases, days = set(), set(), set()
@@ -71,14 +71,14 @@ class KeptBackups:
     def __init__(self, backup: ObjectStore):
         self._backup = backup
         self._seconds: list[int] = []
-        self._asked = -ASK_AGAIN
+        self._refreshed_at = -REFRESH
 
     async def may_name(self, moment: int) -> bool:
         """Whether a backup holds the state of a moment or an earlier one, ms since 1970."""
-        if time.monotonic() >= self._asked + ASK_AGAIN:
+        if time.monotonic() >= self._refreshed_at + REFRESH:
             try:
                 self._seconds = [one["second"] for one in (await chain.descriptions(self._backup)).values()]
             except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
                 self._seconds = [0]
-            self._asked = time.monotonic()
-        return any(second * 1000 - REWRITE_MS <= moment for second in self._seconds)
+            self._refreshed_at = time.monotonic()
+        return any(second * 1000 - LONGEST_REWRITE_MS <= moment for second in self._seconds)

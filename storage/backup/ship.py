@@ -35,7 +35,7 @@ from redis.exceptions import RedisError
 
 from storage import logs, watchdog
 from storage.backup import aof, chain, retain, state, verify
-from storage.backup.chain import Chain, Copied
+from storage.backup.chain import Chain, ShippedFile
 from storage.backup.watch import Files
 from storage.db.server import lock_folder
 from storage.objects import Exists, ObjectStore, Unavailable, open_store
@@ -43,10 +43,10 @@ from storage.settings import Settings, refused
 
 log = logging.getLogger("imagegram.ship")
 
-LOOK = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
-ASK_AGAIN = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
-LOOK_AGAIN = 60.0  # seconds between two looks at the last trial's result: another machine may run trials, too
-PUT_AGAIN = 1  # seconds before an object is put again that the store did not take
+MANIFEST_POLL = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
+REWRITE_RETRY = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
+RESULT_REFRESH = 60.0  # seconds between two looks at the last trial's result: another machine may run trials, too
+PUT_RETRY = 1  # seconds before an object is put again that the store did not take
 
 
 class Stopped(Exception):
@@ -54,10 +54,10 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerInfo:
     """What INFO says of Redis that matters here."""
 
-    run: str
+    run_id: str
     family: str
     version: str
     rewriting: bool
@@ -73,23 +73,23 @@ class Shipper:
         never = Retry(NoBackoff(), 0)
         self.redis = Redis.from_url(settings.redis_url, retry=never, socket_timeout=5, socket_connect_timeout=2)
         self.stop = asyncio.Event()
-        self.run_id = ""  # of the Redis whose files are known to be those of the chain
+        self.known_run_id = ""  # of the Redis whose files are known to be those of the chain
         self.chain: Chain | None = None  # the generation that restore would find
-        self.gap = False  # it misses an increment, so the newest data are only in the coming generation
-        self.coming: Chain | None = None  # the next one, until its base is in the store
-        self.refused: tuple[str, int] | None = None  # base that begins no generation: a newer one was wanted
-        self.number = 1  # of the next generation
-        self.asked = -float(ASK_AGAIN)  # when BGREWRITEAOF was sent last (monotonic)
-        self.caught = 0.0  # unix time at which all that could be read was in the store
+        self.missed_increment = False  # it misses an increment, so the newest data are only in the coming generation
+        self.next_chain: Chain | None = None  # the next one, until its base is in the store
+        self.unwanted_base: tuple[str, int] | None = None  # base that begins no generation: a newer one was wanted
+        self.next_number = 1  # of the next generation
+        self.rewrite_requested_at = -float(REWRITE_RETRY)  # when BGREWRITEAOF was sent last (monotonic)
+        self.caught_up_at = 0.0  # unix time at which all that could be read was in the store
         self.trouble = ""
-        self.verified: dict | None = None
-        self.verifying: asyncio.subprocess.Process | None = None
-        self.looked = -LOOK_AGAIN  # when the last result was read (monotonic)
-        self.tried = 0.0  # unix time at which that was started: one that died is not started again at once
+        self.last_trial: dict | None = None
+        self.trial_process: asyncio.subprocess.Process | None = None
+        self.last_trial_read_at = -RESULT_REFRESH  # when the last result was read (monotonic)
+        self.trial_started_at = 0.0  # unix time at which that was started: one that died is not started again at once
 
     async def run(self) -> None:
         """Ship until `stop` is set. Raises Stopped, Damaged (the store's own chain is not what was put)."""
-        tasks = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._work())]
+        tasks = [asyncio.ensure_future(self._poll_manifest()), asyncio.ensure_future(self._ship_until_stopped())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -100,25 +100,25 @@ class Shipper:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=5)
-            if self.verifying:
+            if self.trial_process:
                 with suppress(ProcessLookupError, TimeoutError):
-                    self.verifying.terminate()
-                    await asyncio.wait_for(self.verifying.wait(), 5)
+                    self.trial_process.terminate()
+                    await asyncio.wait_for(self.trial_process.wait(), 5)
             await self.redis.aclose()
             self.files.close()
 
-    async def _watch(self) -> None:
+    async def _poll_manifest(self) -> None:
         while True:
             self.files.refresh()
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(MANIFEST_POLL)
 
-    async def _work(self) -> None:
+    async def _ship_until_stopped(self) -> None:
         with watchdog.working("shipping"):
-            await self._patiently(self._find)
+            await self._retry_until_stored(self._find_chain)
         while True:
             last, begun = self.stop.is_set(), time.monotonic()
             with watchdog.working("shipping"):
-                more = await self._patiently(self._once)
+                more = await self._retry_until_stored(self._ship_once)
             if last:
                 return
             if not more:
@@ -126,77 +126,77 @@ class Shipper:
                     pause = begun + self.settings.ship_interval - time.monotonic()
                     await asyncio.wait_for(self.stop.wait(), max(0.0, pause))
 
-    async def _patiently(self, step):
+    async def _retry_until_stored(self, step):
         """What a step returns, tried again until the store takes part in it or the shipper is to stop."""
         while True:
             try:
                 result = await step()
             except Unavailable as error:
-                self._tell(f"store: {error}")
+                self._report(f"store: {error}")
                 if self.stop.is_set():
                     raise
-                await asyncio.sleep(PUT_AGAIN)
+                await asyncio.sleep(PUT_RETRY)
             else:
-                self._tell("")
+                self._report("")
                 return result
 
-    async def _find(self) -> None:
+    async def _find_chain(self) -> None:
         """Where the store's newest chain stands. It goes on if the files at hand are those that it copied."""
-        self.number = await chain.unused(self.store)
+        self.next_number = await chain.unused_number(self.store)
         try:
-            self.chain = await chain.newest(self.store)
+            self.chain = await chain.load_newest(self.store)
         except aof.Damaged as error:
             log.error("%s: that generation is not gone on with", error)
         if self.chain is None or not self.chain.second:
-            self._begin_anew("no chain to go on with")
+            self._require_new_base("no chain to go on with")
 
-    def _begin_anew(self, reason: str) -> None:
-        log.warning("%s: asking Redis for a rewrite, which begins generation %d", reason, self.number)
+    def _require_new_base(self, reason: str) -> None:
+        log.warning("%s: asking Redis for a rewrite, which begins generation %d", reason, self.next_number)
         if self.chain:
-            self.chain.broken = True
-        self.coming = None
-        self.asked = -float(ASK_AGAIN)
+            self.chain.diverged = True
+        self.next_chain = None
+        self.rewrite_requested_at = -float(REWRITE_RETRY)
         self.files.refresh_all()
-        self.refused = self.files.base() or ("", 0)
+        self.unwanted_base = self.files.base() or ("", 0)
 
-    async def _once(self) -> bool:
+    async def _ship_once(self) -> bool:
         """Ship all that is there; begin, carry on and finish a generation. True: there is more to do now."""
         begun = time.time()
-        server = await self._server()
+        server = await self._server_info()
         self.files.refresh()
         manifest = self.files.manifest
-        if server and manifest and (server.run != self.run_id or self.files.replaced):
-            await self._compare(server)
+        if server and manifest and (server.run_id != self.known_run_id or self.files.file_replaced):
+            await self._compare_files(server)
         if server:
-            await self._ask_for_rewrite(server)
-        if manifest is None or not self.run_id:
+            await self._request_rewrite_if_due(server)
+        if manifest is None or not self.known_run_id:
             return False
-        if self.chain and not self.chain.broken:
-            copied = await self._copy(self.chain)
-            self.gap = manifest.files[-1] not in [file.name for file in self.chain.files]
+        if self.chain and not self.chain.diverged:
+            copied = await self._ship_new_bytes(self.chain)
+            self.missed_increment = manifest.files[-1] not in [file.name for file in self.chain.files]
             # A base that is on its way meanwhile does not matter: this chain has every second.
-            if copied and not self.gap:
-                self.caught = begun
+            if copied and not self.missed_increment:
+                self.caught_up_at = begun
         base = self.files.base()
-        ended = self.chain is None or self.chain.broken or self.chain.base != base[0]
-        if ended and not self.coming and base != self.refused:
-            self.coming = Chain(self.number, [Copied(base[0])], second=self.files.second(base[0]))
-            self.number += 1
-            self.refused = None
+        ended = self.chain is None or self.chain.diverged or self.chain.base != base[0]
+        if ended and not self.next_chain and base != self.unwanted_base:
+            self.next_chain = Chain(self.next_number, [ShippedFile(base[0])], second=self.files.second(base[0]))
+            self.next_number += 1
+            self.unwanted_base = None
         more = False
-        if self.coming:
+        if self.next_chain:
             until = time.monotonic() + self.settings.ship_interval
-            if not await self._copy(self.coming, until):
+            if not await self._ship_new_bytes(self.next_chain, until):
                 more = time.monotonic() >= until
             elif server:
-                await self._switch(server)
-                self.caught = begun
-        chains = (self.chain, self.coming)
-        self.files.let_go([used.copying.name for used in chains if used and not used.broken])
-        await self._verify()
+                await self._switch_chains(server)
+                self.caught_up_at = begun
+        chains = (self.chain, self.next_chain)
+        self.files.close_unused([used.current.name for used in chains if used and not used.diverged])
+        await self._run_due_trial()
         return more
 
-    async def _server(self) -> Server | None:
+    async def _server_info(self) -> ServerInfo | None:
         """None while Redis is away or still loading (it may cut the file it loads)."""
         try:
             info = await self.redis.info("server", "persistence")
@@ -208,20 +208,20 @@ class Shipper:
             return None
         family = info.get("server_name", "redis")
         rewriting = info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]
-        return Server(info["run_id"], family, info[f"{family}_version"], bool(rewriting))
+        return ServerInfo(info["run_id"], family, info[f"{family}_version"], bool(rewriting))
 
-    async def _compare(self, server: Server) -> None:
+    async def _compare_files(self, server: ServerInfo) -> None:
         """A Redis not seen before: are its files those of the chain?"""
         self.files.refresh_all()
-        self.files.replaced = False
-        self.run_id = server.run
-        if self.coming:
-            log.warning("Redis was started anew: generation %d is begun again", self.coming.generation)
-            self.coming = None
-        if self.chain and not self.chain.broken and not await asyncio.to_thread(self._same, self.chain):
-            self._begin_anew(f"the files are not those of generation {self.chain.generation}")
+        self.files.file_replaced = False
+        self.known_run_id = server.run_id
+        if self.next_chain:
+            log.warning("Redis was started anew: generation %d is begun again", self.next_chain.generation)
+            self.next_chain = None
+        if self.chain and not self.chain.diverged and not await asyncio.to_thread(self._files_match, self.chain):
+            self._require_new_base(f"the files are not those of generation {self.chain.generation}")
 
-    def _same(self, known: Chain) -> bool:
+    def _files_match(self, known: Chain) -> bool:
         names = [file.name for file in known.files]
         if self.files.manifest is None or self.files.manifest.files[: len(names)] != names:
             return False
@@ -232,70 +232,70 @@ class Shipper:
                 digest.update(data)
                 left -= len(data)
                 watchdog.step()
-            if left or digest.hexdigest() != (file.digest or file.hash.hexdigest()):
+            if left or digest.hexdigest() != (file.expected or file.hasher.hexdigest()):
                 return False
-            if file is not known.copying and self.files.size(file.name) != file.length:
+            if file is not known.current and self.files.size(file.name) != file.length:
                 return False
-            file.hash, file.digest = digest, ""
+            file.hasher, file.expected = digest, ""
         return True
 
-    async def _ask_for_rewrite(self, server: Server) -> None:
+    async def _request_rewrite_if_due(self, server: ServerInfo) -> None:
         """BGREWRITEAOF, when a generation is wanted and none is on its way."""
-        wanted = self.refused is not None and self.files.base() in (self.refused, None)
+        wanted = self.unwanted_base is not None and self.files.base() in (self.unwanted_base, None)
         manifest = self.files.manifest
-        if self.chain and manifest and self.chain.base == manifest.base and not self.coming:
+        if self.chain and manifest and self.chain.base == manifest.base and not self.next_chain:
             wanted = wanted or time.time() - self.chain.second >= self.settings.snapshot_every
-        if wanted and not server.rewriting and time.monotonic() - self.asked >= ASK_AGAIN:
-            self.asked = time.monotonic()
+        if wanted and not server.rewriting and time.monotonic() - self.rewrite_requested_at >= REWRITE_RETRY:
+            self.rewrite_requested_at = time.monotonic()
             with suppress(RedisError, OSError):
                 await self.redis.bgrewriteaof()
 
-    async def _copy(self, into: Chain, until: float = float("inf")) -> bool:
+    async def _ship_new_bytes(self, into: Chain, until: float = float("inf")) -> bool:
         """Append what can be read now. False: `until` (monotonic) came before the end, or another Redis."""
         while time.monotonic() < until:
-            file = into.copying
+            file = into.current
             # Asked before the read: once an increment has a successor, nothing more is written to it.
-            following = self.files.follows.get(file.name)
+            following = self.files.successors.get(file.name)
             data = await wrap(self.files.read)(file.name, file.length, chain.SEGMENT)
             if data:
-                server = await self._server()
-                if (server and server.run != self.run_id) or self.files.replaced:
+                server = await self._server_info()
+                if (server and server.run_id != self.known_run_id) or self.files.file_replaced:
                     return False
-                await self._append(into, data)
+                await self._append_object(into, data)
                 if len(data) < chain.SEGMENT and following not in self.files:
                     return True  # what came meanwhile is for the next time: no tiny segments
             elif self.files.size(file.name) < file.length:
-                self.run_id = ""
+                self.known_run_id = ""
                 return False
             elif following in self.files:
-                await self._append(into, next=following)
-                into.files.append(Copied(following))
+                await self._append_object(into, next=following)
+                into.files.append(ShippedFile(following))
             else:
                 return True
         return False
 
-    async def _append(self, into: Chain, data: bytes = b"", **mark) -> None:
+    async def _append_object(self, into: Chain, data: bytes = b"", **mark) -> None:
         """Create the chain's next object. Tries until the store has it: what comes after names its digest."""
-        file = into.copying
-        if not into.broken:
-            into.until = time.time()
-        after = file.hash.copy()
+        file = into.current
+        if not into.diverged:
+            into.read_at = time.time()
+        after = file.hasher.copy()
         after.update(data)
         header = {
             "generation": into.generation,
             "file": file.name,
             "offset": file.length,
             "length": len(data),
-            "prefix": file.digest or after.hexdigest(),  # the first: a mark on a chain that was not copied here
+            "prefix": file.expected or after.hexdigest(),  # the first: a mark on a chain that was not copied here
             "previous": into.previous,
-            "time": into.until,
+            "time": into.read_at,
             **mark,
         }
         sealed = await wrap(chain.seal)(header, data)
-        await self._create(chain.segment_name(into.generation, file.name, file.length), sealed)
-        file.hash, file.length, into.previous = after, file.length + len(data), sealed[-32:].hex()
+        await self._create_object(chain.segment_name(into.generation, file.name, file.length), sealed)
+        file.hasher, file.length, into.previous = after, file.length + len(data), sealed[-32:].hex()
 
-    async def _create(self, name: str, data: bytes) -> None:
+    async def _create_object(self, name: str, data: bytes) -> None:
         """Raises Stopped if another writer made the object."""
 
         async def create():
@@ -306,17 +306,17 @@ class Shipper:
                 if await self.store.get(name) != data:
                     raise Stopped(f"{name} was written by another shipper: this one stops") from None
 
-        await self._patiently(create)
+        await self._retry_until_stored(create)
 
-    async def _switch(self, server: Server) -> None:
+    async def _switch_chains(self, server: ServerInfo) -> None:
         """The coming generation has all there is: close the chain before it, then describe it."""
-        coming, before = self.coming, self.chain
+        coming, before = self.next_chain, self.chain
         if before and not before.closed:
-            if not before.broken:
-                await self._copy(before)
+            if not before.diverged:
+                await self._ship_new_bytes(before)
             known = {file.name for file in coming.files}
-            gap = before.broken or before.copying.name not in known
-            await self._append(before, closed=coming.generation, gap=gap)
+            gap = before.diverged or before.current.name not in known
+            await self._append_object(before, closed=coming.generation, gap=gap)
             before.closed = coming.generation
         base = coming.files[0]
         description = {
@@ -325,20 +325,20 @@ class Shipper:
             "version": server.version,
             "base": base.name,
             "length": base.length,
-            "sha256": base.hash.hexdigest(),
+            "sha256": base.hasher.hexdigest(),
             "second": coming.second,
         }
-        await self._create(chain.description_name(coming.generation), chain.seal(description))
+        await self._create_object(chain.description_name(coming.generation), chain.seal(description))
         log.info("generation %d begins with %s, %d bytes", coming.generation, base.name, base.length)
-        self.chain, self.coming, self.gap = coming, None, False
+        self.chain, self.next_chain, self.missed_increment = coming, None, False
         try:
-            await retain.sweep(self.store, self.settings, coming.generation)
+            await retain.remove_old(self.store, self.settings, coming.generation)
         except Unavailable as error:
             log.warning("nothing old was removed this time: %s", error)
 
     # Telling
 
-    def _tell(self, trouble: str) -> None:
+    def _report(self, trouble: str) -> None:
         """Log what changes, and keep the state that `/readyz` reads."""
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
@@ -348,36 +348,36 @@ class Shipper:
         state.write(
             self.settings,
             {
-                "caught": self.caught,
+                "caught": self.caught_up_at,
                 "generation": self.chain.generation if self.chain else None,
-                "trouble": trouble or self._beginning(),
-                "verified": self.verified,
+                "trouble": trouble or self._explain_lag(),
+                "verified": self.last_trial,
             },
         )
 
-    def _beginning(self) -> str:
+    def _explain_lag(self) -> str:
         """Why the lag grows although nothing fails: no chain is there that could grow. Empty if one is."""
-        if self.chain and not self.chain.broken and not self.gap:
+        if self.chain and not self.chain.diverged and not self.missed_increment:
             return ""
-        if not self.coming:
+        if not self.next_chain:
             return "a generation is to begin: waits for Redis to write its base"
-        base = self.coming.files[0]
+        base = self.next_chain.files[0]
         done, whole = (length / (1 << 20) for length in (base.length, self.files.size(base.name)))
-        return f"generation {self.coming.generation} begins: {done:.1f} of {whole:.1f} MiB of its base are shipped"
+        return f"generation {self.next_chain.generation} begins: {done:.1f} of {whole:.1f} MiB of its base are shipped"
 
-    async def _verify(self) -> None:
+    async def _run_due_trial(self) -> None:
         """Start `verify` once a day, as a process of its own: it loads the whole data set a second time."""
-        if self.verifying and self.verifying.returncode is not None:
-            log.info("the restore on trial ended with %d", self.verifying.returncode)
-            self.verifying, self.looked = None, -LOOK_AGAIN
-        if time.monotonic() >= self.looked + LOOK_AGAIN:
-            self.verified, self.looked = await verify.last_result(self.store), time.monotonic()
-        if not self.settings.verify_every or self.verifying or not self.chain or not self.chain.second:
+        if self.trial_process and self.trial_process.returncode is not None:
+            log.info("the restore on trial ended with %d", self.trial_process.returncode)
+            self.trial_process, self.last_trial_read_at = None, -RESULT_REFRESH
+        if time.monotonic() >= self.last_trial_read_at + RESULT_REFRESH:
+            self.last_trial, self.last_trial_read_at = await verify.last_result(self.store), time.monotonic()
+        if not self.settings.verify_every or self.trial_process or not self.chain or not self.chain.second:
             return
-        last = self.verified["time"] if self.verified else self.chain.second
-        if time.time() - max(last, self.tried) >= self.settings.verify_every:
-            self.tried = time.time()
-            self.verifying = await asyncio.create_subprocess_exec(sys.executable, "-m", "storage", "verify")
+        last = self.last_trial["time"] if self.last_trial else self.chain.second
+        if time.time() - max(last, self.trial_started_at) >= self.settings.verify_every:
+            self.trial_started_at = time.time()
+            self.trial_process = await asyncio.create_subprocess_exec(sys.executable, "-m", "storage", "verify")
 
 
 def main(settings: Settings) -> None:

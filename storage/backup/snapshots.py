@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from storage.backup import chain
 from storage.backup.restore import clock
-from storage.backup.verify import outcome
+from storage.backup.verify import describe_result
 from storage.objects import ObjectStore
 
 
@@ -40,21 +40,21 @@ async def snapshots(store: ObjectStore) -> list[Snapshot]:
     return found
 
 
-def table(found: list[Snapshot], state: dict, proof: dict | None) -> str:
-    """For people. `state` is that of the shipper here (`state.read`), `proof` the store's (`verify.last_result`)."""
+def table(found: list[Snapshot], state: dict, result: dict | None) -> str:
+    """For people. `state` is that of the shipper here (`state.read`), `result` the store's (`verify.last_result`)."""
     lines = ["generation  base                  until                 objects       MiB  state   server"]
-    for one in found:
+    for snapshot in found:
         lines.append(
-            f"{one.generation:>10}  {clock(one.second)}  {clock(one.until)}  {one.objects:>7}"
-            f"  {one.size / (1 << 20):>8.1f}  {one.state:<6}  {one.server}"
+            f"{snapshot.generation:>10}  {clock(snapshot.second)}  {clock(snapshot.until)}  {snapshot.objects:>7}"
+            f"  {snapshot.size / (1 << 20):>8.1f}  {snapshot.state:<6}  {snapshot.server}"
         )
-    told = [state["trouble"]] if state["trouble"] else []
+    notes = [state["trouble"]] if state["trouble"] else []
     if state["lag"] is not None:
-        told.insert(0, f"{state['lag']:.1f} s behind")
-    lines.append(f"shipper here: {', '.join(told) or 'has not caught up yet'}")
-    if proof:
-        age = (time.time() - proof["time"]) / 3600
-        lines.append(f"verified {clock(proof['time'])}, {age:.0f} h ago: {outcome(proof)}")
+        notes.insert(0, f"{state['lag']:.1f} s behind")
+    lines.append(f"shipper here: {', '.join(notes) or 'has not caught up yet'}")
+    if result:
+        age = (time.time() - result["time"]) / 3600
+        lines.append(f"verified {clock(result['time'])}, {age:.0f} h ago: {describe_result(result)}")
     else:
         lines.append("verified: never")
     return "\n".join(lines)

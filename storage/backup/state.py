@@ -24,11 +24,11 @@ def read(settings: Settings) -> dict:
     """How the backup stands: `lag` in seconds (None: never caught up), `generation`, `trouble`, `verified`.
 
     `trouble` says why the lag grows: the store fails, or the first base is on its way. `verified` is what the shipper
-    knows, up to LOOK_AGAIN old. The lag of a shipper that died grows by itself.
+    knows, up to RESULT_REFRESH old. The lag of a shipper that died grows by itself.
     """
     try:
-        kept = json.loads(path(settings).read_text())
+        stored = json.loads(path(settings).read_text())
     except (OSError, json.JSONDecodeError):
-        kept = {"caught": 0, "generation": None, "trouble": "no shipper has run here", "verified": None}
-    caught = kept.pop("caught")
-    return {"lag": time.time() - caught if caught else None, **kept}
+        stored = {"caught": 0, "generation": None, "trouble": "no shipper has run here", "verified": None}
+    caught = stored.pop("caught")
+    return {"lag": time.time() - caught if caught else None, **stored}

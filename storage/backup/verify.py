@@ -15,8 +15,8 @@ from storage.objects import NotFound, ObjectStore
 from storage.settings import Settings
 
 
-async def verify(settings: Settings, store: ObjectStore, say: Callable[[str], None] = print) -> bool:
-    """Restore the newest into a scratch folder, check it, keep the result in the store, and say it.
+async def verify(settings: Settings, store: ObjectStore, report: Callable[[str], None] = print) -> bool:
+    """Restore the newest into a scratch folder, check it, keep the result in the store, and report it.
 
     False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
     removes nothing from there on. Raises Unavailable: then nothing is known, and the last result stands.
@@ -27,18 +27,18 @@ async def verify(settings: Settings, store: ObjectStore, say: Callable[[str], No
     result = {"time": begun, "ok": False, "good": before["good"] if before else 0}
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
-            done = await restore(settings, store, Path(scratch, "redis"), None, say)
+            done = await restore(settings, store, Path(scratch, "redis"), None, report)
         except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # the disk may be full, too
             result["detail"] = str(error)
         else:
             result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}
     result["took"] = round(time.time() - begun, 3)
     await store.put("verified", json.dumps(result).encode())
-    say(f"{outcome(result)}; it took {result['took']:.1f} s")
+    report(f"{describe_result(result)}; it took {result['took']:.1f} s")
     return result["ok"]
 
 
-def outcome(result: dict) -> str:
+def describe_result(result: dict) -> str:
     """For people: how a restore on trial ended, by what `verify` has put in the store."""
     if not result["ok"]:
         return f"FAILED: {result['detail']}"

@@ -157,7 +157,7 @@ async def machine(server: str, rounds: int = 20) -> str:
             shutil.rmtree(settings.data / "redis")
             begun = time.monotonic()
             to = Path(folder, "restored")
-            await restore(settings, store, to, say=lambda text: None)
+            await restore(settings, store, to, report=lambda text: None)
             took.append(time.monotonic() - begun)
             async with running(settings, to) as client:
                 lost = []

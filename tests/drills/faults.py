@@ -115,7 +115,7 @@ async def _failing(server: str, kills: int = 20) -> str:
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = replace(settings_in(folder, server), ship_interval=0.2)
         real = open_store(settings.backup_store_url)
-        faulty, ship.PUT_AGAIN = Faulty(real, 0.3), 0.05
+        faulty, ship.PUT_RETRY = Faulty(real, 0.3), 0.05
         digests: dict[str, bytes] = {}
 
         async def unchanged() -> None:
@@ -189,7 +189,7 @@ async def _flipped(settings, real, to: Path) -> int:
         bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
         await real.put(name, bytes(bad))
         try:
-            await restore(settings, real, to, say=lambda text: None)
+            await restore(settings, real, to, report=lambda text: None)
         except aof.Damaged:
             await real.put(name, good)
         else:
@@ -328,7 +328,7 @@ async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
 
 async def _restored(settings, real, to: Path, made: int) -> str:
     begun, said = time.monotonic(), []
-    done = await restore(settings, real, to, say=said.append)
+    done = await restore(settings, real, to, report=said.append)
     took = time.monotonic() - begun
     size = float(re.search(r"([\d.]+) MiB read", " ".join(said))[1])
     stored = sum([one.size async for one in real.list(f"{done.generation:08}/")]) / MIB
