@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from storage import files
+
 MIB = 1024 * 1024
 
 # Limits of the contract, not of an installation: they are the same everywhere, so no variable sets them.
@@ -227,18 +229,13 @@ def _kept_secret(settings: Settings) -> str:
         draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())  # before it has its name: a cut of power must not leave an empty secret
+        files.sync(draft)  # before it has its name: a cut of power must not leave an empty secret
         with suppress(FileExistsError):
             os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
         draft.unlink()
-    folder = os.open(settings.data, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Before the first token is signed, which another secret would refuse. Also where the file was there already:
-        # the process that made it may not have come so far.
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # Before the first token is signed, which another secret would refuse. Also where the file was there already: the
+    # process that made it may not have come so far.
+    files.sync(settings.data)
     return _long_enough(kept.read_text(), str(kept))
 
 

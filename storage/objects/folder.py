@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aiofiles.base import wrap
 
-from storage import watchdog
+from storage import files, watchdog
 from storage.objects.pagecache import read_if_cached
 from storage.objects.store import (
     LEFTOVER_SECONDS,
@@ -157,7 +157,7 @@ def _write_durably(root: Path, path: Path, file, last: bytes, publish) -> None:
         folder = path
         while folder != root:
             folder = folder.parent
-            _sync_folder(folder)
+            files.sync(folder)
     finally:
         _close_draft(file)
 
@@ -180,17 +180,9 @@ def _make_folder(path: Path) -> None:
         except FileNotFoundError:
             _make_folder(path.parent)
         else:
-            _sync_folder(path.parent)
+            files.sync(path.parent)
             return
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _open_and_read(path: Path):
@@ -222,7 +214,7 @@ def _delete_files(root: Path, paths: list[Path]) -> None:
             os.stat(f"{root}/")  # raises where the whole store is not there: then nothing counts as removed
     for folder in folders:
         with suppress(FileNotFoundError):  # pruned by another delete, which our unlinks came before
-            _sync_folder(folder)
+            files.sync(folder)
         with suppress(OSError):
             while folder != root:
                 folder.rmdir()
@@ -249,8 +241,8 @@ def _list_folder(root: Path, prefix: str) -> list[Entry | str]:
 
 def _remove_leftovers(root: Path, before: float) -> int:
     removed = 0
-    for folder, _, files in os.walk(root):
-        for name in files:
+    for folder, _, names in os.walk(root):
+        for name in names:
             path = Path(folder, name)
             with suppress(FileNotFoundError):
                 if name.startswith(TMP) and path.stat().st_mtime < before:
