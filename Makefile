@@ -17,6 +17,7 @@ lint:
 	luacheck -q --std lua51 --globals redis cjson KEYS ARGV \
 	  --read-globals $$(sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/shared.lua) --max-line-length 130 -- lua
 	.venv/bin/lint-imports
+	.venv/bin/mypy
 	.venv/bin/hadolint Dockerfile
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml

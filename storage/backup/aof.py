@@ -31,7 +31,8 @@ class Manifest:
 
 def parse(text: str) -> Manifest | None:
     """The manifest, without its history files. None while it names no base: Redis is still at its first."""
-    bases, increments = [], []
+    bases: list[str] = []
+    increments: list[str] = []
     for line in text.splitlines():
         if found := LINE.match(line):
             name, kind = found.groups()
@@ -70,7 +71,7 @@ def walk(path: Path, at: int | None = None) -> Walk:
         return _walk(data, len(data), at, path.name)
 
 
-def _walk(data, size: int, at: int | None, name: str) -> Walk:
+def _walk(data: mmap.mmap, size: int, at: int | None, name: str) -> Walk:
     find = data.find
     position = end = 0
     second = None
@@ -90,7 +91,7 @@ def _walk(data, size: int, at: int | None, name: str) -> Walk:
             position = line + 2
         elif start == 0x2A:  # '*'
             try:
-                position, word = _command(data, find, size, line, int(data[position + 1 : line]))
+                position, word = _command(data, size, line, int(data[position + 1 : line]))
             except ValueError:
                 raise Damaged(f"{name}: no record begins at byte {position}") from None
             if position > size:
@@ -106,8 +107,9 @@ def _walk(data, size: int, at: int | None, name: str) -> Walk:
     return Walk(end, second, later, not later and end < size)
 
 
-def _command(data, find, size: int, line: int, arguments: int) -> tuple[int, bytes]:
+def _command(data: mmap.mmap, size: int, line: int, arguments: int) -> tuple[int, bytes]:
     """Where the command ends (beyond `size`: it is torn) and its first word. Raises ValueError."""
+    find = data.find
     position, word = line + 2, b""
     for number in range(arguments):
         line = find(b"\r\n", position)

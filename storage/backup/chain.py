@@ -19,6 +19,7 @@ import json
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 from storage.backup.aof import Damaged
 from storage.objects import ObjectStore
@@ -31,6 +32,38 @@ READ_AHEAD = 8  # objects fetched at once when a chain is read: hides the store'
 LEVEL = 1
 
 
+class Mark(TypedDict, total=False):
+    """What ends a file or a chain."""
+
+    next: str  # the file that goes on where this one ended
+    closed: int  # the generation that goes on where this one ended
+    gap: bool  # beside `closed`: that generation does not hold all that was written after this one
+
+
+class Header(Mark):
+    """The first line of an object of a chain."""
+
+    generation: int
+    file: str
+    offset: int  # bytes of the file before these
+    length: int  # bytes of the file in this object
+    prefix: str  # sha256, hex, of the file up to and with these bytes
+    previous: str  # digest, hex, of the object before; empty: this is the first of its chain
+    time: float  # unix time at which the newest bytes of the chain were read
+
+
+class Description(TypedDict):
+    """A generation that is complete."""
+
+    generation: int
+    server: str  # valkey or redis
+    version: str  # of the server, 9.1.2
+    base: str  # name of the base file
+    length: int  # its bytes
+    sha256: str  # of the base file, hex
+    second: int  # unix second: the base holds nothing newer
+
+
 def segment_name(generation: int, file: str, offset: int) -> str:
     return f"{generation:08}/{file}/{offset:015}"
 
@@ -39,14 +72,17 @@ def description_name(generation: int) -> str:
     return f"{DESCRIPTIONS}{generation:08}"
 
 
-def seal(header: dict, body: bytes = b"") -> bytes:
+def seal(header: Header | Description, body: bytes = b"") -> bytes:
     """The bytes of an object. Its last 32 are its digest."""
     data = json.dumps(header).encode() + b"\n" + zlib.compress(body, LEVEL)
     return data + hashlib.sha256(data).digest()
 
 
-def unseal(name: str, data: bytes) -> tuple[dict, bytes]:
-    """Header and body of an object. Raises Damaged."""
+def unseal(name: str, data: bytes) -> tuple[Any, bytes]:
+    """Header and body of an object. Raises Damaged.
+
+    The object's name says whether the header is a Header or a Description.
+    """
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise Damaged(f"{name}: its digest does not hold")
     header, _, body = data[:-32].partition(b"\n")
@@ -74,7 +110,7 @@ class Chain:
     second: int = 0  # unix second of the base: it holds nothing newer, and the chain before reaches up to it
     closed: int | None = None  # the generation that goes on after the close mark
     diverged: bool = False  # the files at hand are not those that were copied
-    end: dict = field(default_factory=dict)  # header of the last object, if the chain was found in the store
+    end: Header | None = None  # header of the last object, if the chain was found in the store
 
     @property
     def base(self) -> str:
@@ -85,7 +121,7 @@ class Chain:
         return self.files[-1]
 
 
-async def descriptions(store: ObjectStore) -> dict[int, dict]:
+async def descriptions(store: ObjectStore) -> dict[int, Description]:
     """Every generation that is complete, oldest first. Raises Damaged, Unavailable."""
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     return {int(name.removeprefix(DESCRIPTIONS)): unseal(name, await store.get(name))[0] for name in names}
@@ -104,8 +140,9 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
 
     Raises Damaged, Unavailable.
     """
-    file = None
-    ends: dict[str, tuple[dict, str]] = {}
+    file: str | None = None
+    ends: dict[str, tuple[Header, str]] = {}
+    header: Header
     for name, offsets in (await _offsets(store, generation)).items():
         for offset in (offsets[0], offsets[-1]):
             object_name = segment_name(generation, name, offset)
@@ -114,7 +151,7 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
             ends[name] = header, data[-32:].hex()
             if not header["previous"]:
                 file = name
-    chain, header = None, {}
+    chain: Chain | None = None
     while file in ends:
         header, digest = ends[file]
         copied = ShippedFile(file, header["offset"] + header["length"], expected=header["prefix"])
@@ -129,7 +166,7 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
     return chain
 
 
-async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[tuple[dict, bytes]]:
+async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[tuple[Header, bytes]]:
     """Headers and bytes of a chain in order, each verified against all that it names.
 
     Raises Damaged where a digest, an offset or a link does not hold, or an object is missing that others
@@ -141,10 +178,12 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
     while file in waiting:
         offsets = waiting.pop(file)
         names = [segment_name(generation, file, offset) for offset in offsets]
-        position, digest, following = 0, hashlib.sha256(), None
+        position, digest = 0, hashlib.sha256()
+        following: str | int | None = None
         for start in range(0, len(names), READ_AHEAD):
             window = names[start : start + READ_AHEAD]
             for name, data in zip(window, await asyncio.gather(*map(store.get, window)), strict=True):
+                header: Header
                 header, body = unseal(name, data)
                 digest.update(body)
                 wanted = {

@@ -10,11 +10,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 from aiofiles.base import wrap
@@ -93,7 +94,7 @@ async def restore(
     return restored
 
 
-def _choose_generation(described: dict[int, dict], at: int | None) -> int:
+def _choose_generation(described: Mapping[int, chain.Description], at: int | None) -> int:
     """The newest generation, or the newest whose base holds nothing later than the second asked for."""
     if not described:
         raise Refused("the backup store holds no generation")
@@ -103,10 +104,10 @@ def _choose_generation(described: dict[int, dict], at: int | None) -> int:
     return max(fit)
 
 
-def _require_fitting_server(settings: Settings, description: dict) -> None:
+def _require_fitting_server(settings: Settings, description: chain.Description) -> None:
     here = server.identify(server.server_program(settings))
-    version = tuple(int(part) for part in description["version"].split("."))
-    wrote = server.Server(description["server"], version)
+    major, minor, patch = map(int, description["version"].split("."))
+    wrote = server.Server(description["server"], (major, minor, patch))
     if here.family != wrote.family or here.version < wrote.version:
         raise Refused(
             f"{wrote} wrote this backup, the server here is {here}:"
@@ -114,14 +115,17 @@ def _require_fitting_server(settings: Settings, description: dict) -> None:
         )
 
 
-async def _download(store: ObjectStore, description: dict, folder: Path, report) -> tuple[list[str], dict]:
+async def _download(
+    store: ObjectStore, description: chain.Description, folder: Path, report: Callable[[str], None]
+) -> tuple[list[str], chain.Header]:
     """Write the files of the chain. Returns their names in order, and the last header."""
     names: list[str] = []
-    header: dict = {}
-    size, reported_at, file = 0, time.monotonic(), None
+    header: chain.Header | None = None
+    file: BinaryIO | None = None
+    size, reported_at = 0, time.monotonic()
     try:
         async for header, body in chain.read(store, description["generation"], description["base"]):
-            if not names or header["file"] != names[-1]:
+            if file is None or header["file"] != names[-1]:
                 if file:
                     file.close()
                 names.append(header["file"])
@@ -136,13 +140,15 @@ async def _download(store: ObjectStore, description: dict, folder: Path, report)
     finally:
         if file:
             file.close()
-    if not names or (len(names) == 1 and "next" not in header):
+    if header is None or (len(names) == 1 and "next" not in header):
         raise Damaged(f"generation {description['generation']}: its base is not whole")
     report(f"{size / (1 << 20):.1f} MiB read, all digests hold")
     return names, header
 
 
-def _truncate(folder: Path, names: list[str], description: dict, at: int | None) -> tuple[list[str], Restored]:
+def _truncate(
+    folder: Path, names: list[str], description: chain.Description, at: int | None
+) -> tuple[list[str], Restored]:
     """Cut the increments after the second, or after the last whole record. Returns the files left."""
     restored = Restored(description["generation"], at, description["second"], False)
     kept = [names[0]]
@@ -165,7 +171,7 @@ def _truncate(folder: Path, names: list[str], description: dict, at: int | None)
     return kept, restored
 
 
-def _write_manifest(part: Path, names: list[str], description: dict) -> None:
+def _write_manifest(part: Path, names: list[str], description: chain.Description) -> None:
     """What makes it a data folder: bytes first, then the manifest that names them, then the folders."""
     folder = part / "appendonlydir"
     manifest = folder / aof.MANIFEST
@@ -182,7 +188,7 @@ def _rename_into_place(part: Path, to: Path) -> None:
 
 
 @asynccontextmanager
-async def running(settings: Settings, folder: Path):
+async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
     """A client of a server of its own on `folder`, which nobody else can reach; it is stopped afterwards.
 
     Raises Damaged with the server's last words if it does not load.

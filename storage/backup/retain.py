@@ -5,6 +5,7 @@ generation or of a newer one: whatever is wrong with those, the last one known t
 """
 
 import time
+from collections.abc import Mapping
 
 from storage.backup import chain, verify
 from storage.backup.aof import Damaged
@@ -47,10 +48,14 @@ async def remove_old(store: ObjectStore, settings: Settings, current: int) -> in
     return len(removed)
 
 
-def select_kept(described: dict[int, dict], settings: Settings, good: int, now: float) -> tuple[set[int], set[int]]:
+def select_kept(
+    described: Mapping[int, chain.Description], settings: Settings, good: int, now: float
+) -> tuple[set[int], set[int]]:
     """Generations kept whole, and those of which the base is kept. `good` is the last verified, 0 if none."""
     numbers = sorted(described)
-    whole, bases, days = set(), set(), set()
+    whole: set[int] = set()
+    bases: set[int] = set()
+    days: set[int] = set()
     for number, after in zip(numbers, [*numbers[1:], None], strict=True):
         ends = described[after]["second"] if after else now
         second = described[number]["second"]

@@ -24,8 +24,10 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiofiles.base import wrap
 from redis.asyncio import Redis
@@ -42,6 +44,7 @@ from storage.objects import Exists, ObjectStore, Unavailable, open_store
 from storage.settings import Settings, refused
 
 log = logging.getLogger("imagegram.ship")
+T = TypeVar("T")
 
 MANIFEST_POLL = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
 REWRITE_RETRY = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
@@ -82,7 +85,7 @@ class Shipper:
         self.rewrite_requested_at = -float(REWRITE_RETRY)  # when BGREWRITEAOF was sent last (monotonic)
         self.caught_up_at = 0.0  # unix time at which all that could be read was in the store
         self.trouble = ""
-        self.last_trial: dict | None = None
+        self.last_trial: state.TrialResult | None = None
         self.trial_process: asyncio.subprocess.Process | None = None
         self.last_trial_read_at = -RESULT_REFRESH  # when the last result was read (monotonic)
         self.trial_started_at = 0.0  # unix time at which that was started: one that died is not started again at once
@@ -126,7 +129,7 @@ class Shipper:
                     pause = begun + self.settings.ship_interval - time.monotonic()
                     await asyncio.wait_for(self.stop.wait(), max(0.0, pause))
 
-    async def _retry_until_stored(self, step):
+    async def _retry_until_stored(self, step: Callable[[], Awaitable[T]]) -> T:
         """What a step returns, tried again until the store takes part in it or the shipper is to stop."""
         while True:
             try:
@@ -178,8 +181,8 @@ class Shipper:
             if copied and not self.missed_increment:
                 self.caught_up_at = begun
         base = self.files.base()
-        ended = self.chain is None or self.chain.diverged or self.chain.base != base[0]
-        if ended and not self.next_chain and base != self.unwanted_base:
+        ended = self.chain is None or self.chain.diverged or (base and self.chain.base != base[0])
+        if base and ended and not self.next_chain and base != self.unwanted_base:
             self.next_chain = Chain(self.next_number, [ShippedFile(base[0])], second=self.files.second(base[0]))
             self.next_number += 1
             self.unwanted_base = None
@@ -189,7 +192,7 @@ class Shipper:
             if not await self._ship_new_bytes(self.next_chain, until):
                 more = time.monotonic() >= until
             elif server:
-                await self._switch_chains(server)
+                await self._switch_chains(self.next_chain, server)
                 self.caught_up_at = begun
         chains = (self.chain, self.next_chain)
         self.files.close_unused([used.current.name for used in chains if used and not used.diverged])
@@ -267,21 +270,21 @@ class Shipper:
             elif self.files.size(file.name) < file.length:
                 self.known_run_id = ""
                 return False
-            elif following in self.files:
-                await self._append_object(into, next=following)
+            elif following and following in self.files:
+                await self._append_object(into, mark={"next": following})
                 into.files.append(ShippedFile(following))
             else:
                 return True
         return False
 
-    async def _append_object(self, into: Chain, data: bytes = b"", **mark) -> None:
+    async def _append_object(self, into: Chain, data: bytes = b"", mark: chain.Mark | None = None) -> None:
         """Create the chain's next object. Tries until the store has it: what comes after names its digest."""
         file = into.current
         if not into.diverged:
             into.read_at = time.time()
         after = file.hasher.copy()
         after.update(data)
-        header = {
+        header: chain.Header = {
             "generation": into.generation,
             "file": file.name,
             "offset": file.length,
@@ -289,7 +292,7 @@ class Shipper:
             "prefix": file.expected or after.hexdigest(),  # the first: a mark on a chain that was not copied here
             "previous": into.previous,
             "time": into.read_at,
-            **mark,
+            **(mark or {}),
         }
         sealed = await wrap(chain.seal)(header, data)
         await self._create_object(chain.segment_name(into.generation, file.name, file.length), sealed)
@@ -298,7 +301,7 @@ class Shipper:
     async def _create_object(self, name: str, data: bytes) -> None:
         """Raises Stopped if another writer made the object."""
 
-        async def create():
+        async def create() -> None:
             try:
                 await self.store.create(name, data)
             except Exists:
@@ -308,18 +311,18 @@ class Shipper:
 
         await self._retry_until_stored(create)
 
-    async def _switch_chains(self, server: ServerInfo) -> None:
+    async def _switch_chains(self, coming: Chain, server: ServerInfo) -> None:
         """The coming generation has all there is: close the chain before it, then describe it."""
-        coming, before = self.next_chain, self.chain
+        before = self.chain
         if before and not before.closed:
             if not before.diverged:
                 await self._ship_new_bytes(before)
             known = {file.name for file in coming.files}
             gap = before.diverged or before.current.name not in known
-            await self._append_object(before, closed=coming.generation, gap=gap)
+            await self._append_object(before, mark={"closed": coming.generation, "gap": gap})
             before.closed = coming.generation
         base = coming.files[0]
-        description = {
+        description: chain.Description = {
             "generation": coming.generation,
             "server": server.family,
             "version": server.version,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from storage.backup import chain
 from storage.backup.restore import clock
+from storage.backup.state import State, TrialResult
 from storage.backup.verify import describe_result
 from storage.objects import ObjectStore
 
@@ -26,21 +27,33 @@ async def snapshots(store: ObjectStore) -> list[Snapshot]:
     found = []
     for number, description in described.items():
         sizes = [entry.size async for entry in store.list(f"{number:08}/")]
-        tip = await chain.load(store, number)
-        end = tip.end if tip else {"time": description["second"], "gap": True, "closed": 0}
-        state = "open"
-        if "closed" in end:
-            state = "gap" if end["gap"] else "closed"
-        elif number != max(described):
-            state = "base" if "next" in end else "gap"
-        wrote = f"{description['server']} {description['version']}"
+        loaded = await chain.load(store, number)
+        end = loaded.end if loaded else None
         found.append(
-            Snapshot(number, wrote, description["second"], int(end["time"]), sum(sizes), len(sizes), state)
+            Snapshot(
+                number,
+                f"{description['server']} {description['version']}",
+                description["second"],
+                int(end["time"]) if end else description["second"],
+                sum(sizes),
+                len(sizes),
+                _state(end, is_newest=number == max(described)),
+            )
         )
     return found
 
 
-def table(found: list[Snapshot], state: dict, result: dict | None) -> str:
+def _state(end: chain.Header | None, is_newest: bool) -> str:
+    if end is None:
+        return "gap"
+    if "closed" in end:
+        return "gap" if end["gap"] else "closed"
+    if is_newest:
+        return "open"
+    return "base" if "next" in end else "gap"
+
+
+def table(found: list[Snapshot], state: State, result: TrialResult | None) -> str:
     """For people. `state` is that of the shipper here (`state.read`), `result` the store's (`verify.last_result`)."""
     lines = ["generation  base                  until                 objects       MiB  state   server"]
     for snapshot in found:

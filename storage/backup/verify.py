@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from storage.backup.aof import Damaged
 from storage.backup.restore import Refused, clock, restore
+from storage.backup.state import TrialResult
 from storage.errors import Refusal
 from storage.objects import NotFound, ObjectStore
 from storage.settings import Settings
@@ -24,21 +25,24 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
     before = await last_result(store)
     settings.data.mkdir(parents=True, exist_ok=True)
     begun = time.time()
-    result = {"time": begun, "ok": False, "good": before["good"] if before else 0}
+    result: TrialResult = {"time": begun, "ok": False, "good": before["good"] if before else 0}
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
             done = await restore(settings, store, Path(scratch, "redis"), None, report)
         except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # the disk may be full, too
             result["detail"] = str(error)
         else:
-            result |= {"ok": True, "good": done.generation, "second": done.second, "counts": done.counts}
+            result["ok"] = True
+            result["good"] = done.generation
+            result["second"] = done.second
+            result["counts"] = done.counts
     result["took"] = round(time.time() - begun, 3)
     await store.put("verified", json.dumps(result).encode())
     report(f"{describe_result(result)}; it took {result['took']:.1f} s")
     return result["ok"]
 
 
-def describe_result(result: dict) -> str:
+def describe_result(result: TrialResult) -> str:
     """For people: how a restore on trial ended, by what `verify` has put in the store."""
     if not result["ok"]:
         return f"FAILED: {result['detail']}"
@@ -47,9 +51,10 @@ def describe_result(result: dict) -> str:
     return f"generation {result['good']} restored up to {clock(result['second'])} ({counts}, {flaws})"
 
 
-async def last_result(store: ObjectStore) -> dict | None:
+async def last_result(store: ObjectStore) -> TrialResult | None:
     """The last result of `verify`, None if there is none."""
     try:
-        return json.loads(await store.get("verified"))
+        result: TrialResult = json.loads(await store.get("verified"))
     except NotFound:
         return None
+    return result

@@ -26,7 +26,7 @@ class Files:
         self.file_replaced = False  # a file has become another of the same name; whoever compared it resets this
         self._files: dict[str, OpenFile] = {}
         self._replaced_descriptors: list[int] = []  # descriptors of replaced files; a thread may be reading one
-        self._manifest_status: tuple | None = None  # the manifest file as last looked at
+        self._manifest_status: tuple[int, int, int] | None = None  # the manifest file as last looked at
 
     def __contains__(self, name: str | None) -> bool:
         return name in self._files
@@ -86,9 +86,10 @@ class Files:
         """
         needed = set(self.manifest.files if self.manifest else [])
         for name in used:
-            needed.add(name)
-            while name := self.successors.get(name):
-                needed.add(name)
+            following: str | None = name
+            while following:
+                needed.add(following)
+                following = self.successors.get(following)
         for name in set(self._files) - needed:
             os.close(self._files.pop(name).descriptor)
         self.successors = {name: after for name, after in self.successors.items() if name in self._files}

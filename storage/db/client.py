@@ -15,7 +15,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import hiredis
 import redis.asyncio
@@ -88,14 +88,15 @@ class Channel:
             socket_timeout=None,
             retry=Retry(NoBackoff(), 0),
         )
-        self._connection = pool.make_connection()
+        # redis-py leaves make_connection and connect without types.
+        self._connection: redis.asyncio.Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._lost, self._enough = lost, enough
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: list[tuple[bytes, asyncio.Future]] = []
-        self._tasks: set[asyncio.Task] = set()  # one for each pipeline under way
+        self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline under way
         self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
 
-    def ask(self, *command) -> asyncio.Future:
+    def ask(self, *command: Any) -> asyncio.Future[Any]:
         """Awaits the reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
         # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
         # By hiredis: redis-py's own packer takes ten times as long.
@@ -131,7 +132,7 @@ class Channel:
                     if connection.is_connected and not self._reading.locked() and await connection.can_read():
                         await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
                     if not connection.is_connected:
-                        await connection.connect()
+                        await connection.connect()  # type: ignore[no-untyped-call]
                     sent = True
                     await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
                     await self._reading.acquire()
@@ -154,7 +155,7 @@ class Channel:
             self._waiting = []
 
 
-def _settle(answer: asyncio.Future, result) -> None:
+def _settle(answer: asyncio.Future[Any], result: Any) -> None:
     if answer.done():  # whoever asked has gone
         return
     if isinstance(result, Exception):
@@ -178,9 +179,9 @@ class Redis:
         self._scripts = scripts
         self._reads = Channel(url, lost=Unreachable, undecodable=undecodable)
         self._writes = Channel(url, lost=Unknown, enough=ENOUGH, undecodable=undecodable)
-        self.clock: int | str = ""
+        self.clock: int | Literal[""] = ""
 
-    async def call(self, name: str, keys: list[str], *args):
+    async def call(self, name: str, keys: list[str], *args: Any) -> Any:
         """Run a script. Raises the Refusal it answers, Unreachable, or Unknown where a write's answer was lost."""
         called = self._scripts[name]
         channel = self._reads if called.reads else self._writes

@@ -5,9 +5,10 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO, TypeVar, TypeVarTuple
 
 from aiofiles.base import wrap
 
@@ -28,6 +29,10 @@ from storage.objects.store import (
 
 FOLDER_TRIES = 100  # to make a folder whose parent a delete may prune each time; /proc makes no folder in itself
 TMP = ".tmp-"  # begins with a dot, which no object's name may
+
+
+Arguments = TypeVarTuple("Arguments")
+T = TypeVar("T")
 
 
 class Folder:
@@ -66,7 +71,9 @@ class Folder:
     async def get(self, name: str) -> bytes:
         """The object's bytes. Raises NotFound, Unavailable."""
         path = self._path(name)
-        return read_if_cached(path) or await _in_thread(Path.read_bytes, path, missing=NotFound)
+        if data := read_if_cached(path):
+            return data
+        return await _in_thread(Path.read_bytes, path, missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
@@ -92,7 +99,7 @@ class Folder:
 
         One hop a folder. What is put or deleted meanwhile may show or not.
         """
-        waiting = [require_prefix(prefix)]
+        waiting: list[Entry | str] = [require_prefix(prefix)]
         while waiting:
             below = waiting.pop()
             if isinstance(below, Entry):
@@ -119,7 +126,9 @@ class Folder:
         return self._root / require_name(name)
 
 
-async def _in_thread(function, *arguments, missing=Unavailable):
+async def _in_thread(
+    function: Callable[[*Arguments], T], *arguments: *Arguments, missing: type[Exception] = Unavailable
+) -> T:
     try:
         return await wrap(function)(*arguments)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -133,7 +142,7 @@ async def _in_thread(function, *arguments, missing=Unavailable):
         watchdog.step()
 
 
-def _create_draft(path: Path):
+def _create_draft(path: Path) -> BinaryIO:
     """A new file in the folder of `path`, which is made; what is in it keeps the folder from being pruned."""
     while True:
         try:
@@ -142,7 +151,9 @@ def _create_draft(path: Path):
             _make_folder(path.parent)  # and a delete may prune it again before we are in: then once more
 
 
-def _write_durably(root: Path, path: Path, file, last: bytes, publish) -> None:
+def _write_durably(
+    root: Path, path: Path, file: BinaryIO | None, last: bytes | bytearray, publish: Callable[[str, Path], None]
+) -> None:
     """Write the last bytes, then what makes a put durable, in this order: bytes, name, folder, folders above.
 
     Folders that were there before are synced too. Another put may have made them a moment ago without having
@@ -162,7 +173,7 @@ def _write_durably(root: Path, path: Path, file, last: bytes, publish) -> None:
         _close_draft(file)
 
 
-def _close_draft(file) -> None:
+def _close_draft(file: BinaryIO) -> None:
     """Close a tmp file, and remove it unless it became the object."""
     with suppress(OSError):  # flushing to a full disk: the fault that counts was raised by the write
         file.close()
@@ -185,7 +196,7 @@ def _make_folder(path: Path) -> None:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
-def _open_and_read(path: Path):
+def _open_and_read(path: Path) -> tuple[bytes, BinaryIO | None]:
     """The first piece, and the open file if there may be more: an image is read in one hop."""
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))

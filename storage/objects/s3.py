@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -31,12 +32,13 @@ class S3:
     """
 
     def __init__(self, bucket: str, prefix: str = ""):
+        # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may take long
+        # (a big object over a slow line), silence within it may not.
+        config: Any = {"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"}  # obstore's type lacks these
         self._store = obstore.store.S3Store(
             bucket,
             prefix=prefix or None,
-            # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may take long
-            # (a big object over a slow line), silence within it may not.
-            config={"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"},
+            config=config,
             retry_config={
                 "max_retries": 2,
                 "retry_timeout": timedelta(seconds=5),
@@ -110,7 +112,7 @@ class S3:
 
 
 @contextmanager
-def _translate_errors(missing=Unavailable) -> Iterator[None]:
+def _translate_errors(missing: type[Exception] = Unavailable) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
