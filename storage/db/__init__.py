@@ -1,1 +1,1 @@
-"""Redis: the client that runs the Lua scripts, and the embedded server."""
+"""Redis: the client that runs the Lua scripts, and the embedded server with its configuration."""

@@ -1,4 +1,16 @@
-"""Object storage: a folder, or S3 and what speaks its protocol, behind one protocol, `ObjectStore`."""
+"""Object storage: one protocol, `ObjectStore`, with two implementations, `Folder` and `S3`.
+
+    store.py       the protocol, its errors, the rule for names
+    folder.py      objects in a folder of this machine
+    s3.py          objects in a bucket of S3, or of a server with the same API
+    pagecache.py   reads a file on the event loop if it is in memory
+
+Example:
+
+    store = open_store("file:///var/lib/imagegram/store")
+    await store.put("images/p1.jpg", data)
+    data = await store.get("images/p1.jpg")
+"""
 
 import errno
 import os
@@ -19,25 +31,37 @@ from storage.objects.store import (
 from storage.settings import Settings, refused, store_place
 
 __all__ = [
-    "S3", "Entry", "Exists", "Folder", "Full", "NotFound", "ObjectStore", "Unavailable", "open_store", "require_stores",
+    "S3",
+    "Entry",
+    "Exists",
+    "Folder",
+    "Full",
+    "NotFound",
+    "ObjectStore",
+    "Unavailable",
+    "open_store",
+    "require_stores",
 ]
 
 
 def open_store(url: str, min_free: int = 0) -> ObjectStore:
-    """The store at `file:///absolute/path` or `s3://bucket/prefix` (the rest: the usual AWS_* variables).
+    """Open the store at `file:///absolute/path` or `s3://bucket/prefix`.
 
-    There is `room` in a folder while more than `min_free` bytes of its disk are free.
-    Raises ValueError for any other URL, OSError for a folder that is not there and cannot be made, and obstore's
-    errors for AWS_* variables of no use.
+    A folder is created if it does not exist. S3 takes credentials, region and endpoint from the AWS_* variables.
+    `min_free` is in bytes, for `check_free_space`: of a folder's disk so much should stay free.
+
+    Raises ValueError for any other URL, OSError for a folder that cannot be created, and obstore's BaseError for AWS_*
+    variables that cannot be used.
     """
     scheme, bucket, path = store_place(url)
     return Folder(Path(path), min_free) if scheme == "file" else S3(bucket, path)
 
 
 def require_stores(settings: Settings, *names: str) -> None:
-    """Open the stores of the variables STORE or BACKUP_STORE once, when a command starts that uses them.
+    """Check that a command can open the stores it uses. `names` are of STORE and BACKUP_STORE.
 
-    Raises SystemExit with the variable's name: later, an error would be taken for an outage.
+    Raises SystemExit with the name of the variable. A command calls this when it starts: later, the same error would
+    look like an outage of the store.
     """
     urls = {"STORE": settings.store_url, "BACKUP_STORE": settings.backup_store_url}
     for name in names:
@@ -49,7 +73,7 @@ def require_stores(settings: Settings, *names: str) -> None:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
-            if url.startswith(settings.data.as_uri() + "/"):  # as by default
+            if url.startswith(settings.data.as_uri() + "/"):  # by default the stores are in the data folder
                 raise refused("DATA", str(settings.data), reason) from None
             raise refused(name, url, reason) from None
         except BaseError as error:

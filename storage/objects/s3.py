@@ -1,4 +1,15 @@
-"""Object storage in a bucket of S3, or of a server that speaks its protocol."""
+"""Object storage in a bucket of Amazon S3, or of another server with the same API.
+
+| verb | request of the S3 API |
+|---|---|
+| put, from bytes | PutObject |
+| put, from a stream | CreateMultipartUpload, UploadPart, CompleteMultipartUpload |
+| create | PutObject with `If-None-Match: *`; 412 Precondition Failed means that the name is taken |
+| get, read | GetObject |
+| size | HeadObject |
+| delete | DeleteObjects |
+| list, ping | ListObjectsV2 |
+"""
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,21 +31,29 @@ from storage.objects.store import (
     require_prefix,
 )
 
-RETRY_PAUSE = timedelta(milliseconds=50)  # before S3 is asked again
-METADATA_SERVICE = "169.254.169.254"  # where S3's client asks for credentials that are in no variable
+RETRY_PAUSE = timedelta(milliseconds=50)  # before the first retry
+# The client asks this address (the EC2 instance metadata service) for credentials if no variable holds them.
+METADATA_SERVICE = "169.254.169.254"
 
 
 class S3:
-    """Objects in a bucket, by obstore.
+    """An `ObjectStore` whose objects are in a bucket, read and written with obstore.
 
-    A store that does not answer is given up after 5 s: a person waits. Streams are put in parts; those of a process
-    that died stay hidden in the bucket: give it a lifecycle rule (AbortIncompleteMultipartUpload).
+    A verb raises Unavailable after about 5 s without an answer, because a person may be waiting.
+
+    If a process dies during a put from a stream, the parts that it has uploaded stay in the bucket, hidden and charged
+    for. Give the bucket a lifecycle rule that removes them (AbortIncompleteMultipartUpload).
     """
 
     def __init__(self, bucket: str, prefix: str = ""):
-        # As config, because client_options would put AWS_ALLOW_HTTP out of force. A whole request may take long
-        # (a big object over a slow line), silence within it may not.
-        config: Any = {"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"}  # obstore's type lacks these
+        """Open the store in a bucket. Credentials, region and endpoint come from the AWS_* variables.
+
+        `prefix` is put before every name, with a "/" between. Raises obstore's BaseError for AWS_* variables that
+        cannot be used. Sends no request.
+        """
+        # A whole request may take long (a large object over a slow network), silence within it may not. These are
+        # passed as `config`, because `client_options` would override AWS_ALLOW_HTTP. obstore's S3Config lacks them.
+        config: Any = {"connect_timeout": "2s", "read_timeout": "5s", "timeout": "60s"}
         self._store = obstore.store.S3Store(
             bucket,
             prefix=prefix or None,
@@ -47,28 +66,24 @@ class S3:
         )
 
     async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
-        """Make or replace the object. Raises Unavailable, and what `data` raises: then nothing changed."""
-        whole = isinstance(data, bytes)
+        """Uploads one part of a stream at a time: obstore's default of 12 would need 12 times the memory."""
+        multipart = not isinstance(data, bytes)
         with _translate_errors():
-            # One part at a time: the memory of one, not of twelve.
-            await obstore.put_async(self._store, require_name(name), data, use_multipart=not whole, max_concurrency=1)
+            await obstore.put_async(self._store, require_name(name), data, use_multipart=multipart, max_concurrency=1)
 
     async def create(self, name: str, data: bytes) -> None:
-        """Make the object. Raises Exists if the name is taken (never replaces), Unavailable."""
         with _translate_errors():
             await obstore.put_async(self._store, require_name(name), data, mode="create", use_multipart=False)
 
     async def get(self, name: str) -> bytes:
-        """The object's bytes. Raises NotFound, Unavailable."""
         with _translate_errors(missing=NotFound):
-            found = await obstore.get_async(self._store, require_name(name))
-            return bytes(await found.bytes_async())
+            result = await obstore.get_async(self._store, require_name(name))
+            return bytes(await result.bytes_async())
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
-        """The object in pieces of at most 1 MiB. Raises NotFound before the first, Unavailable."""
         with _translate_errors(missing=NotFound):
-            found = await obstore.get_async(self._store, require_name(name))
-            stream = found.stream(min_chunk_size=PIECE // 4)
+            result = await obstore.get_async(self._store, require_name(name))
+            stream = result.stream(min_chunk_size=PIECE // 4)
         while True:
             with _translate_errors():
                 piece = await anext(stream, None)
@@ -78,17 +93,15 @@ class S3:
                 yield bytes(memoryview(piece)[start : start + PIECE])
 
     async def size(self, name: str) -> int:
-        """Bytes of the object. Raises NotFound, Unavailable."""
         with _translate_errors(missing=NotFound):
             return (await obstore.head_async(self._store, require_name(name)))["size"]
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Remove the objects; one that is missing is as good as removed. Raises Unavailable."""
         with _translate_errors():
             await obstore.delete_async(self._store, [require_name(name) for name in names])
 
     async def list(self, prefix: str = "") -> AsyncIterator[Entry]:
-        """Objects below a folder ("" or a path ending in "/"), ascending by name. Raises Unavailable."""
+        """Requests 1,000 objects at a time, the most that ListObjectsV2 returns."""
         stream = obstore.list(self._store, require_prefix(prefix) or None, chunk_size=1000)
         while True:
             with _translate_errors():
@@ -99,20 +112,28 @@ class S3:
                 yield Entry(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     async def ping(self) -> None:
-        """As a folder's. HEAD would say the same of a bucket that is gone as of an object."""
+        """Lists a folder that no object is in. HeadObject gives 404 both for a missing object and a missing bucket."""
         async for _ in self.list("none/"):
             return
 
     def check_free_space(self) -> None:
-        """A bucket does not fill up."""
+        """Does nothing: a bucket does not fill up."""
 
     async def remove_leftovers(self, older: float = LEFTOVER_SECONDS) -> int:
-        """0: nothing but the bucket's lifecycle rule sees what puts left that died half way."""
+        """Returns 0: only the bucket's lifecycle rule can remove the parts of an unfinished upload."""
         return 0
 
 
 @contextmanager
 def _translate_errors(missing: type[Exception] = Unavailable) -> Iterator[None]:
+    """Translate the errors of obstore.
+
+    | obstore raises | this raises |
+    |---|---|
+    | FileNotFoundError: no such object or bucket | `missing` |
+    | AlreadyExistsError, PreconditionError: the name is taken | Exists |
+    | any other BaseError, OSError | Unavailable |
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -129,5 +150,8 @@ def _translate_errors(missing: type[Exception] = Unavailable) -> Iterator[None]:
 
 
 def in_one_line(error: Exception) -> str:
-    """What obstore says, with the code in S3's answer. After an empty line it dumps its structures."""
+    """The message of an error of obstore, with the error code of S3, in one line.
+
+    Leaves out what follows the first empty line: there obstore prints its internal structures.
+    """
     return " ".join(str(error).split("\n\n")[0].split())
