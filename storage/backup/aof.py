@@ -1,8 +1,16 @@
-"""Redis' append-only files as they lie in `appendonlydir`: the manifest, and a walk over the records.
+"""Reads Redis' append-only files in `appendonlydir`: the manifest, and the records of an increment.
 
-Writes no record of its own. The format is that of Redis 7.0 and later and of Valkey (aof.c): a manifest
-names one base and the increments after it, in order. A base is an RDB file. An increment is a row of commands
-in RESP and of annotations, `#TS:<unix second>\\r\\n`, one before the first command of each second.
+The format is that of Redis 7.0 and newer and of Valkey: Redis documentation, "Redis persistence", and Redis' aof.c.
+
+| file | format |
+|---|---|
+| manifest | text; each line names a file: its sequence number, and its type: b(ase), i(ncrement) or h(istory) |
+| base | an RDB file |
+| increment | commands in RESP, each an array of bulk strings, and annotations |
+
+An annotation is `#TS:<unix second>\\r\\n`, before the first command of each second (`aof-timestamp-enabled`).
+
+This module never writes a record. A restore only cuts an increment after a record.
 """
 
 import mmap
@@ -10,27 +18,30 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-MANIFEST = "appendonly.aof.manifest"  # as `appendfilename` makes it by default
+MANIFEST = "appendonly.aof.manifest"  # its name with the default of `appendfilename`
 LINE = re.compile(r"file (\S+) seq \d+ type ([bih])")
 SECOND = re.compile(rb"#TS:(\d+)$")
 
 
 class Damaged(Exception):
-    """Bytes that no writer of ours leaves: a flipped bit, a missing piece, a digest that does not hold."""
+    """Bytes that neither Redis nor the shipper wrote so: a flipped bit, a missing part, a wrong digest."""
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The names of the files that hold the data, without history files."""
+
     base: str
-    increments: list[str]
+    increments: list[str]  # oldest first; Redis appends to the last one
 
     @property
     def files(self) -> list[str]:
+        """Base and increments, in the order in which Redis loads them."""
         return [self.base, *self.increments]
 
 
 def parse(text: str) -> Manifest | None:
-    """The manifest, without its history files. None while it names no base: Redis is still at its first."""
+    """Parse a manifest. Returns None if it names no base: Redis is still writing its first one."""
     bases: list[str] = []
     increments: list[str] = []
     for line in text.splitlines():
@@ -42,6 +53,7 @@ def parse(text: str) -> Manifest | None:
 
 
 def render(manifest: Manifest) -> str:
+    """Return the text of a manifest, as Redis writes it."""
     lines = []
     for name in manifest.files:
         sequence, kind = name.rsplit(".", 3)[1:3]  # appendonly.aof.7.base.rdb, appendonly.aof.7.incr.aof
@@ -51,19 +63,25 @@ def render(manifest: Manifest) -> str:
 
 @dataclass(frozen=True)
 class Walk:
-    end: int  # bytes from the start that are whole records, of seconds up to the one asked for
-    second: int | None  # the newest annotation among them
+    """What `walk` found in an increment."""
+
+    end: int  # bytes from the start of the file that are complete records, up to the second requested
+    second: int | None  # the newest annotation in these bytes (unix seconds), None if there is none
     later: bool  # a record of a later second follows
     torn: bool  # the file ends within a record, an annotation or a transaction
 
 
 def walk(path: Path, at: int | None = None) -> Walk:
-    """How much of an increment is whole, and no newer than the unix second `at` (None: all).
+    """Find out how many bytes of an increment are complete records up to the unix second `at`. None means all seconds.
 
-    What is between MULTI and EXEC is one record, as a script is: in or out. An annotation torn by a crash and
-    followed by the next start's (`#TS:17#TS:1795421000`) is passed over, as Redis does when it loads.
-    The walk goes by the lengths before each argument, because a comment may contain what looks like an
-    annotation or a command. Raises Damaged at the first byte that cannot begin a record.
+    MULTI, EXEC and the commands between them count as one record, because a restore must contain all of them or none.
+    A script that writes more than once is logged as MULTI … EXEC too.
+
+    A crash can tear an annotation, and the next start of Redis appends a new one to it: `#TS:17#TS:1795421000`. This
+    skips the torn part, as Redis does when it loads the file.
+
+    The walk uses the length before each argument to find the next one, because the text of a comment may look like an
+    annotation or a command. Raises Damaged at the first byte that cannot begin a record, and OSError.
     """
     if not path.stat().st_size:
         return Walk(0, None, False, False)
@@ -108,7 +126,11 @@ def _walk(data: mmap.mmap, size: int, at: int | None, name: str) -> Walk:
 
 
 def _command(data: mmap.mmap, size: int, line: int, arguments: int) -> tuple[int, bytes]:
-    """Where the command ends (beyond `size`: it is torn) and its first word. Raises ValueError."""
+    """Return the byte after a command, and the command's first word in capitals.
+
+    `line` is the end of the line with the number of arguments. If the command is torn, the byte returned is beyond
+    `size`. Raises ValueError if the bytes are not a command.
+    """
     find = data.find
     position, word = line + 2, b""
     for number in range(arguments):

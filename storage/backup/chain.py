@@ -1,16 +1,25 @@
-"""What a backup consists of: generations, and the chain of objects that each of them is.
+"""The objects of the backup store: how a chain is written and read. The package's docstring explains the words.
 
-    generations/00000007                                the description, created when the base is complete
-    00000007/appendonly.aof.7.base.rdb/000000000000000  a segment: bytes of that file from that offset on
-    00000007/appendonly.aof.7.base.rdb/000000004194304  …
-    00000007/appendonly.aof.7.base.rdb/000000004711000  the end mark: the file ended here, and which is next
-    00000007/appendonly.aof.7.incr.aof/000000000000000  …
-    00000007/appendonly.aof.8.incr.aof/000000000090210  the close mark: generation 8 goes on from here
+    generations/00000007                                the description of generation 7
+    00000007/appendonly.aof.7.base.rdb/000000000000000  a segment: bytes of this file from byte 0 on
+    00000007/appendonly.aof.7.base.rdb/000000004194304  a segment: bytes from byte 4194304 on
+    00000007/appendonly.aof.7.base.rdb/000000004711000  the end mark of the base, which has 4711000 bytes
+    00000007/appendonly.aof.7.incr.aof/000000000000000  a segment of the first increment
+    00000007/appendonly.aof.8.incr.aof/000000000090210  the close mark: generation 8 continues from here
 
-An object is a line of JSON, the bytes compressed, and the sha256 of both; its line names the sha256 of the
-object before. At every moment there is exactly one name that the next object can have. Objects are created,
-never replaced, so of two writers one fails at its next object: no lock, no lease, no clock. Taking over
-from a chain is one more object at its end. No list of segments stands beside them that could differ.
+The bytes of each object are:
+
+    a header: one line of JSON, see `Header` and `Description`
+    the bytes of the segment, compressed by zlib; a mark and a description have none
+    32 bytes: the sha256 of all bytes before
+
+The header names the sha256 of the object before it (`previous`), so an object that was changed, removed or swapped is
+found.
+
+At every moment exactly one name is possible for the next object, and objects are created, never replaced. So if two
+shippers write the same chain, one of them fails at its next object. This needs no lock, no lease and no clock. A
+shipper takes over a chain by creating its next object. There is no separate list of segments, which could differ from
+them.
 """
 
 import asyncio
@@ -25,63 +34,74 @@ from storage.backup.aof import Damaged
 from storage.objects import ObjectStore
 
 DESCRIPTIONS = "generations/"
-SEGMENT = 4 * 1024 * 1024  # bytes of a file in one object: what a put over 10 Mbit/s brings through in 4 s
-READ_AHEAD = 8  # objects fetched at once when a chain is read: hides the store's latency for 8 segments of memory
-# zlib at level 1, of the standard library: 240 MB/s, comments become 6.3 times smaller. lzma packs 7.7 times at
-# 40 MB/s, 9.8 times at 2 MB/s, and would take a core from Redis while a base is shipped (measured on one core).
+SEGMENT = 4 * 1024 * 1024  # bytes of a file in one object: a put over 10 Mbit/s takes 4 s
+READ_AHEAD = 8  # objects fetched at once when a chain is read: hides the latency, takes 8 segments of memory
+# Level 1 of zlib, from the standard library: compresses 240 MB/s, and comments become 6.3 times smaller. lzma makes
+# them 7.7 times smaller at 40 MB/s, or 9.8 times at 2 MB/s, and would take a core from Redis while a base is shipped.
+# Measured on one core.
 LEVEL = 1
 
 
 class Mark(TypedDict, total=False):
-    """What ends a file or a chain."""
+    """What a header has in addition if the object is a mark.
 
-    next: str  # the file that goes on where this one ended
-    closed: int  # the generation that goes on where this one ended
-    gap: bool  # beside `closed`: that generation does not hold all that was written after this one
+    | object | `next` | `closed` | `gap` |
+    |---|---|---|---|
+    | segment | | | |
+    | end mark | the file that Redis wrote next | | |
+    | close mark | | number of the generation that continues | whether seconds between the two are missing |
+    """
+
+    next: str
+    closed: int
+    gap: bool
 
 
 class Header(Mark):
-    """The first line of an object of a chain."""
+    """The first line of an object of a chain: a segment or a mark."""
 
     generation: int
-    file: str
-    offset: int  # bytes of the file before these
-    length: int  # bytes of the file in this object
-    prefix: str  # sha256, hex, of the file up to and with these bytes
-    previous: str  # digest, hex, of the object before; empty: this is the first of its chain
-    time: float  # unix time at which the newest bytes of the chain were read
+    file: str  # name of the file in appendonlydir
+    offset: int  # byte of the file at which this object begins
+    length: int  # bytes of the file in this object, before compression; 0 for a mark
+    prefix: str  # sha256 (hex) of the file from its first byte to the last byte in this object
+    previous: str  # sha256 (hex) of the object before, as in its last 32 bytes; "" for the first object of a chain
+    time: float  # unix time at which the newest bytes of the chain were read from the file
 
 
 class Description(TypedDict):
-    """A generation that is complete."""
+    """What the object `generations/…` says. It exists once the base and its increments are shipped up to now."""
 
     generation: int
-    server: str  # valkey or redis
-    version: str  # of the server, 9.1.2
+    server: str  # which server wrote the base: "valkey" or "redis"
+    version: str  # of that server, for example "9.1.2"
     base: str  # name of the base file
-    length: int  # its bytes
-    sha256: str  # of the base file, hex
-    second: int  # unix second: the base holds nothing newer
+    length: int  # bytes of the base file
+    sha256: str  # of the base file (hex)
+    second: int  # unix second of the base: it contains nothing newer
 
 
 def segment_name(generation: int, file: str, offset: int) -> str:
+    """The name of an object of a chain. Names sort in the order of generations, files of one kind, and bytes."""
     return f"{generation:08}/{file}/{offset:015}"
 
 
 def description_name(generation: int) -> str:
+    """The name of the description of a generation."""
     return f"{DESCRIPTIONS}{generation:08}"
 
 
 def seal(header: Header | Description, body: bytes = b"") -> bytes:
-    """The bytes of an object. Its last 32 are its digest."""
+    """Return the bytes of an object. The last 32 are their digest (sha256)."""
     data = json.dumps(header).encode() + b"\n" + zlib.compress(body, LEVEL)
     return data + hashlib.sha256(data).digest()
 
 
 def unseal(name: str, data: bytes) -> tuple[Any, bytes]:
-    """Header and body of an object. Raises Damaged.
+    """Return header and body of an object. `name` is for the error message.
 
-    The object's name says whether the header is a Header or a Description.
+    The header is a Header or a Description: the caller knows which, from the object's name. Raises Damaged if the
+    digest does not match.
     """
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise Damaged(f"{name}: its digest does not hold")
@@ -91,43 +111,51 @@ def unseal(name: str, data: bytes) -> tuple[Any, bytes]:
 
 @dataclass
 class ShippedFile:
-    """A file of the chain, as far as it is in the store."""
+    """A file of a chain, as far as it is in the store."""
 
     name: str
-    length: int = 0  # bytes
-    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)  # of those bytes
-    expected: str = ""  # what `hasher` must come to, where the chain was found in the store
+    length: int = 0  # bytes that are in the store
+    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)  # has hashed these bytes, unless `expected` is set
+    expected: str = ""  # sha256 (hex) of these bytes, if the chain was loaded and the file here was not compared yet
 
 
 @dataclass
 class Chain:
-    """A generation as its writer sees it: where its next object goes."""
+    """What the shipper must know about a generation to write its next object."""
 
     generation: int
-    files: list[ShippedFile]  # the base, then the increments; the last is being copied
-    previous: str = ""  # digest of the last object, hex
-    read_at: float = 0.0  # unix time at which the newest of its bytes were read
-    second: int = 0  # unix second of the base: it holds nothing newer, and the chain before reaches up to it
-    closed: int | None = None  # the generation that goes on after the close mark
-    diverged: bool = False  # the files at hand are not those that were copied
-    end: Header | None = None  # header of the last object, if the chain was found in the store
+    files: list[ShippedFile]  # the base, then the increments; only the last one still grows
+    previous: str = ""  # sha256 (hex) of the last object
+    read_at: float = 0.0  # unix time at which the newest of its bytes were read from a file
+    # Unix second of the base: it contains nothing newer, and the chain before reaches up to it. 0 if the chain was
+    # loaded and has no description.
+    second: int = 0
+    closed: int | None = None  # the generation that continues after the close mark; None without a close mark
+    diverged: bool = False  # the files here are not those that were shipped, so nothing is appended but a close mark
+    end: Header | None = None  # header of the last object, if the chain was loaded from the store
 
     @property
     def base(self) -> str:
+        """Name of the base file."""
         return self.files[0].name
 
     @property
     def current(self) -> ShippedFile:
+        """The file to which the next object belongs."""
         return self.files[-1]
 
 
 async def descriptions(store: ObjectStore) -> dict[int, Description]:
-    """Every generation that is complete, oldest first. Raises Damaged, Unavailable."""
+    """Return the description of each generation by its number, oldest first.
+
+    Raises Damaged, NotFound if a description is removed meanwhile, and Unavailable.
+    """
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     return {int(name.removeprefix(DESCRIPTIONS)): unseal(name, await store.get(name))[0] for name in names}
 
 
 async def _offsets(store: ObjectStore, generation: int) -> dict[str, list[int]]:
+    """Return the offsets of the objects of each file of a chain, in ascending order."""
     files: dict[str, list[int]] = {}
     async for entry in store.list(f"{generation:08}/"):
         _, file, offset = entry.name.split("/")
@@ -136,9 +164,9 @@ async def _offsets(store: ObjectStore, generation: int) -> dict[str, list[int]]:
 
 
 async def load(store: ObjectStore, generation: int) -> Chain | None:
-    """The chain so far, None if it has no object yet. Reads the first and last objects of each file only.
+    """Load a chain as far as it is in the store. Returns None if it has no objects.
 
-    Raises Damaged, Unavailable.
+    Reads only the first and the last object of each file. Raises Damaged, NotFound and Unavailable.
     """
     file: str | None = None
     ends: dict[str, tuple[Header, str]] = {}
@@ -161,16 +189,16 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
             chain.files.append(copied)
         chain.end, chain.previous, chain.read_at = header, digest, header["time"]
         chain.closed, file = header.get("closed"), header.get("next")
-    if file and chain:  # an end mark is the last object: its next file has none yet
+    if file and chain:  # the last object is an end mark: the next file has no object yet
         chain.files.append(ShippedFile(file, expected=hashlib.sha256().hexdigest()))
     return chain
 
 
 async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[tuple[Header, bytes]]:
-    """Headers and bytes of a chain in order, each verified against all that it names.
+    """Yield headers and bytes of a chain in order, and verify each object against the ones before it.
 
-    Raises Damaged where a digest, an offset or a link does not hold, or an object is missing that others
-    follow; NotFound and Unavailable.
+    `base` is the name of the first file. Raises Damaged if a digest, an offset or a link does not match, or if an
+    object is missing and later ones exist. Also raises NotFound and Unavailable.
     """
     waiting = await _offsets(store, generation)
     file: str | None = base
@@ -195,9 +223,9 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
                     "previous": previous,
                 }
                 if following or segment_name(generation, file, position) != name:
-                    raise Damaged(f"{name}: does not go on where the one before ended")
+                    raise Damaged(f"{name}: does not continue where the object before ended")
                 if wrong := [key for key, value in wanted.items() if header.get(key) != value]:
-                    raise Damaged(f"{name}: {', '.join(wrong)} is not that of the chain")
+                    raise Damaged(f"{name}: {', '.join(wrong)} does not match the chain")
                 yield header, body
                 previous, position = data[-32:].hex(), position + len(body)
                 following = header.get("next") or header.get("closed")
@@ -207,10 +235,14 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
 
 
 async def load_newest(store: ObjectStore) -> Chain | None:
-    """The chain that a writer has to go on from or to close.
+    """Load the chain that a shipper has to continue or to close. Returns None if the store has no generation.
 
-    That is the newest described generation; or, if a writer died between closing it and describing its
-    successor, that successor, whose `second` is 0. Raises Damaged, Unavailable.
+    | the store | returns |
+    |---|---|
+    | the newest generation with a description has no close mark | that generation |
+    | it has one, because a shipper died before it described the next generation | the next, with `second` 0 |
+
+    Raises Damaged, NotFound and Unavailable.
     """
     described = await descriptions(store)
     if not described:
@@ -224,7 +256,10 @@ async def load_newest(store: ObjectStore) -> Chain | None:
 
 
 async def unused_number(store: ObjectStore) -> int:
-    """A number above all generations, described or not. Raises Unavailable."""
+    """Return the number for a new generation: above all described ones, and without objects in the store.
+
+    A shipper that died may have left objects under a number that was never described. Raises Unavailable.
+    """
     names = [entry.name async for entry in store.list(DESCRIPTIONS)]
     number = max((int(name.removeprefix(DESCRIPTIONS)) for name in names), default=0) + 1
     while [name async for name in store.list(f"{number:08}/")]:

@@ -1,8 +1,12 @@
-"""`imagegram-storage restore` and `verify`: a Redis data folder from the backup store, as of any kept second.
+"""`imagegram-storage restore`: makes a data folder for Redis from the backup store, as of any kept second.
 
-Puts the files back where Redis expects them and lets Redis load them: nothing here knows what a record does.
-The folder gets its name only after a server has loaded it and the data were checked; until then it is called
-`<folder>.part`, which a broken-off restore leaves behind and the next one removes.
+A restore puts the files back where Redis expects them and lets Redis load them. It does not know what a record means.
+
+| on disk | state |
+|---|---|
+| `<folder>` is missing or empty | nothing is restored; a restore may start |
+| `<folder>.part` | a restore is running or was broken off; the next restore deletes it |
+| `<folder>` with the data | complete: a server has loaded it, and the data were checked |
 """
 
 import asyncio
@@ -30,23 +34,26 @@ from storage.db import server
 from storage.objects import ObjectStore, open_store
 from storage.settings import Settings
 
-LOAD_SECONDS = 3600  # a server that has not loaded by then never will: 10 GiB take minutes
+LOAD_SECONDS = 3600  # a server that has not loaded its files by then never will: 10 GiB take minutes
 
 
 class Refused(Exception):
-    """The restore cannot be done as asked; nothing was written."""
+    """The restore cannot be done as requested. Nothing was written."""
 
 
 @dataclass
 class Restored:
+    """What a restore has produced."""
+
     generation: int
-    requested: int | None  # unix second; None: the newest
-    second: int  # the newest second of which something is in
-    exact: bool  # nothing between `second` and the second asked for is missing
-    counts: dict[str, int] = field(default_factory=dict)
+    requested: int | None  # unix second; None for the newest
+    second: int  # the newest unix second of which the restored data contain a record
+    exact: bool  # no record between `second` and the requested second is missing
+    counts: dict[str, int] = field(default_factory=dict)  # "posts", "comments", "open uploads", "flaws"
 
 
 def clock(second: float) -> str:
+    """Format a unix second as UTC, for example 2026-11-23T07:00:00Z (RFC 3339)."""
     return datetime.fromtimestamp(int(second), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -57,9 +64,13 @@ async def restore(
     at: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Restored:
-    """Make `to` the data folder of a Redis that holds all of the seconds up to and including `at`.
+    """Restore into `to`, which becomes a data folder of Redis. It contains everything up to and including second `at`.
 
-    Raises Refused; Damaged if anything in the store is not what was put; NotFound, Unavailable.
+    `to` must be missing or empty. `at` is in unix seconds, None for the newest. `report` gets each line of progress.
+
+    Raises Refused if `to` is not empty, the store has nothing of that second, or the server here cannot read the
+    backup. Raises Damaged if the store does not contain what the shipper put, or the server does not load it. Also
+    raises NotFound, Unavailable and OSError.
     """
     to = to.absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -95,7 +106,7 @@ async def restore(
 
 
 def _choose_generation(described: Mapping[int, chain.Description], at: int | None) -> int:
-    """The newest generation, or the newest whose base holds nothing later than the second asked for."""
+    """Return the newest generation whose base contains nothing later than second `at`."""
     if not described:
         raise Refused("the backup store holds no generation")
     fit = [number for number, one in described.items() if at is None or one["second"] <= at]
@@ -105,20 +116,21 @@ def _choose_generation(described: Mapping[int, chain.Description], at: int | Non
 
 
 def _require_fitting_server(settings: Settings, description: chain.Description) -> None:
+    """Raise Refused unless the server here is of the family that wrote the backup, and not older."""
     here = server.identify(server.server_program(settings))
     major, minor, patch = map(int, description["version"].split("."))
     wrote = server.Server(description["server"], (major, minor, patch))
     if here.family != wrote.family or here.version < wrote.version:
         raise Refused(
             f"{wrote} wrote this backup, the server here is {here}:"
-            " set IMAGEGRAM_REDIS_SERVER to one of that family, no older"
+            " set IMAGEGRAM_REDIS_SERVER to a server of the same family that is not older"
         )
 
 
 async def _download(
     store: ObjectStore, description: chain.Description, folder: Path, report: Callable[[str], None]
 ) -> tuple[list[str], chain.Header]:
-    """Write the files of the chain. Returns their names in order, and the last header."""
+    """Write the files of a chain into `folder`. Returns their names in order, and the header of the last object."""
     names: list[str] = []
     header: chain.Header | None = None
     file: BinaryIO | None = None
@@ -136,12 +148,12 @@ async def _download(
                 reported_at = time.monotonic()
                 report(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
             if header.get("next") and len(names) == 1 and header["prefix"] != description["sha256"]:
-                raise Damaged(f"{header['file']}: not the base that was described")
+                raise Damaged(f"{header['file']}: is not the base in the description")
     finally:
         if file:
             file.close()
     if header is None or (len(names) == 1 and "next" not in header):
-        raise Damaged(f"generation {description['generation']}: its base is not whole")
+        raise Damaged(f"generation {description['generation']}: its base is not complete")
     report(f"{size / (1 << 20):.1f} MiB read, all digests hold")
     return names, header
 
@@ -149,7 +161,7 @@ async def _download(
 def _truncate(
     folder: Path, names: list[str], description: chain.Description, at: int | None
 ) -> tuple[list[str], Restored]:
-    """Cut the increments after the second, or after the last whole record. Returns the files left."""
+    """Cut the increments after second `at`, or after the last complete record. Returns the names of the files left."""
     restored = Restored(description["generation"], at, description["second"], False)
     kept = [names[0]]
     for name in names[1:]:
@@ -164,7 +176,7 @@ def _truncate(
             if found.torn and len(kept) < len(names):
                 raise Damaged(f"{name}: ends within a record, and other files follow")
             break
-    if len(kept) == 1:  # only the base is kept: Redis wants an increment to go on with
+    if len(kept) == 1:  # only the base is left, and Redis expects an increment to append to
         sequence = names[0].split(".")[-3]
         kept.append(f"appendonly.aof.{sequence}.incr.aof")
         (folder / kept[1]).touch()
@@ -172,7 +184,7 @@ def _truncate(
 
 
 def _write_manifest(part: Path, names: list[str], description: chain.Description) -> None:
-    """What makes it a data folder: bytes first, then the manifest that names them, then the folders."""
+    """Write the manifest and the file `server`, and make everything durable: files first, then the folders."""
     folder = part / "appendonlydir"
     manifest = folder / aof.MANIFEST
     manifest.write_text(aof.render(aof.Manifest(names[0], names[1:])))
@@ -183,26 +195,23 @@ def _write_manifest(part: Path, names: list[str], description: chain.Description
 
 
 def _rename_into_place(part: Path, to: Path) -> None:
-    os.rename(part, to)  # takes the place of an empty folder
+    os.rename(part, to)  # rename(2) replaces an empty folder
     files.sync(to.parent)
 
 
 @asynccontextmanager
 async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
-    """A client of a server of its own on `folder`, which nobody else can reach; it is stopped afterwards.
+    """Run a server on a data folder, and yield a client of it. The server is stopped afterwards.
 
-    Raises Damaged with the server's last words if it does not load.
+    Nobody else can reach the server: its socket is in a temporary folder. Raises Damaged with the last lines of the
+    server's log if it does not load the folder.
     """
     with tempfile.TemporaryDirectory(prefix="imagegram-") as scratch:
         socket, log_file = Path(scratch, "redis.sock"), Path(scratch, "log")
-        Path(scratch, "redis").symlink_to(folder)  # a data folder whose paths are short enough for a socket
+        # server.command needs a data folder whose path is short enough for a socket.
+        Path(scratch, "redis").symlink_to(folder)
         command = server.command(replace(settings, data=Path(scratch)))
-        own = [
-            "--unixsocket",
-            str(socket),
-            "--logfile",
-            "",
-        ]  # of options given twice the server takes the last
+        own = ["--unixsocket", str(socket), "--logfile", ""]  # if an option is given twice, the server takes the last
         with log_file.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
                 *command, *own, stdout=file, stderr=file, stdin=asyncio.subprocess.DEVNULL
@@ -224,7 +233,7 @@ async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
 
 
 def url(client: Redis) -> str:
-    """Where the server is that `running` started."""
+    """The URL of the server that `running` started."""
     return f"unix://{quote(client.connection_pool.connection_kwargs['path'])}"
 
 
@@ -236,9 +245,10 @@ async def _is_loaded(client: Redis) -> bool:
 
 
 async def _check_data(client: Redis, settings: Settings, report: Callable[[str], None]) -> dict[str, int]:
-    """The one place where the data model comes in: fit the data to the store's objects, check and count.
+    """Make the restored data fit the objects in the store, check them, and count them.
 
-    A missing original is told of and stands in nobody's way: it is not the backup that lacks it.
+    This is the only part of a restore that knows the data model. A missing original is reported as a flaw, but the
+    restore does not fail: originals are not part of the backup.
     """
     db = db_client.Redis(url(client), undecodable=check.EXACTLY)
     try:

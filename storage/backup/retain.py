@@ -1,7 +1,13 @@
-"""Which backups are kept: every second of the last day, then one base a day for a month.
+"""Chooses which backups are kept, and removes the others.
 
-Nothing is removed before a generation was restored on trial (`verify`), and from then on nothing of that
-generation or of a newer one: whatever is wrong with those, the last one known to be good is there.
+| age | kept |
+|---|---|
+| up to `keep_seconds` (a day) | whole generations: every second can be restored |
+| up to `keep_days` (30 days) | one base a day |
+| older | nothing |
+
+A generation that a trial (`verify`) has restored, and every newer one, is always kept whole. Without a successful trial
+nothing is removed. So whatever is wrong with the newer generations, the last good one exists.
 """
 
 import time
@@ -12,18 +18,25 @@ from storage.backup.aof import Damaged
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import Settings
 
-DAY = 86400
-REFRESH = 60.0  # seconds. Over S3 the descriptions of a month take a second, in which no image is handed out
-# A base holds the state in which its rewrite began; its `second` is that of its last byte, for 10 GiB minutes later.
+DAY = 86400  # seconds
+# Seconds between two reads of the descriptions. Reading those of a month over S3 takes a second, in which the
+# dispatcher hands out no image.
+REFRESH = 60.0
+# A base contains the state at the moment its rewrite began, but its `second` is the one of its last byte. For 10 GiB
+# that is minutes later. An hour is more than any rewrite takes.
 LONGEST_REWRITE_MS = 3_600_000
 
 
 async def remove_old(store: ObjectStore, settings: Settings, current: int) -> int:
-    """Remove what is not kept; returns how many objects. Raises Damaged, Unavailable: next time goes on.
+    """Remove from the backup store what is not kept. Returns the number of objects removed.
 
-    `current` is the generation being written. Leftovers of writers that died (objects of an older number
-    without a description) go too. A description is removed before its chain, and a chain from its end, so
-    what a crash leaves is a chain that nobody finds, or a shorter one.
+    `current` is the generation that is being written. This also removes what shippers that died left behind: objects of
+    an older generation without a description.
+
+    A description is removed before its chain, and a chain from its end. After a crash half way there is a chain that
+    `restore` does not find, or a shorter one. The next call removes the rest.
+
+    Raises Damaged, NotFound and Unavailable.
     """
     described = await chain.descriptions(store)
     last = await verify.last_result(store)
@@ -41,7 +54,7 @@ async def remove_old(store: ObjectStore, settings: Settings, current: int) -> in
             base = number in bases and rest[0] == described[number]["base"]
             if number < current and number not in whole and not base:
                 removed.append(entry.name)
-    # Descriptions sort after the segments, and a chain's later objects after its earlier ones
+    # In ascending order descriptions come after the chains, and the later objects of a chain after the earlier ones.
     removed.reverse()
     for start in range(0, len(removed), 1000):
         await store.delete(removed[start : start + 1000])
@@ -51,7 +64,10 @@ async def remove_old(store: ObjectStore, settings: Settings, current: int) -> in
 def select_kept(
     described: Mapping[int, chain.Description], settings: Settings, good: int, now: float
 ) -> tuple[set[int], set[int]]:
-    """Generations kept whole, and those of which the base is kept. `good` is the last verified, 0 if none."""
+    """Return the numbers of the generations that are kept whole, and of those whose base alone is kept.
+
+    `good` is the newest generation that a trial has restored, 0 if there is none. `now` is in unix seconds.
+    """
     numbers = sorted(described)
     whole: set[int] = set()
     bases: set[int] = set()
@@ -68,9 +84,10 @@ def select_kept(
 
 
 class KeptBackups:
-    """The moments that kept backups hold, as the backup store said within a minute.
+    """Answers whether a kept backup may still name an object that was deleted.
 
-    They are kept for longer than set where `verify` fails. A backup store that cannot say may have any moment.
+    It reads the descriptions from the backup store, at most once a minute. Ages alone would not be enough: while
+    `verify` fails, backups are kept for longer than the settings say.
     """
 
     def __init__(self, backup: ObjectStore):
@@ -79,11 +96,14 @@ class KeptBackups:
         self._refreshed_at = -REFRESH
 
     async def may_name(self, moment: int) -> bool:
-        """Whether a backup holds the state of a moment or an earlier one, ms since 1970."""
+        """Whether a backup may contain the state at `moment` (ms since 1970) or before.
+
+        Also returns True if the backup store cannot be read: then it may contain any state.
+        """
         if time.monotonic() >= self._refreshed_at + REFRESH:
             try:
                 self._seconds = [one["second"] for one in (await chain.descriptions(self._backup)).values()]
-            except (Unavailable, Damaged, NotFound):  # the last: it was removed while we asked
+            except (Unavailable, Damaged, NotFound):  # NotFound: a description was removed meanwhile
                 self._seconds = [0]
             self._refreshed_at = time.monotonic()
         return any(second * 1000 - LONGEST_REWRITE_MS <= moment for second in self._seconds)

@@ -1,21 +1,33 @@
 """`imagegram-storage ship`: copies Redis' append-only files into the backup store as they grow.
 
-Two tasks. One looks at the manifest every few milliseconds and holds each file open from the moment it appears,
-because a rewrite unlinks the old ones and an open file outlives that. The other goes once an interval through what is
-there and not yet shipped. All it sends to Redis is INFO and BGREWRITEAOF.
+The package's docstring explains base, increment, segment, chain, mark and generation. Two tasks run:
 
-What makes a chain true:
+- One polls the manifest every 20 ms and opens each file as soon as the manifest names it (watch.py). A rewrite deletes
+  the old files, but an open file can still be read.
+- The other runs once per interval (`ship_interval`, 1 s). It reads what Redis has appended since, and puts it into the
+  store.
 
-- Redis only appends to an increment while it lives. Each stretch is read first, and then Redis is asked whether it is
-  still the one whose files were compared; only then is the stretch put.
-- When it is another (a restart may cut a torn tail), or a file has another inode or is shorter than what was shipped,
-  the files are hashed again as far as they were shipped. If they differ, nothing is added to that chain any more: a
-  rewrite is forced and its base begins the next generation.
-- One increment follows another only if one manifest named both. Rewrites can follow so closely that one came and went
-  between two looks. Its records are then in the newer base, so the next generation loses nothing; what is lost is
-  only the choice of a second within it, and the close mark of the chain says so (`gap`).
-- A base is copied beside the growing chain. When base and increments are in the store up to the present, the old
-  chain is closed with the number of the new, and then the new one is described: from then on `restore` finds it.
+The shipper sends only INFO and BGREWRITEAOF to Redis.
+
+    _ship_once:  INFO ─► same Redis as before? ─► rewrite due? ─► append to the chain ─► append to the next chain
+                              │ no                                                            │ complete
+                              ▼                                                               ▼
+                         compare files                                            close the old chain, describe the new
+
+Why a chain is always a true copy:
+
+- While a Redis process lives, it only appends to an increment. The shipper reads new bytes first, then asks Redis for
+  its run id, and only then puts the bytes. If the run id is the one whose files were compared, the bytes are right.
+- A restarted Redis may have cut a torn tail off its file, and an operator may have put an older copy in place. So when
+  the run id changes, a file has another inode, or a file is shorter than what was shipped, the shipper hashes the files
+  again, as far as they were shipped. If they differ, the chain has diverged: nothing is added to it but its close mark.
+  The shipper requests a rewrite, and the new base begins the next generation.
+- One increment follows another only if one manifest named both. Rewrites can follow each other so fast that a manifest
+  comes and goes between two polls. The records of that time are in the newer base, so the next generation loses
+  nothing. Only the seconds within that time cannot be chosen in a restore. The close mark says so with `gap`.
+- The next base is shipped while the old chain still grows. Once the base and its increments are shipped up to now, the
+  old chain is closed with the number of the new generation, and then the new generation is described. From then on
+  `restore` finds it.
 """
 
 import asyncio
@@ -46,28 +58,42 @@ from storage.settings import Settings, refused
 log = logging.getLogger("imagegram.ship")
 T = TypeVar("T")
 
-MANIFEST_POLL = 0.02  # seconds between two looks at the manifest, a stat each; a rewrite waits for a cron, 100 ms
-REWRITE_RETRY = 10  # seconds between two BGREWRITEAOF: one that fails (disk full) is not asked for each second
-RESULT_REFRESH = 60.0  # seconds between two looks at the last trial's result: another machine may run trials, too
-PUT_RETRY = 1  # seconds before an object is put again that the store did not take
+# Seconds between two polls of the manifest. A poll is one stat(2). Redis begins a requested rewrite up to 100 ms later.
+MANIFEST_POLL = 0.02
+REWRITE_RETRY = 10  # seconds between two BGREWRITEAOF. One that fails (disk full) is not repeated every second.
+RESULT_REFRESH = 60.0  # seconds between two reads of the last trial's result. Another machine may run trials, too.
+PUT_RETRY = 1  # seconds until the next try, after the store was unavailable
 
 
 class Stopped(Exception):
-    """Another shipper writes this chain. Nothing was overwritten; this one must not go on."""
+    """Another shipper writes the same chain. Nothing was overwritten, but this shipper must not go on."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What INFO says of Redis that matters here."""
+    """What the shipper needs of the reply to INFO."""
 
-    run_id: str
-    family: str
-    version: str
-    rewriting: bool
+    run_id: str  # random, new at each start of the server
+    family: str  # "valkey" or "redis"
+    version: str  # for example "9.1.2"
+    rewriting: bool  # a rewrite is running or scheduled
 
 
 class Shipper:
-    """Ships one Redis to one store. `run` returns when `stop` is set, after a last look."""
+    """Ships one Redis to one store.
+
+    `run` returns after `stop` is set. Before, it ships once more what Redis has written until then.
+
+    | `chain` | `next_chain` | state |
+    |---|---|---|
+    | None | None | the first start: waiting for Redis to write a base |
+    | None | set | the first base is being shipped; nothing can be restored yet |
+    | grows | None | normal |
+    | grows | set | a rewrite has written a new base, which is shipped beside the chain; the lag does not grow |
+    | grows, `missed_increment` | None or set | the chain cannot get the newest records; the lag grows |
+    | diverged | None | the files are not those shipped: waiting for a new base; the lag grows |
+    | diverged | set | the new base is being shipped; the lag grows |
+    """
 
     def __init__(self, settings: Settings, store: ObjectStore):
         self.settings = settings
@@ -76,29 +102,37 @@ class Shipper:
         never = Retry(NoBackoff(), 0)
         self.redis = Redis.from_url(settings.redis_url, retry=never, socket_timeout=5, socket_connect_timeout=2)
         self.stop = asyncio.Event()
-        self.known_run_id = ""  # of the Redis whose files are known to be those of the chain
-        self.chain: Chain | None = None  # the generation that restore would find
-        self.missed_increment = False  # it misses an increment, so the newest data are only in the coming generation
-        self.next_chain: Chain | None = None  # the next one, until its base is in the store
-        self.unwanted_base: tuple[str, int] | None = None  # base that begins no generation: a newer one was wanted
+        self.known_run_id = ""  # of the Redis whose files were compared with the chain; "": none yet
+        self.chain: Chain | None = None  # the generation that `restore` would find
+        # The chain has no way to the increment that Redis writes now, so the newest records go only to the next chain.
+        self.missed_increment = False
+        self.next_chain: Chain | None = None  # the next generation, until it has caught up and replaces `chain`
+        # Name and inode of a base that must not begin a generation, because a newer base was requested. ("", 0) if
+        # there was no base yet.
+        self.unwanted_base: tuple[str, int] | None = None
         self.next_number = 1  # of the next generation
-        self.rewrite_requested_at = -float(REWRITE_RETRY)  # when BGREWRITEAOF was sent last (monotonic)
-        self.caught_up_at = 0.0  # unix time at which all that could be read was in the store
-        self.trouble = ""
+        self.rewrite_requested_at = -float(REWRITE_RETRY)  # monotonic time of the last BGREWRITEAOF
+        self.caught_up_at = 0.0  # unix time at which everything readable was in the store
+        self.trouble = ""  # why the store does not answer, "" if it does
         self.last_trial: state.TrialResult | None = None
         self.trial_process: asyncio.subprocess.Process | None = None
-        self.last_trial_read_at = -RESULT_REFRESH  # when the last result was read (monotonic)
-        self.trial_started_at = 0.0  # unix time at which that was started: one that died is not started again at once
+        self.last_trial_read_at = -RESULT_REFRESH  # monotonic time
+        # Unix time. It counts also if the trial died without a result: the next one must not start at once.
+        self.trial_started_at = 0.0
 
     async def run(self) -> None:
-        """Ship until `stop` is set. Raises Stopped, Damaged (the store's own chain is not what was put)."""
+        """Ship until `stop` is set.
+
+        Raises Stopped if another shipper writes the same chain, Damaged if the store does not return what was put, and
+        Unavailable if the store does not answer after `stop` was set.
+        """
         tasks = [asyncio.ensure_future(self._poll_manifest()), asyncio.ensure_future(self._ship_until_stopped())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            # redis-py may swallow a cancellation: the work is also told to stop, and waited for 5 s at most
+            # redis-py may swallow a cancellation. So also set `stop`, and wait for the tasks for at most 5 s.
             self.stop.set()
             for task in tasks:
                 task.cancel()
@@ -130,7 +164,10 @@ class Shipper:
                     await asyncio.wait_for(self.stop.wait(), max(0.0, pause))
 
     async def _retry_until_stored(self, step: Callable[[], Awaitable[T]]) -> T:
-        """What a step returns, tried again until the store takes part in it or the shipper is to stop."""
+        """Run `step` again and again until the store is available. Returns what `step` returns.
+
+        Raises Unavailable if the store is not available and `stop` is set.
+        """
         while True:
             try:
                 result = await step()
@@ -144,16 +181,17 @@ class Shipper:
                 return result
 
     async def _find_chain(self) -> None:
-        """Where the store's newest chain stands. It goes on if the files at hand are those that it copied."""
+        """Load the newest chain from the store. Whether it fits the files here is compared later."""
         self.next_number = await chain.unused_number(self.store)
         try:
             self.chain = await chain.load_newest(self.store)
         except aof.Damaged as error:
-            log.error("%s: that generation is not gone on with", error)
+            log.error("%s: this generation cannot be continued", error)
         if self.chain is None or not self.chain.second:
-            self._require_new_base("no chain to go on with")
+            self._require_new_base("there is no chain to continue")
 
     def _require_new_base(self, reason: str) -> None:
+        """End the current chain. The next generation begins with a base that is newer than the current one."""
         log.warning("%s: asking Redis for a rewrite, which begins generation %d", reason, self.next_number)
         if self.chain:
             self.chain.diverged = True
@@ -163,7 +201,10 @@ class Shipper:
         self.unwanted_base = self.files.base() or ("", 0)
 
     async def _ship_once(self) -> bool:
-        """Ship all that is there; begin, carry on and finish a generation. True: there is more to do now."""
+        """Ship what Redis has written. Begin, continue or complete the next generation.
+
+        Returns True if a base is on its way and more of it can be shipped at once.
+        """
         begun = time.time()
         server = await self._server_info()
         self.files.refresh()
@@ -177,7 +218,7 @@ class Shipper:
         if self.chain and not self.chain.diverged:
             copied = await self._ship_new_bytes(self.chain)
             self.missed_increment = manifest.files[-1] not in [file.name for file in self.chain.files]
-            # A base that is on its way meanwhile does not matter: this chain has every second.
+            # A next chain whose base is still on its way does not matter here: this chain has every second.
             if copied and not self.missed_increment:
                 self.caught_up_at = begun
         base = self.files.base()
@@ -200,7 +241,7 @@ class Shipper:
         return more
 
     async def _server_info(self) -> ServerInfo | None:
-        """None while Redis is away or still loading (it may cut the file it loads)."""
+        """Ask Redis. Returns None if it does not answer or is still loading: then it may yet cut a torn file."""
         try:
             info = await self.redis.info("server", "persistence")
         except (RedisError, OSError):
@@ -214,17 +255,23 @@ class Shipper:
         return ServerInfo(info["run_id"], family, info[f"{family}_version"], bool(rewriting))
 
     async def _compare_files(self, server: ServerInfo) -> None:
-        """A Redis not seen before: are its files those of the chain?"""
+        """Compare the files of a Redis that was (re)started with what was shipped."""
         self.files.refresh_all()
         self.files.file_replaced = False
         self.known_run_id = server.run_id
         if self.next_chain:
-            log.warning("Redis was started anew: generation %d is begun again", self.next_chain.generation)
+            number = self.next_chain.generation
+            log.warning("Redis was restarted: generation %d is dropped, its base was incomplete", number)
             self.next_chain = None
         if self.chain and not self.chain.diverged and not await asyncio.to_thread(self._files_match, self.chain):
             self._require_new_base(f"the files are not those of generation {self.chain.generation}")
 
     def _files_match(self, known: Chain) -> bool:
+        """Hash the files as far as they were shipped. Runs in a thread: this reads the whole append-only file.
+
+        Returns whether the manifest begins with the files of the chain, each file has the digest shipped, and each file
+        but the last is as long as shipped.
+        """
         names = [file.name for file in known.files]
         if self.files.manifest is None or self.files.manifest.files[: len(names)] != names:
             return False
@@ -243,7 +290,7 @@ class Shipper:
         return True
 
     async def _request_rewrite_if_due(self, server: ServerInfo) -> None:
-        """BGREWRITEAOF, when a generation is wanted and none is on its way."""
+        """Send BGREWRITEAOF if a new base was required or the current base is older than `snapshot_every`."""
         wanted = self.unwanted_base is not None and self.files.base() in (self.unwanted_base, None)
         manifest = self.files.manifest
         if self.chain and manifest and self.chain.base == manifest.base and not self.next_chain:
@@ -254,10 +301,15 @@ class Shipper:
                 await self.redis.bgrewriteaof()
 
     async def _ship_new_bytes(self, into: Chain, until: float = float("inf")) -> bool:
-        """Append what can be read now. False: `until` (monotonic) came before the end, or another Redis."""
+        """Append to a chain everything that can be read now.
+
+        Returns False if it did not come to the end: `until` (monotonic time) has passed, Redis was restarted, or a file
+        was replaced or is shorter than what was shipped.
+        """
         while time.monotonic() < until:
             file = into.current
-            # Asked before the read: once an increment has a successor, nothing more is written to it.
+            # Looked up before the read: once an increment has a successor, Redis writes nothing more to it, so a read
+            # that comes later and returns nothing has reached its end.
             following = self.files.successors.get(file.name)
             data = await wrap(self.files.read)(file.name, file.length, chain.SEGMENT)
             if data:
@@ -266,7 +318,7 @@ class Shipper:
                     return False
                 await self._append_object(into, data)
                 if len(data) < chain.SEGMENT and following not in self.files:
-                    return True  # what came meanwhile is for the next time: no tiny segments
+                    return True  # leave what was written meanwhile to the next time, or segments would be tiny
             elif self.files.size(file.name) < file.length:
                 self.known_run_id = ""
                 return False
@@ -278,7 +330,10 @@ class Shipper:
         return False
 
     async def _append_object(self, into: Chain, data: bytes = b"", mark: chain.Mark | None = None) -> None:
-        """Create the chain's next object. Tries until the store has it: what comes after names its digest."""
+        """Create the next object of a chain: a segment with `data`, or a mark.
+
+        Returns only after the store has the object, because the next object names its digest.
+        """
         file = into.current
         if not into.diverged:
             into.read_at = time.time()
@@ -289,7 +344,8 @@ class Shipper:
             "file": file.name,
             "offset": file.length,
             "length": len(data),
-            "prefix": file.expected or after.hexdigest(),  # the first: a mark on a chain that was not copied here
+            # `expected` is set for a mark on a chain that was loaded from the store and does not match the files here.
+            "prefix": file.expected or after.hexdigest(),
             "previous": into.previous,
             "time": into.read_at,
             **(mark or {}),
@@ -299,20 +355,24 @@ class Shipper:
         file.hasher, file.length, into.previous = after, file.length + len(data), sealed[-32:].hex()
 
     async def _create_object(self, name: str, data: bytes) -> None:
-        """Raises Stopped if another writer made the object."""
+        """Create an object. Raises Stopped if another shipper has created it."""
 
         async def create() -> None:
             try:
                 await self.store.create(name, data)
             except Exists:
-                # It may be our own, if the answer to a create was lost: no two writers put the same `time`.
+                # An earlier try may have created it, and its answer was lost. Two shippers never put the same bytes,
+                # because each object contains the time.
                 if await self.store.get(name) != data:
                     raise Stopped(f"{name} was written by another shipper: this one stops") from None
 
         await self._retry_until_stored(create)
 
     async def _switch_chains(self, coming: Chain, server: ServerInfo) -> None:
-        """The coming generation has all there is: close the chain before it, then describe it."""
+        """Close the old chain, then describe the next generation, which has everything that Redis has written.
+
+        The order matters: the description makes `restore` use the next generation, so it comes last.
+        """
         before = self.chain
         if before and not before.closed:
             if not before.diverged:
@@ -337,16 +397,16 @@ class Shipper:
         try:
             await retain.remove_old(self.store, self.settings, coming.generation)
         except Unavailable as error:
-            log.warning("nothing old was removed this time: %s", error)
+            log.warning("old backups were not removed this time: %s", error)
 
-    # Telling
+    # What the shipper reports
 
     def _report(self, trouble: str) -> None:
-        """Log what changes, and keep the state that `/readyz` reads."""
+        """Log a change of `trouble`, and write the state that `/readyz` and `snapshots` show."""
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
         elif self.trouble and not trouble:
-            log.info("all is well again")
+            log.info("the store is available again")
         self.trouble = trouble
         state.write(
             self.settings,
@@ -359,19 +419,22 @@ class Shipper:
         )
 
     def _explain_lag(self) -> str:
-        """Why the lag grows although nothing fails: no chain is there that could grow. Empty if one is."""
+        """Say why the lag grows although the store is available: no chain can grow. "" if one can."""
         if self.chain and not self.chain.diverged and not self.missed_increment:
             return ""
         if not self.next_chain:
-            return "a generation is to begin: waits for Redis to write its base"
+            return "a new generation is needed: waiting for Redis to write its base"
         base = self.next_chain.files[0]
         done, whole = (length / (1 << 20) for length in (base.length, self.files.size(base.name)))
         return f"generation {self.next_chain.generation} begins: {done:.1f} of {whole:.1f} MiB of its base are shipped"
 
     async def _run_due_trial(self) -> None:
-        """Start `verify` once a day, as a process of its own: it loads the whole data set a second time."""
+        """Start `imagegram-storage verify` if a trial is due (`verify_every`, by default once a day).
+
+        It is a process of its own, because it holds all data in memory a second time.
+        """
         if self.trial_process and self.trial_process.returncode is not None:
-            log.info("the restore on trial ended with %d", self.trial_process.returncode)
+            log.info("the trial restore ended with status %d", self.trial_process.returncode)
             self.trial_process, self.last_trial_read_at = None, -RESULT_REFRESH
         if time.monotonic() >= self.last_trial_read_at + RESULT_REFRESH:
             self.last_trial, self.last_trial_read_at = await verify.last_result(self.store), time.monotonic()
@@ -384,10 +447,14 @@ class Shipper:
 
 
 def main(settings: Settings) -> None:
-    """Ship until SIGTERM or SIGINT. Exits with 3 if another shipper writes the same chain."""
+    """Ship until SIGTERM or SIGINT.
+
+    Raises SystemExit: with status 3 if another shipper writes the same chain, otherwise with a message.
+    """
     logs.configure()
     try:
-        lock_folder(settings.data)  # a second one would take the chain of the first, which would then end
+        # A second shipper of the same folder would continue the chain of the first one, which would have to stop.
+        lock_folder(settings.data)
     except OSError as error:
         raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None
 
@@ -405,6 +472,6 @@ def main(settings: Settings) -> None:
         log.error("%s", error)
         sys.exit(3)
     except Unavailable as error:
-        sys.exit(f"stopped with the store behind: {error}")
+        sys.exit(f"stopped before everything was shipped: {error}")
     except OSError as error:
         raise refused("DATA", str(settings.data), f"{error.filename}: {error.strerror}") from None

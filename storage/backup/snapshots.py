@@ -1,4 +1,4 @@
-"""`imagegram-storage snapshots`: the generations in the backup store, and which seconds can be had back."""
+"""`imagegram-storage snapshots`: lists the generations in the backup store and the seconds that can be restored."""
 
 import time
 from dataclasses import dataclass
@@ -12,17 +12,19 @@ from storage.objects import ObjectStore
 
 @dataclass
 class Snapshot:
+    """One generation in the backup store."""
+
     generation: int
-    server: str
-    second: int  # unix seconds: of the base, and
-    until: int  # of the last object, when its bytes were read
-    size: int  # bytes in the store
-    objects: int
-    state: str  # "open", "closed", "gap" (closed, and the next does not join), "base" (increments removed)
+    server: str  # which server wrote it, for example "valkey 9.1.2"
+    second: int  # unix second of the base
+    until: int  # unix second at which the newest bytes were read from Redis' files
+    size: int  # bytes of its chain in the store, compressed
+    objects: int  # of its chain
+    state: str  # "open", "closed", "gap" or "base": see the package's docstring
 
 
 async def snapshots(store: ObjectStore) -> list[Snapshot]:
-    """All complete generations, oldest first. Raises Damaged, Unavailable."""
+    """Read all generations that have a description, oldest first. Raises Damaged, NotFound and Unavailable."""
     described = await chain.descriptions(store)
     found = []
     for number, description in described.items():
@@ -44,6 +46,7 @@ async def snapshots(store: ObjectStore) -> list[Snapshot]:
 
 
 def _state(end: chain.Header | None, is_newest: bool) -> str:
+    """Return the state of a generation. `end` is the header of its last object, None if its chain has no object."""
     if end is None:
         return "gap"
     if "closed" in end:
@@ -54,7 +57,11 @@ def _state(end: chain.Header | None, is_newest: bool) -> str:
 
 
 def table(found: list[Snapshot], state: State, result: TrialResult | None) -> str:
-    """For people. `state` is that of the shipper here (`state.read`), `result` the store's (`verify.last_result`)."""
+    """Return the text that `snapshots` prints.
+
+    `state` is the state of the shipper on this machine (`state.read`). `result` is the result of the last trial, from
+    the store (`verify.last_result`).
+    """
     lines = ["generation  base                  until                 objects       MiB  state   server"]
     for snapshot in found:
         lines.append(

@@ -1,4 +1,4 @@
-"""What the shipper of this machine says of itself, in a file of the data folder."""
+"""The state of the shipper on this machine, in the file `shipping.json` of the data folder."""
 
 import json
 import time
@@ -10,41 +10,51 @@ from storage.settings import Settings
 
 
 class TrialResult(TypedDict):
-    """How a restore on trial ended, as `verify` puts it in the store."""
+    """How a trial (`verify`) ended. The object `verified` in the backup store holds it as JSON.
 
-    time: float  # unix seconds at which it began
+    | | `ok` | `good` | also |
+    |---|---|---|---|
+    | restored | true | the generation restored | `second`, `counts` |
+    | not restored | false | as in the result before, 0 if there was none | `detail` |
+    """
+
+    time: float  # unix seconds at which the trial began
     ok: bool
-    good: int  # the newest generation that a trial has restored, 0 if none
+    good: int  # the newest generation that a trial has restored
     took: NotRequired[float]  # seconds
-    detail: NotRequired[str]  # why it failed
-    second: NotRequired[int]  # if it did not fail: the newest second restored
-    counts: NotRequired[dict[str, int]]  # posts, comments, open uploads, flaws
+    detail: NotRequired[str]  # why the restore failed
+    second: NotRequired[int]  # the newest unix second restored
+    counts: NotRequired[dict[str, int]]  # "posts", "comments", "open uploads", "flaws"
 
 
 class State(TypedDict):
-    """What `read` returns."""
+    """How far the backup is."""
 
-    lag: float | None  # seconds; None: never caught up
-    generation: int | None
-    trouble: str
-    verified: TrialResult | None
+    lag: float | None  # seconds of data that a lost machine would cost; None if the shipper has never caught up
+    generation: int | None  # the one being written
+    trouble: str  # why the lag grows: the store is unavailable, or a first base is being shipped; "" if it does not
+    verified: TrialResult | None  # the last trial, as the shipper read it at most RESULT_REFRESH (60 s) ago
 
 
 class StoredState(TypedDict):
-    """What the file holds."""
+    """The content of the file, in JSON. See `State`."""
 
-    caught: float  # unix time at which all that could be read was in the store; 0: never
+    caught: float  # unix time at which everything readable was in the store; 0 if that never was so
     generation: int | None
     trouble: str
     verified: TrialResult | None
 
 
 def path(settings: Settings) -> Path:
+    """Where the file is."""
     return settings.data / "shipping.json"
 
 
 def write(settings: Settings, state: StoredState) -> None:
-    """Keep the state that `read` returns. Not synced: a crash makes it stale anyway."""
+    """Replace the file. Does nothing if it cannot be written.
+
+    The file is not synced to the disk, because after a crash it is out of date anyway.
+    """
     with suppress(OSError):
         draft = path(settings).with_suffix(".tmp")
         draft.write_text(json.dumps(state))
@@ -52,10 +62,9 @@ def write(settings: Settings, state: StoredState) -> None:
 
 
 def read(settings: Settings) -> State:
-    """How the backup stands: `lag` in seconds (None: never caught up), `generation`, `trouble`, `verified`.
+    """Read the file. Without a file, the trouble is that no shipper has run here.
 
-    `trouble` says why the lag grows: the store fails, or the first base is on its way. `verified` is what the shipper
-    knows, up to RESULT_REFRESH old. The lag of a shipper that died grows by itself.
+    The lag counts from the moment at which the shipper had caught up, so it also grows if the shipper has died.
     """
     try:
         stored: StoredState = json.loads(path(settings).read_text())

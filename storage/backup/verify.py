@@ -1,4 +1,13 @@
-"""`imagegram-storage verify`: restores the newest backup on trial and keeps the result in the store."""
+"""`imagegram-storage verify`: a trial. It restores the newest backup into a scratch folder and stores the result.
+
+| trial | the object `verified` in the backup store |
+|---|---|
+| there was none yet | does not exist |
+| is running, or was killed | the result of the trial before |
+| could not reach the store | the result of the trial before |
+| has restored the newest generation | `ok` true, `good` its number |
+| has failed to restore it | `ok` false, `detail` why, `good` as before |
+"""
 
 import json
 import tempfile
@@ -17,10 +26,12 @@ from storage.settings import Settings
 
 
 async def verify(settings: Settings, store: ObjectStore, report: Callable[[str], None] = print) -> bool:
-    """Restore the newest into a scratch folder, check it, keep the result in the store, and report it.
+    """Restore the newest generation into a scratch folder, check the data, and put the result into the store.
 
-    False if it cannot be restored. A failure leaves the last good generation standing as such: `retain`
-    removes nothing from there on. Raises Unavailable: then nothing is known, and the last result stands.
+    `report` gets each line of progress and the result. Returns False if the generation cannot be restored. After that
+    `good` still names the last good generation, and `retain` removes neither it nor a newer one.
+
+    Raises Unavailable: then nothing is known, and the result of the trial before stays.
     """
     before = await last_result(store)
     settings.data.mkdir(parents=True, exist_ok=True)
@@ -29,7 +40,7 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
             done = await restore(settings, store, Path(scratch, "redis"), None, report)
-        except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # the disk may be full, too
+        except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # OSError: the disk may be full
             result["detail"] = str(error)
         else:
             result["ok"] = True
@@ -43,7 +54,7 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
 
 
 def describe_result(result: TrialResult) -> str:
-    """For people: how a restore on trial ended, by what `verify` has put in the store."""
+    """Return a sentence about the result of a trial."""
     if not result["ok"]:
         return f"FAILED: {result['detail']}"
     counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")
@@ -52,7 +63,7 @@ def describe_result(result: TrialResult) -> str:
 
 
 async def last_result(store: ObjectStore) -> TrialResult | None:
-    """The last result of `verify`, None if there is none."""
+    """Read the result of the last trial from the store. Returns None if there is none. Raises Unavailable."""
     try:
         result: TrialResult = json.loads(await store.get("verified"))
     except NotFound:

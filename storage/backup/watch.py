@@ -1,7 +1,8 @@
-"""The files in `appendonlydir`, each held open from the moment it appears.
+"""Keeps the files in `appendonlydir` open, each from the moment the manifest names it.
 
-A rewrite unlinks what it replaced, and ten rewrites fit in a second; an open file outlives its unlinking. To be
-told of changes (inotify) would not help to open what is gone already, so this looks often: a stat each time.
+A rewrite deletes the files that it replaces, and ten rewrites can happen within a second. An open file can be read
+after it was deleted. So the shipper polls the manifest with one stat(2) every few milliseconds. inotify(7) would report
+the change, but it could not open a file that is deleted by then, so it would not make polling unnecessary.
 """
 
 import os
@@ -13,26 +14,36 @@ from storage.backup import aof
 
 @dataclass
 class OpenFile:
+    """A file that is open for reading."""
+
     descriptor: int
     inode: int
-    second: int  # unix second of its last change when it was opened: for a base, when it was complete
+    second: int  # unix second of its last change before it was opened: for a base, when it was complete
 
 
 class Files:
+    """The open files of one `appendonlydir`."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest: aof.Manifest | None = None
-        self.successors: dict[str, str] = {}  # file -> the one Redis wrote next, where one manifest named both
-        self.file_replaced = False  # a file has become another of the same name; whoever compared it resets this
+        # From each file to the one that Redis wrote next. Only pairs that one manifest named together.
+        self.successors: dict[str, str] = {}
+        # A file was replaced by another file of the same name. The shipper resets this after it has compared the files.
+        self.file_replaced = False
         self._files: dict[str, OpenFile] = {}
-        self._replaced_descriptors: list[int] = []  # descriptors of replaced files; a thread may be reading one
-        self._manifest_status: tuple[int, int, int] | None = None  # the manifest file as last looked at
+        self._replaced_descriptors: list[int] = []  # of replaced files; still open, because a thread may be reading
+        self._manifest_status: tuple[int, int, int] | None = None  # inode, mtime (ns), size of the manifest last read
 
     def __contains__(self, name: str | None) -> bool:
+        """Whether the file is open. A file that was deleted since may be."""
         return name in self._files
 
     def refresh(self) -> None:
-        """Hold what the manifest names. Cheap enough for the event loop: at a rewrite, a read and two opens."""
+        """Read the manifest if it has changed, and open the files that it names.
+
+        Runs on the event loop. Without a change it costs one stat(2). After a rewrite it costs one read and two opens.
+        """
         try:
             status = os.stat(self.folder / aof.MANIFEST)
             manifest_status = (status.st_ino, status.st_mtime_ns, status.st_size)
@@ -44,12 +55,12 @@ class Files:
             for name in manifest.files:
                 self._open_file(name)
         except FileNotFoundError:
-            return  # no Redis yet, or a newer manifest is there already, which the next look reads
+            return  # Redis has not started yet, or has replaced the manifest again, which the next call reads
         self._manifest_status, self.manifest = manifest_status, manifest
         self.successors.update(zip(manifest.files, manifest.files[1:], strict=False))
 
     def refresh_all(self) -> None:
-        """Look at every file again, also for others of the same name. What followed what is forgotten."""
+        """Read the manifest even if it has not changed, and open replaced files again. Clears `successors` first."""
         self._manifest_status = None
         self.successors.clear()
         self.refresh()
@@ -67,22 +78,25 @@ class Files:
             self.file_replaced = True
 
     def base(self) -> tuple[str, int] | None:
-        """Name and inode of the base that the manifest names."""
+        """Name and inode of the base that the manifest names, None without a manifest."""
         return (self.manifest.base, self._files[self.manifest.base].inode) if self.manifest else None
 
     def second(self, name: str) -> int:
+        """Unix second of the last change of a file before it was opened. Raises KeyError if it is not open."""
         return self._files[name].second
 
     def size(self, name: str) -> int:
+        """Bytes of a file now. Raises KeyError if it is not open."""
         return os.fstat(self._files[name].descriptor).st_size
 
     def read(self, name: str, offset: int, length: int) -> bytes:
+        """Read at most `length` bytes from byte `offset` on; fewer at the end. Raises KeyError if it is not open."""
         return os.pread(self._files[name].descriptor, length, offset)
 
     def close_unused(self, used: list[str]) -> None:
-        """Close all but what the manifest names, the files `used`, and those that follow them.
+        """Close all files except those that the manifest names, those in `used`, and their successors.
 
-        Nothing may be reading meanwhile.
+        No thread may be reading a file meanwhile.
         """
         needed = set(self.manifest.files if self.manifest else [])
         for name in used:
@@ -97,5 +111,6 @@ class Files:
             os.close(self._replaced_descriptors.pop())
 
     def close(self) -> None:
+        """Close all files."""
         self.manifest = None
         self.close_unused([])
