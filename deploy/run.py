@@ -1,12 +1,21 @@
-"""What `make run` starts: runs honcho, and ends all of its parts when honcho, make or the terminal has ended.
+"""`make run`: starts honcho, and ends all parts when honcho, make or the terminal has ended.
 
-honcho starts each part in a session of its own, below a process that ignores signals. After kill -9 of honcho nobody
-would end the parts: they would go on serving and hold port and data. Therefore every process below this one that loses
-its parent becomes its child (prctl(2), PR_SET_CHILD_SUBREAPER), and it ends what honcho has left. When make ends, this
-process gets SIGTERM. When this process ends, honcho gets SIGTERM, and ends its parts itself.
+    make ─► this process ─► honcho ─► redis, api, worker, ship: each in a session of its own
 
-honcho cannot end its parts once its output is gone (a closed terminal, a broken pipe): it fails at the first line that
-it writes. So this process watches the output too, and kills a honcho that does not end.
+honcho starts each part below a process that ignores signals. If honcho is killed with `kill -9`, nobody ends the parts:
+they would go on serving and hold the port and the data folder. So this process ends them. It becomes the parent of
+every process below it that loses its own parent: prctl(2), PR_SET_CHILD_SUBREAPER.
+
+| what ends | what happens |
+|---|---|
+| make | the kernel sends SIGTERM to this process (prctl(2), PR_SET_PDEATHSIG), which sends it to honcho |
+| this process | the kernel sends SIGTERM to honcho, which ends the parts |
+| honcho | this process ends the parts that are left |
+| a part | honcho ends the other parts, then itself |
+| the terminal, or the reader of the output | this process sees it with poll(2), and sends SIGTERM to honcho |
+
+In the last case honcho fails at the first line that it writes, before it has ended the parts. So this process kills a
+honcho that does not end in time, and then ends the parts that are left.
 """
 
 import ctypes
@@ -23,14 +32,14 @@ from pathlib import Path
 from storage.processes import die_with_parent
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-GRACE = 5.0  # seconds from SIGTERM to SIGKILL, as honcho has it
-HONCHO_GRACE = 7  # seconds from SIGTERM to SIGKILL of honcho, which has those of its parts in between
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL of a part; honcho uses the same
+HONCHO_GRACE = 7  # seconds from SIGTERM to SIGKILL of honcho: more than GRACE, which honcho gives its parts
 STDOUT = 1  # file descriptor
-POLL = 0.05  # seconds between two looks at what is left
+POLL = 0.05  # seconds between two reads of the processes that are left
 
 
 def start_honcho() -> int:
-    """Start honcho; its process id."""
+    """Start honcho. Returns its process id."""
     supervisor = os.getpid()
     honcho = os.fork()
     if honcho == 0:
@@ -41,7 +50,10 @@ def start_honcho() -> int:
 
 
 def read_processes() -> tuple[dict[int, list[int]], set[int]]:
-    """The children of every process of this machine, and the processes that lead a session: proc(5), stat."""
+    """Read all processes of this machine from proc(5), /proc/[pid]/stat.
+
+    Returns the children of each process, and the processes that lead a session.
+    """
     children, leaders = defaultdict(list), set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -53,7 +65,7 @@ def read_processes() -> tuple[dict[int, list[int]], set[int]]:
 
 
 def find_parts(children: dict[int, list[int]], leaders: set[int], process: int) -> Iterator[int]:
-    """The first session leaders below a process. What is below those is theirs to end."""
+    """Yield the topmost session leaders below a process. A leader ends the processes below itself."""
     for child in children[process]:
         if child in leaders:
             yield child
@@ -62,13 +74,17 @@ def find_parts(children: dict[int, list[int]], leaders: set[int], process: int) 
 
 
 def descendants(children: dict[int, list[int]], process: int) -> Iterator[int]:
+    """Yield all processes below a process, each before its own children."""
     for child in children[process]:
         yield child
         yield from descendants(children, child)
 
 
 def end_remaining_parts() -> None:
-    """Send SIGTERM to each part once, after GRACE SIGKILL to all, until nothing is below this process."""
+    """End all processes below this one. Returns when there are none.
+
+    Sends SIGTERM to each part once. After GRACE seconds, sends SIGKILL to every process that is left.
+    """
     signalled: set[int] = set()
     deadline = time.monotonic() + GRACE
     while True:
@@ -91,11 +107,16 @@ def end_remaining_parts() -> None:
 
 
 def main() -> None:
+    """Run honcho until it ends, then end the parts that it has left.
+
+    Raises SystemExit with the status of honcho. If a signal has ended honcho, the status is 128 + the signal's number.
+    """
     make = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGTERM, make)
     honcho = start_honcho()
-    os.setpgid(0, 0)  # so that kill -9 of the terminal's whole job leaves this process, which ends the parts
+    # A process group of its own: after `kill -9` of the terminal's whole job, this process is left and ends the parts.
+    os.setpgid(0, 0)
     honcho_fd = os.pidfd_open(honcho)
 
     def send(signum: int) -> None:
@@ -111,7 +132,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))
     waits = select.poll()
     waits.register(honcho_fd, select.POLLIN)
-    waits.register(STDOUT, 0)  # only that it is gone
+    waits.register(STDOUT, 0)  # no events requested: poll(2) always reports POLLERR and POLLHUP
     while honcho_fd not in (ready := [file for file, _ in waits.poll()]):
         if STDOUT in ready:
             waits.unregister(STDOUT)
