@@ -45,8 +45,8 @@ def parse(text: str) -> Manifest | None:
     bases: list[str] = []
     increments: list[str] = []
     for line in text.splitlines():
-        if found := LINE.match(line):
-            name, kind = found.groups()
+        if match := LINE.match(line):
+            name, kind = match.groups()
             if kind != "h":
                 (bases if kind == "b" else increments).append(name)
     return Manifest(bases[0], increments) if bases else None
@@ -101,11 +101,11 @@ def _walk(data: mmap.mmap, size: int, at: int | None, name: str) -> Walk:
             break
         start = data[position]
         if start == 0x23:  # '#'
-            if found := SECOND.search(data[position:line]):
-                later = at is not None and int(found[1]) > at
+            if match := SECOND.search(data[position:line]):
+                later = at is not None and int(match[1]) > at
                 if later and not multi:
                     break
-                second = second if later else int(found[1])
+                second = second if later else int(match[1])
             position = line + 2
         elif start == 0x2A:  # '*'
             try:
@@ -132,7 +132,8 @@ def _command(data: mmap.mmap, size: int, line: int, arguments: int) -> tuple[int
     `size`. Raises ValueError if the bytes are not a command.
     """
     find = data.find
-    position, word = line + 2, b""
+    position = line + 2
+    word = b""
     for number in range(arguments):
         line = find(b"\r\n", position)
         if line < 0:

@@ -182,11 +182,11 @@ async def load(store: ObjectStore, generation: int) -> Chain | None:
     chain: Chain | None = None
     while file in ends:
         header, digest = ends[file]
-        copied = ShippedFile(file, header["offset"] + header["length"], expected=header["prefix"])
+        shipped = ShippedFile(file, header["offset"] + header["length"], expected=header["prefix"])
         if chain is None:
-            chain = Chain(generation, [copied])
+            chain = Chain(generation, [shipped])
         else:
-            chain.files.append(copied)
+            chain.files.append(shipped)
         chain.end, chain.previous, chain.read_at = header, digest, header["time"]
         chain.closed, file = header.get("closed"), header.get("next")
     if file and chain:  # the last object is an end mark: the next file has no object yet
@@ -214,7 +214,7 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
                 header: Header
                 header, body = unseal(name, data)
                 digest.update(body)
-                wanted = {
+                expected = {
                     "generation": generation,
                     "file": file,
                     "offset": position,
@@ -224,7 +224,7 @@ async def read(store: ObjectStore, generation: int, base: str) -> AsyncIterator[
                 }
                 if following or segment_name(generation, file, position) != name:
                     raise Damaged(f"{name}: does not continue where the object before ended")
-                if wrong := [key for key, value in wanted.items() if header.get(key) != value]:
+                if wrong := [key for key, value in expected.items() if header.get(key) != value]:
                     raise Damaged(f"{name}: {', '.join(wrong)} does not match the chain")
                 yield header, body
                 previous, position = data[-32:].hex(), position + len(body)

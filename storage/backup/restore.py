@@ -85,15 +85,15 @@ async def restore(
         shutil.rmtree(part)
     folder = part / "appendonlydir"
     folder.mkdir(parents=True)
-    names, mark = await _download(store, description, folder, report)
-    kept, restored = await wrap(_truncate)(folder, names, description, at)
-    await wrap(_write_manifest)(part, kept, description)
+    names, last = await _download(store, description, folder, report)
+    remaining, restored = await wrap(_truncate)(folder, names, description, at)
+    await wrap(_write_manifest)(part, remaining, description)
     following = min((other for other in described if other > number), default=None)
     if at is not None and following and not restored.exact:
-        restored.exact = mark.get("closed") == following and not mark["gap"]
+        restored.exact = last.get("closed") == following and not last["gap"]
         if not restored.exact:
             report(
-                f"NOT EXACT: nothing is kept of the time from {clock(restored.second)}"
+                f"NOT EXACT: the backup has nothing of the time from {clock(restored.second)}"
                 f" to {clock(described[following]['second'])}; this is the state at its beginning"
             )
     else:
@@ -109,20 +109,21 @@ def _choose_generation(described: Mapping[int, chain.Description], at: int | Non
     """Return the newest generation whose base contains nothing later than second `at`."""
     if not described:
         raise Refused("the backup store holds no generation")
-    fit = [number for number, one in described.items() if at is None or one["second"] <= at]
-    if not fit:
-        raise Refused(f"the oldest second kept is {clock(min(one['second'] for one in described.values()))}")
-    return max(fit)
+    candidates = [number for number, description in described.items() if at is None or description["second"] <= at]
+    if not candidates:
+        oldest = min(description["second"] for description in described.values())
+        raise Refused(f"the oldest second kept is {clock(oldest)}")
+    return max(candidates)
 
 
 def _require_fitting_server(settings: Settings, description: chain.Description) -> None:
     """Raise Refused unless the server here is of the family that wrote the backup, and not older."""
-    here = server.identify(server.server_program(settings))
+    installed = server.identify(server.server_program(settings))
     major, minor, patch = map(int, description["version"].split("."))
-    wrote = server.Server(description["server"], (major, minor, patch))
-    if here.family != wrote.family or here.version < wrote.version:
+    writer = server.Server(description["server"], (major, minor, patch))
+    if installed.family != writer.family or installed.version < writer.version:
         raise Refused(
-            f"{wrote} wrote this backup, the server here is {here}:"
+            f"{writer} wrote this backup, the server here is {installed}:"
             " set IMAGEGRAM_REDIS_SERVER to a server of the same family that is not older"
         )
 
@@ -163,24 +164,24 @@ def _truncate(
 ) -> tuple[list[str], Restored]:
     """Cut the increments after second `at`, or after the last complete record. Returns the names of the files left."""
     restored = Restored(description["generation"], at, description["second"], False)
-    kept = [names[0]]
+    remaining = [names[0]]
     for name in names[1:]:
-        found = aof.walk(folder / name, at)
-        kept.append(name)
-        restored.second = max(restored.second, found.second or 0)
-        if found.later or found.torn:
-            os.truncate(folder / name, found.end)
-            for after in names[len(kept) :]:
+        walk = aof.walk(folder / name, at)
+        remaining.append(name)
+        restored.second = max(restored.second, walk.second or 0)
+        if walk.later or walk.torn:
+            os.truncate(folder / name, walk.end)
+            for after in names[len(remaining) :]:
                 os.unlink(folder / after)
-            restored.exact = found.later
-            if found.torn and len(kept) < len(names):
+            restored.exact = walk.later
+            if walk.torn and len(remaining) < len(names):
                 raise Damaged(f"{name}: ends within a record, and other files follow")
             break
-    if len(kept) == 1:  # only the base is left, and Redis expects an increment to append to
+    if len(remaining) == 1:  # only the base is left, and Redis expects an increment to append to
         sequence = names[0].split(".")[-3]
-        kept.append(f"appendonly.aof.{sequence}.incr.aof")
-        (folder / kept[1]).touch()
-    return kept, restored
+        remaining.append(f"appendonly.aof.{sequence}.incr.aof")
+        (folder / remaining[1]).touch()
+    return remaining, restored
 
 
 def _write_manifest(part: Path, names: list[str], description: chain.Description) -> None:
@@ -188,9 +189,9 @@ def _write_manifest(part: Path, names: list[str], description: chain.Description
     folder = part / "appendonlydir"
     manifest = folder / aof.MANIFEST
     manifest.write_text(aof.render(aof.Manifest(names[0], names[1:])))
-    wrote = part / "server"
-    wrote.write_text(f"{description['server']} {description['version']}\n")
-    for path in [*(folder / name for name in names), manifest, wrote, folder, part]:
+    marker = part / "server"
+    marker.write_text(f"{description['server']} {description['version']}\n")
+    for path in [*(folder / name for name in names), manifest, marker, folder, part]:
         files.sync(path)
 
 
@@ -252,9 +253,9 @@ async def _check_data(client: Redis, settings: Settings, report: Callable[[str],
     """
     db = db_client.Redis(url(client), undecodable=check.EXACTLY)
     try:
-        found = await check.fit_restored(db, open_store(settings.store_url), settings.partitions)
+        result = await check.fit_restored(db, open_store(settings.store_url), settings.partitions)
     finally:
         await db.close()
-    for line in found.lines:
+    for line in result.lines:
         report(f"FLAW: {line}")
-    return {"posts": found.posts, "comments": found.comments, "open uploads": found.uploads, "flaws": found.flaws}
+    return {"posts": result.posts, "comments": result.comments, "open uploads": result.uploads, "flaws": result.flaws}

@@ -102,7 +102,8 @@ class KeptBackups:
         """
         if time.monotonic() >= self._refreshed_at + REFRESH:
             try:
-                self._seconds = [one["second"] for one in (await chain.descriptions(self._backup)).values()]
+                described = await chain.descriptions(self._backup)
+                self._seconds = [description["second"] for description in described.values()]
             except (Unavailable, Damaged, NotFound):  # NotFound: a description was removed meanwhile
                 self._seconds = [0]
             self._refreshed_at = time.monotonic()

@@ -153,14 +153,15 @@ class Shipper:
         with watchdog.working("shipping"):
             await self._retry_until_stored(self._find_chain)
         while True:
-            last, begun = self.stop.is_set(), time.monotonic()
+            last = self.stop.is_set()
+            started = time.monotonic()
             with watchdog.working("shipping"):
                 more = await self._retry_until_stored(self._ship_once)
             if last:
                 return
             if not more:
                 with suppress(TimeoutError):
-                    pause = begun + self.settings.ship_interval - time.monotonic()
+                    pause = started + self.settings.ship_interval - time.monotonic()
                     await asyncio.wait_for(self.stop.wait(), max(0.0, pause))
 
     async def _retry_until_stored(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -205,7 +206,7 @@ class Shipper:
 
         Returns True if a base is on its way and more of it can be shipped at once.
         """
-        begun = time.time()
+        started_at = time.time()
         server = await self._server_info()
         self.files.refresh()
         manifest = self.files.manifest
@@ -220,7 +221,7 @@ class Shipper:
             self.missed_increment = manifest.files[-1] not in [file.name for file in self.chain.files]
             # A next chain whose base is still on its way does not matter here: this chain has every second.
             if copied and not self.missed_increment:
-                self.caught_up_at = begun
+                self.caught_up_at = started_at
         base = self.files.base()
         ended = self.chain is None or self.chain.diverged or (base and self.chain.base != base[0])
         if base and ended and not self.next_chain and base != self.unwanted_base:
@@ -234,7 +235,7 @@ class Shipper:
                 more = time.monotonic() >= until
             elif server:
                 await self._switch_chains(self.next_chain, server)
-                self.caught_up_at = begun
+                self.caught_up_at = started_at
         chains = (self.chain, self.next_chain)
         self.files.close_unused([used.current.name for used in chains if used and not used.diverged])
         await self._run_due_trial()
@@ -286,16 +287,17 @@ class Shipper:
                 return False
             if file is not known.current and self.files.size(file.name) != file.length:
                 return False
-            file.hasher, file.expected = digest, ""
+            file.hasher = digest
+            file.expected = ""
         return True
 
     async def _request_rewrite_if_due(self, server: ServerInfo) -> None:
         """Send BGREWRITEAOF if a new base was required or the current base is older than `snapshot_every`."""
-        wanted = self.unwanted_base is not None and self.files.base() in (self.unwanted_base, None)
+        required = self.unwanted_base is not None and self.files.base() in (self.unwanted_base, None)
         manifest = self.files.manifest
         if self.chain and manifest and self.chain.base == manifest.base and not self.next_chain:
-            wanted = wanted or time.time() - self.chain.second >= self.settings.snapshot_every
-        if wanted and not server.rewriting and time.monotonic() - self.rewrite_requested_at >= REWRITE_RETRY:
+            required = required or time.time() - self.chain.second >= self.settings.snapshot_every
+        if required and not server.rewriting and time.monotonic() - self.rewrite_requested_at >= REWRITE_RETRY:
             self.rewrite_requested_at = time.monotonic()
             with suppress(RedisError, OSError):
                 await self.redis.bgrewriteaof()
@@ -352,7 +354,9 @@ class Shipper:
         }
         sealed = await wrap(chain.seal)(header, data)
         await self._create_object(chain.segment_name(into.generation, file.name, file.length), sealed)
-        file.hasher, file.length, into.previous = after, file.length + len(data), sealed[-32:].hex()
+        file.hasher = after
+        file.length += len(data)
+        into.previous = sealed[-32:].hex()
 
     async def _create_object(self, name: str, data: bytes) -> None:
         """Create an object. Raises Stopped if another shipper has created it."""
@@ -368,34 +372,36 @@ class Shipper:
 
         await self._retry_until_stored(create)
 
-    async def _switch_chains(self, coming: Chain, server: ServerInfo) -> None:
+    async def _switch_chains(self, next_chain: Chain, server: ServerInfo) -> None:
         """Close the old chain, then describe the next generation, which has everything that Redis has written.
 
         The order matters: the description makes `restore` use the next generation, so it comes last.
         """
-        before = self.chain
-        if before and not before.closed:
-            if not before.diverged:
-                await self._ship_new_bytes(before)
-            known = {file.name for file in coming.files}
-            gap = before.diverged or before.current.name not in known
-            await self._append_object(before, mark={"closed": coming.generation, "gap": gap})
-            before.closed = coming.generation
-        base = coming.files[0]
+        old = self.chain
+        if old and not old.closed:
+            if not old.diverged:
+                await self._ship_new_bytes(old)
+            names = {file.name for file in next_chain.files}
+            gap = old.diverged or old.current.name not in names
+            await self._append_object(old, mark={"closed": next_chain.generation, "gap": gap})
+            old.closed = next_chain.generation
+        base = next_chain.files[0]
         description: chain.Description = {
-            "generation": coming.generation,
+            "generation": next_chain.generation,
             "server": server.family,
             "version": server.version,
             "base": base.name,
             "length": base.length,
             "sha256": base.hasher.hexdigest(),
-            "second": coming.second,
+            "second": next_chain.second,
         }
-        await self._create_object(chain.description_name(coming.generation), chain.seal(description))
-        log.info("generation %d begins with %s, %d bytes", coming.generation, base.name, base.length)
-        self.chain, self.next_chain, self.missed_increment = coming, None, False
+        await self._create_object(chain.description_name(next_chain.generation), chain.seal(description))
+        log.info("generation %d begins with %s, %d bytes", next_chain.generation, base.name, base.length)
+        self.chain = next_chain
+        self.next_chain = None
+        self.missed_increment = False
         try:
-            await retain.remove_old(self.store, self.settings, coming.generation)
+            await retain.remove_old(self.store, self.settings, next_chain.generation)
         except Unavailable as error:
             log.warning("old backups were not removed this time: %s", error)
 
@@ -435,9 +441,11 @@ class Shipper:
         """
         if self.trial_process and self.trial_process.returncode is not None:
             log.info("the trial restore ended with status %d", self.trial_process.returncode)
-            self.trial_process, self.last_trial_read_at = None, -RESULT_REFRESH
+            self.trial_process = None
+            self.last_trial_read_at = -RESULT_REFRESH
         if time.monotonic() >= self.last_trial_read_at + RESULT_REFRESH:
-            self.last_trial, self.last_trial_read_at = await verify.last_result(self.store), time.monotonic()
+            self.last_trial = await verify.last_result(self.store)
+            self.last_trial_read_at = time.monotonic()
         if not self.settings.verify_every or self.trial_process or not self.chain or not self.chain.second:
             return
         last = self.last_trial["time"] if self.last_trial else self.chain.second

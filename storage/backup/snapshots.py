@@ -26,12 +26,12 @@ class Snapshot:
 async def snapshots(store: ObjectStore) -> list[Snapshot]:
     """Read all generations that have a description, oldest first. Raises Damaged, NotFound and Unavailable."""
     described = await chain.descriptions(store)
-    found = []
+    listed = []
     for number, description in described.items():
         sizes = [entry.size async for entry in store.list(f"{number:08}/")]
         loaded = await chain.load(store, number)
         end = loaded.end if loaded else None
-        found.append(
+        listed.append(
             Snapshot(
                 number,
                 f"{description['server']} {description['version']}",
@@ -42,7 +42,7 @@ async def snapshots(store: ObjectStore) -> list[Snapshot]:
                 _state(end, is_newest=number == max(described)),
             )
         )
-    return found
+    return listed
 
 
 def _state(end: chain.Header | None, is_newest: bool) -> str:
@@ -56,14 +56,14 @@ def _state(end: chain.Header | None, is_newest: bool) -> str:
     return "base" if "next" in end else "gap"
 
 
-def table(found: list[Snapshot], state: State, result: TrialResult | None) -> str:
+def table(listed: list[Snapshot], state: State, result: TrialResult | None) -> str:
     """Return the text that `snapshots` prints.
 
     `state` is the state of the shipper on this machine (`state.read`). `result` is the result of the last trial, from
     the store (`verify.last_result`).
     """
     lines = ["generation  base                  until                 objects       MiB  state   server"]
-    for snapshot in found:
+    for snapshot in listed:
         lines.append(
             f"{snapshot.generation:>10}  {clock(snapshot.second)}  {clock(snapshot.until)}  {snapshot.objects:>7}"
             f"  {snapshot.size / (1 << 20):>8.1f}  {snapshot.state:<6}  {snapshot.server}"

@@ -35,19 +35,19 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
     """
     before = await last_result(store)
     settings.data.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
-    result: TrialResult = {"time": begun, "ok": False, "good": before["good"] if before else 0}
+    started_at = time.time()
+    result: TrialResult = {"time": started_at, "ok": False, "good": before["good"] if before else 0}
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
-            done = await restore(settings, store, Path(scratch, "redis"), None, report)
+            restored = await restore(settings, store, Path(scratch, "redis"), None, report)
         except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # OSError: the disk may be full
             result["detail"] = str(error)
         else:
             result["ok"] = True
-            result["good"] = done.generation
-            result["second"] = done.second
-            result["counts"] = done.counts
-    result["took"] = round(time.time() - begun, 3)
+            result["good"] = restored.generation
+            result["second"] = restored.second
+            result["counts"] = restored.counts
+    result["took"] = round(time.time() - started_at, 3)
     await store.put("verified", json.dumps(result).encode())
     report(f"{describe_result(result)}; it took {result['took']:.1f} s")
     return result["ok"]

@@ -56,7 +56,8 @@ class Files:
                 self._open_file(name)
         except FileNotFoundError:
             return  # Redis has not started yet, or has replaced the manifest again, which the next call reads
-        self._manifest_status, self.manifest = manifest_status, manifest
+        self._manifest_status = manifest_status
+        self.manifest = manifest
         self.successors.update(zip(manifest.files, manifest.files[1:], strict=False))
 
     def refresh_all(self) -> None:
