@@ -149,7 +149,7 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())
-        _say(f"done: {arguments.to} holds all up to {restore.clock(done.second)} ({counts})")
+        _say(f"done: {arguments.to} holds all up to {restore.format_utc(done.second)} ({counts})")
 
 
 def _say(text: str) -> None:

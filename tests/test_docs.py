@@ -16,7 +16,7 @@ from conftest import ROOT, photograph, until
 from making import jpeg
 from test_run import Run
 
-from storage.backup.restore import clock
+from storage.backup.restore import format_utc
 
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
@@ -156,10 +156,10 @@ def test_the_restore_drill_of_the_durability_page(home):
         good = int(time.time())
         until(lambda: int(time.time()) > good, what="the next second")
         alice.delete(post).raise_for_status()
-    until(lambda: SECOND.findall(home.run(look))[-1] > clock(good), what="the shipper")
+    until(lambda: SECOND.findall(home.run(look))[-1] > format_utc(good), what="the shipper")
     assert numbered(home.run(look)) == looked
     home.stop()
-    said = home.run(SECOND.sub(clock(good), restore))
+    said = home.run(SECOND.sub(format_utc(good), restore))
     assert numbered(said) == restored and said.endswith(", 0 flaws)\n")
     home.start()
     with httpx.Client(base_url=home.site.url) as client:

@@ -52,7 +52,7 @@ class Restored:
     counts: dict[str, int] = field(default_factory=dict)  # "posts", "comments", "open uploads", "flaws"
 
 
-def clock(second: float) -> str:
+def format_utc(second: float) -> str:
     """Format a unix second as UTC, for example 2026-11-23T07:00:00Z (RFC 3339)."""
     return datetime.fromtimestamp(int(second), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -79,7 +79,7 @@ async def restore(
     number = _choose_generation(described, at)
     description = described[number]
     _require_fitting_server(settings, description)
-    report(f"generation {number}, begun {clock(description['second'])} by {description['server']}")
+    report(f"generation {number}, begun {format_utc(description['second'])} by {description['server']}")
     part = to.with_name(to.name + ".part")
     if part.exists():
         shutil.rmtree(part)
@@ -93,8 +93,8 @@ async def restore(
         restored.exact = last.get("closed") == following and not last["gap"]
         if not restored.exact:
             report(
-                f"NOT EXACT: the backup has nothing of the time from {clock(restored.second)}"
-                f" to {clock(described[following]['second'])}; this is the state at its beginning"
+                f"NOT EXACT: the backup has nothing of the time from {format_utc(restored.second)}"
+                f" to {format_utc(described[following]['second'])}; this is the state at its beginning"
             )
     else:
         restored.exact = True
@@ -112,7 +112,7 @@ def _choose_generation(described: Mapping[int, chain.Description], at: int | Non
     candidates = [number for number, description in described.items() if at is None or description["second"] <= at]
     if not candidates:
         oldest = min(description["second"] for description in described.values())
-        raise Refused(f"the oldest second kept is {clock(oldest)}")
+        raise Refused(f"the oldest second kept is {format_utc(oldest)}")
     return max(candidates)
 
 
@@ -147,7 +147,7 @@ async def _download(
             size += len(body)
             if time.monotonic() - reported_at >= 1:
                 reported_at = time.monotonic()
-                report(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {clock(header['time'])}")
+                report(f"{size / (1 << 20):.0f} MiB, now {header['file']} of {format_utc(header['time'])}")
             if header.get("next") and len(names) == 1 and header["prefix"] != description["sha256"]:
                 raise Damaged(f"{header['file']}: is not the base in the description")
     finally:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from storage.backup import chain
-from storage.backup.restore import clock
+from storage.backup.restore import format_utc
 from storage.backup.state import State, TrialResult
 from storage.backup.verify import describe_result
 from storage.objects import ObjectStore
@@ -65,8 +65,8 @@ def table(listed: list[Snapshot], state: State, result: TrialResult | None) -> s
     lines = ["generation  base                  until                 objects       MiB  state   server"]
     for snapshot in listed:
         lines.append(
-            f"{snapshot.generation:>10}  {clock(snapshot.second)}  {clock(snapshot.until)}  {snapshot.objects:>7}"
-            f"  {snapshot.size / (1 << 20):>8.1f}  {snapshot.state:<6}  {snapshot.server}"
+            f"{snapshot.generation:>10}  {format_utc(snapshot.second)}  {format_utc(snapshot.until)}"
+            f"  {snapshot.objects:>7}  {snapshot.size / (1 << 20):>8.1f}  {snapshot.state:<6}  {snapshot.server}"
         )
     notes = [state["trouble"]] if state["trouble"] else []
     if state["lag"] is not None:
@@ -74,7 +74,7 @@ def table(listed: list[Snapshot], state: State, result: TrialResult | None) -> s
     lines.append(f"shipper here: {', '.join(notes) or 'has not caught up yet'}")
     if result:
         age = (time.time() - result["time"]) / 3600
-        lines.append(f"verified {clock(result['time'])}, {age:.0f} h ago: {describe_result(result)}")
+        lines.append(f"verified {format_utc(result['time'])}, {age:.0f} h ago: {describe_result(result)}")
     else:
         lines.append("verified: never")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from storage.backup.aof import Damaged
-from storage.backup.restore import Refused, clock, restore
+from storage.backup.restore import Refused, format_utc, restore
 from storage.backup.state import TrialResult
 from storage.errors import Refusal
 from storage.objects import NotFound, ObjectStore
@@ -59,7 +59,7 @@ def describe_result(result: TrialResult) -> str:
         return f"FAILED: {result['detail']}"
     counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")
     flaws = f"{result['counts']['flaws']} FLAWS" if result["counts"]["flaws"] else "0 flaws"
-    return f"generation {result['good']} restored up to {clock(result['second'])} ({counts}, {flaws})"
+    return f"generation {result['good']} restored up to {format_utc(result['second'])} ({counts}, {flaws})"
 
 
 async def last_result(store: ObjectStore) -> TrialResult | None:
