@@ -53,7 +53,16 @@ def parse(text: str) -> Manifest | None:
 
 
 def render(manifest: Manifest) -> str:
-    """Return the text of a manifest, as Redis writes it."""
+    """Return the text of a manifest, as Redis writes it.
+
+    >>> manifest = Manifest("appendonly.aof.7.base.rdb", ["appendonly.aof.7.incr.aof", "appendonly.aof.8.incr.aof"])
+    >>> print(render(manifest), end="")
+    file appendonly.aof.7.base.rdb seq 7 type b
+    file appendonly.aof.7.incr.aof seq 7 type i
+    file appendonly.aof.8.incr.aof seq 8 type i
+    >>> parse(render(manifest)) == manifest
+    True
+    """
     lines = []
     for name in manifest.files:
         sequence, kind = name.rsplit(".", 3)[1:3]  # appendonly.aof.7.base.rdb, appendonly.aof.7.incr.aof

@@ -82,12 +82,20 @@ class Description(TypedDict):
 
 
 def segment_name(generation: int, file: str, offset: int) -> str:
-    """The name of an object of a chain. Names sort in the order of generations, files of one kind, and bytes."""
+    """The name of an object of a chain. `offset` is the byte of the file at which the object begins.
+
+    >>> segment_name(7, "appendonly.aof.7.base.rdb", 4194304)
+    '00000007/appendonly.aof.7.base.rdb/000000004194304'
+    """
     return f"{generation:08}/{file}/{offset:015}"
 
 
 def description_name(generation: int) -> str:
-    """The name of the description of a generation."""
+    """The name of the description of a generation.
+
+    >>> description_name(7)
+    'generations/00000007'
+    """
     return f"{DESCRIPTIONS}{generation:08}"
 
 
@@ -102,6 +110,9 @@ def unseal(name: str, data: bytes) -> tuple[Any, bytes]:
 
     The header is a Header or a Description: the caller knows which, from the object's name. Raises Damaged if the
     digest does not match.
+
+    >>> unseal("a name", seal({"generation": 7}, b"bytes of a file"))
+    ({'generation': 7}, b'bytes of a file')
     """
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise Damaged(f"{name}: its digest does not hold")

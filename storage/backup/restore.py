@@ -53,7 +53,11 @@ class Restored:
 
 
 def format_utc(second: float) -> str:
-    """Format a unix second as UTC, for example 2026-11-23T07:00:00Z (RFC 3339)."""
+    """Format a unix second as UTC (RFC 3339, section 5.6).
+
+    >>> format_utc(1795417200)
+    '2026-11-23T07:00:00Z'
+    """
     return datetime.fromtimestamp(int(second), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -262,7 +262,7 @@ class Shipper:
         self.known_run_id = server.run_id
         if self.next_chain:
             number = self.next_chain.generation
-            log.warning("Redis was restarted: generation %d is dropped, its base was incomplete", number)
+            log.warning("Redis was restarted: generation %d is dropped, it was not complete", number)
             self.next_chain = None
         if self.chain and not self.chain.diverged and not await asyncio.to_thread(self._files_match, self.chain):
             self._require_new_base(f"the files are not those of generation {self.chain.generation}")

@@ -54,7 +54,11 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
 
 
 def describe_result(result: TrialResult) -> str:
-    """Return a sentence about the result of a trial."""
+    """Return a sentence about the result of a trial.
+
+    >>> describe_result({"time": 1795417200, "ok": False, "good": 1, "detail": "its base is not complete"})
+    'FAILED: its base is not complete'
+    """
     if not result["ok"]:
         return f"FAILED: {result['detail']}"
     counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")

@@ -124,7 +124,11 @@ def require_name(name: str) -> str:
 
 
 def require_prefix(prefix: str) -> str:
-    """Return `prefix`. Raises ValueError unless it is "" or a name followed by "/"."""
+    """Return `prefix`. Raises ValueError unless it is "" or a name followed by "/".
+
+    >>> require_prefix("images/")
+    'images/'
+    """
     if prefix and not prefix.endswith("/"):
         raise ValueError(f"{prefix!r} is not a folder: expected '' or a path that ends in '/'")
     return prefix and require_name(prefix[:-1]) + "/"
