@@ -6,26 +6,29 @@
 -- KEYS[4] feed      feed:{p}           zset
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
--- KEYS[7] once      once:{p}:…         string; only with an Idempotency-Key
--- ARGV[1] now       ms; empty: Redis' clock
--- ARGV[2] id        post id
--- ARGV[3] author    user
--- ARGV[4] text
--- ARGV[5] shown     how many comments the feed shows
--- ARGV[6] request   digest of the request
--- ARGV[7] keep      ms the idempotency key is kept
--- Returns {comment id, repeated 0|1}
+-- KEYS[7] once      once:{p}:…         string; only if the request has an Idempotency-Key
+-- ARGV[1] now          ms since 1970; empty: Redis' clock
+-- ARGV[2] id           post id
+-- ARGV[3] author       user
+-- ARGV[4] text         the comment's text
+-- ARGV[5] latest_count how many comments `latest` holds
+-- ARGV[6] request      digest of the request
+-- ARGV[7] remember_ms  how long the Idempotency-Key is remembered
+-- Returns {comment id, 0}, or {comment id, 1} if the Idempotency-Key was used for the same request before
 -- Refuses REUSED NOPOST NOTREADY FAILED
--- The id is later than any the stream ever had, also when the clock went back or the last comment was deleted.
--- The score is counted, never incremented: it cannot drift.
-local post, comments, latest, feed, changes, gone, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local now, id, author, text, shown = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local request, keep = ARGV[6], ARGV[7]
-if #KEYS < 6 or #ARGV ~= 7 or not (shown and tonumber(keep)) then
+--
+-- A new comment's id is greater than every id that the stream ever had. This also holds if the clock went back, or if
+-- the newest comment was deleted.
+-- The score in `feed` is counted (XLEN), never incremented. So it cannot drift.
+local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local idempotency = KEYS[7]
+local now, id, author, text = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local latest_count, request, remember_ms = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+if #KEYS < 6 or #ARGV ~= 7 or not (latest_count and tonumber(remember_ms)) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local answer = once and replay(once, request)
+local answer = idempotency and replay(idempotency, request)
 if answer then
   return answer
 end
@@ -34,29 +37,29 @@ if not status then
   return redis.error_reply('NOPOST no such post')
 end
 if status == 'failed' then
-  return redis.error_reply('FAILED no image could be made for this post: it takes no comments')
+  return redis.error_reply('FAILED this post has failed: it has no image and takes no comments')
 end
 if status ~= 'ready' then
-  return redis.error_reply('NOTREADY the image of this post is not ready')
+  return redis.error_reply('NOTREADY the image of this post is not ready yet')
 end
 local revision = next_revision(now, changes, gone)
 
 local comment = redis.pcall('XADD', comments, string.format('%.0f-*', now), 'author', author, 'text', text)
-if type(comment) == 'table' then -- refused: the clock went back
-  local facts = redis.call('XINFO', 'STREAM', comments)
-  for i = 1, #facts, 2 do
-    if facts[i] == 'last-generated-id' then
-      local ms, sequence = facts[i + 1]:match('^(%d+)-(%d+)$')
+if type(comment) == 'table' then -- Redis refused the id because the stream had a greater one: the clock went back
+  local stream = redis.call('XINFO', 'STREAM', comments)
+  for i = 1, #stream, 2 do
+    if stream[i] == 'last-generated-id' then
+      local ms, sequence = stream[i + 1]:match('^(%d+)-(%d+)$')
       comment = string.format('%s-%d', ms, sequence + 1)
     end
   end
   redis.call('XADD', comments, comment, 'author', author, 'text', text)
 end
 redis.call('LPUSH', latest, cjson.encode({comment, author, text}))
-redis.call('LTRIM', latest, 0, shown - 1)
+redis.call('LTRIM', latest, 0, latest_count - 1)
 redis.call('ZADD', feed, redis.call('XLEN', comments), id)
 redis.call('ZADD', changes, revision, id)
-if once then
-  redis.call('SET', once, request .. ' ' .. comment, 'PX', keep)
+if idempotency then
+  redis.call('SET', idempotency, request .. ' ' .. comment, 'PX', remember_ms)
 end
 return {comment, 0}

@@ -1,88 +1,91 @@
 #!lua
--- Opens an upload and reserves its bytes against the user's quota.
+-- Opens an upload and reserves its bytes in the user's quota.
 -- KEYS[1] upload   upload:{p}:<id>     hash
 -- KEYS[2] uploads  uploads:{p}:<user>  hash: open upload -> bytes reserved
 -- KEYS[3] due      due:{p}             zset
--- KEYS[4] making   making:{p}:<user>   zset
--- KEYS[5] once     once:{p}:…          string; only with an Idempotency-Key
--- ARGV[1] now      ms; empty: Redis' clock
--- ARGV[2] id       upload id
--- ARGV[3] owner    user
--- ARGV[4] bytes    to reserve: the upload's length, or what a form may bring
--- ARGV[5] form     0|1; how long a form's image is shows only at its end
--- ARGV[6] metadata as the client sent it; may be empty
--- ARGV[7] expiry   ms until it expires, unless a byte comes
--- ARGV[8] largest  bytes one upload may have
--- ARGV[9] open     uploads a user may have open, besides forms
--- ARGV[10] quota   bytes a user may have reserved for uploads, and as many for forms
--- ARGV[11] prefix  of the upload keys of this partition, to which ids are appended
--- ARGV[12] request digest of the request, to tell a repetition from another one
--- ARGV[13] keep    ms the idempotency key is kept
--- ARGV[14] processing how many posts of a user may be processing
--- ARGV[15] posts   prefix of the post keys of this partition, to which ids are appended
--- Returns {id, repeated 0|1}
+-- KEYS[4] making   making:{p}:<user>   zset: of the owner
+-- KEYS[5] once     once:{p}:…          string; only if the request has an Idempotency-Key
+-- ARGV[1] now             ms since 1970; empty: Redis' clock
+-- ARGV[2] id              upload id
+-- ARGV[3] owner           user
+-- ARGV[4] reserve         bytes: the upload's length, or the most that a form may bring
+-- ARGV[5] form            0|1; 1: the bytes come by a form, which tells its image's length only at its end
+-- ARGV[6] metadata        as the client sent it; may be empty
+-- ARGV[7] expiry_ms       the upload expires this long from now if no chunk comes
+-- ARGV[8] max_bytes       bytes that one upload may have
+-- ARGV[9] max_open        open uploads that a user may have, forms not counted
+-- ARGV[10] quota          bytes that a user may have reserved for uploads; as many again for forms
+-- ARGV[11] prefix         of this partition's upload keys; an upload id is appended
+-- ARGV[12] request        digest of the request
+-- ARGV[13] remember_ms    how long the Idempotency-Key is remembered
+-- ARGV[14] max_processing how many posts of a user may be processing
+-- ARGV[15] posts          prefix of this partition's post keys; a post id is appended
+-- Returns {upload id, 0}, or {upload id, 1} if the Idempotency-Key was used for the same request before
 -- Refuses REUSED TOOLARGE QUOTA BUSY
--- QUOTA tells the seconds until the next one expires.
--- Forms have a quota of their own: a user's forms on a slow line keep no resumable upload out.
--- An upload that has expired counts no longer, also if no worker has erased it yet: the seconds told come true.
--- A form becomes a post at once, so BUSY is refused here, before its body, as create_post would refuse it after.
-local upload, uploads, due, making, once = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local now, id, owner, bytes, form, metadata = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
-local expiry, largest, open, quota = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
-local prefix, request, keep, processing, posts = ARGV[11], ARGV[12], ARGV[13], tonumber(ARGV[14]), ARGV[15]
-if #KEYS < 4 or #ARGV ~= 15 or not (expiry and largest and open and quota and tonumber(keep) and processing)
-  or (bytes or -1) < 0 or (form ~= '0' and form ~= '1') then
+--
+-- QUOTA begins with the seconds until the user's next upload expires.
+-- Forms have a separate quota, so that forms on a slow line do not keep a user from opening resumable uploads.
+-- An upload that has expired does not count, even if no worker has erased it yet. So after those seconds the same
+-- request succeeds.
+-- A form becomes a post as soon as it ends, and create_post refuses BUSY. So a form is refused here, before its body.
+local upload, uploads, due, making, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local now, id, owner, reserve = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+local form, metadata, expiry_ms = ARGV[5], ARGV[6], tonumber(ARGV[7])
+local max_bytes, max_open, quota, prefix = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11]
+local request, remember_ms = ARGV[12], ARGV[13]
+local max_processing, posts = tonumber(ARGV[14]), ARGV[15]
+if #KEYS < 4 or #ARGV ~= 15 or (reserve or -1) < 0 or (form ~= '0' and form ~= '1')
+  or not (expiry_ms and max_bytes and max_open and quota and tonumber(remember_ms) and max_processing) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local answer = once and replay(once, request)
+local answer = idempotency and replay(idempotency, request)
 if answer then
   return answer
 end
-
-if bytes > largest then
-  return redis.error_reply('TOOLARGE an image may have up to ' .. largest .. ' bytes')
+if reserve > max_bytes then
+  return redis.error_reply('TOOLARGE an image may have up to ' .. max_bytes .. ' bytes')
 end
-local refusal = form == '1' and refuse_busy(making, posts, processing)
+local refusal = form == '1' and refuse_busy(making, posts, max_processing)
 if refusal then
   return refusal
 end
-local reserved, count, others = bytes, 0, {}
+local total, open, others = reserve, 0, {}
 local rows = redis.call('HGETALL', uploads)
 for i = 1, #rows, 2 do
   local of_form = rows[i + 1]:match('^form (%d+)$')
   if (of_form ~= nil) == (form == '1') then
     local size = tonumber(of_form or rows[i + 1])
-    reserved, count = reserved + size, count + 1
+    total, open = total + size, open + 1
     others[rows[i]] = size
   end
 end
 if form == '1' then
-  count = 0
+  open = 0 -- only bytes limit the number of forms
 end
-if count >= open or reserved > quota then
+if open >= max_open or total > quota then
   local soonest
   for other, size in pairs(others) do
     local expires = tonumber(redis.call('HGET', prefix .. other, 'expires')) or 0
     if expires <= now then
-      reserved, count = reserved - size, count - 1
+      total, open = total - size, open - 1
     elseif expires < (soonest or math.huge) then
       soonest = expires
     end
   end
-  if soonest and (count >= open or reserved > quota) then
+  if soonest and (open >= max_open or total > quota) then
     return redis.error_reply('QUOTA ' .. math.ceil((soonest - now) / 1000) .. ' you have too many '
-      .. (form == '1' and 'forms under way: let one end first' or 'open uploads: finish or delete one first'))
+      .. (form == '1' and 'forms under way: wait until one ends' or 'open uploads: finish or delete one first'))
   end
 end
 
-redis.call('HSET', upload, 'owner', owner, 'offset', 0, 'expires', now + expiry)
+redis.call('HSET', upload, 'owner', owner, 'offset', 0, 'expires', now + expiry_ms)
 if form == '0' then
-  redis.call('HSET', upload, 'length', bytes, 'metadata', metadata)
+  redis.call('HSET', upload, 'length', reserve, 'metadata', metadata)
 end
-redis.call('HSET', uploads, id, form == '1' and 'form ' .. bytes or bytes)
-redis.call('ZADD', due, now + expiry, id)
-if once then
-  redis.call('SET', once, request .. ' ' .. id, 'PX', keep)
+redis.call('HSET', uploads, id, form == '1' and 'form ' .. reserve or reserve)
+redis.call('ZADD', due, now + expiry_ms, id)
+if idempotency then
+  redis.call('SET', idempotency, request .. ' ' .. id, 'PX', remember_ms)
 end
 return {id, 0}

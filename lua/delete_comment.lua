@@ -1,22 +1,24 @@
 #!lua flags=allow-oom
--- Deletes one's own comment.
+-- Deletes a comment for its author.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] latest    latest:{p}:<id>    list
 -- KEYS[4] feed      feed:{p}           zset
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
--- ARGV[1] now       ms; empty: Redis' clock
--- ARGV[2] id        post id
--- ARGV[3] comment   comment id
--- ARGV[4] author    user who asks
--- ARGV[5] shown     how many comments the feed shows
+-- ARGV[1] now           ms since 1970; empty: Redis' clock
+-- ARGV[2] id            post id
+-- ARGV[3] comment       comment id
+-- ARGV[4] user          who deletes it
+-- ARGV[5] latest_count  how many comments `latest` holds
 -- Returns 1
 -- Refuses NOPOST NOCOMMENT FORBIDDEN
--- The latest comments are refilled from the stream, whichever was deleted: one path, and it heals.
+--
+-- `latest` is always filled again from the stream, whichever comment was deleted. So there is one path only, and it
+-- also corrects a `latest` that is wrong.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local now, id, comment, author, shown = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-if #KEYS ~= 6 or #ARGV ~= 5 or not tonumber(shown) then
+local now, id, comment, user, latest_count = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if #KEYS ~= 6 or #ARGV ~= 5 or not tonumber(latest_count) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -27,15 +29,16 @@ local entry = redis.call('XRANGE', comments, comment, comment)[1]
 if not entry then
   return redis.error_reply('NOCOMMENT no such comment')
 end
-if entry[2][2] ~= author then
-  return redis.error_reply("FORBIDDEN only its author may delete a comment")
+local author = entry[2][2]
+if author ~= user then
+  return redis.error_reply('FORBIDDEN only the author of a comment may delete it')
 end
 local revision = next_revision(now, changes, gone)
 
 redis.call('XDEL', comments, comment)
 redis.call('DEL', latest)
-for _, kept in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', shown)) do
-  redis.call('RPUSH', latest, cjson.encode({kept[1], kept[2][2], kept[2][4]}))
+for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
+  redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
 end
 redis.call('ZADD', feed, redis.call('XLEN', comments), id)
 redis.call('ZADD', changes, revision, id)

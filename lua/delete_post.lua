@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Deletes a post with its comments. Its objects are due to be erased.
+-- Deletes a post and its comments for the post's author, and schedules the erasure of its objects.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] latest    latest:{p}:<id>    list
@@ -7,38 +7,42 @@
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
 -- KEYS[7] due       due:{p}            zset
--- KEYS[8] making    making:{p}:<user>  zset: of the user who asks
--- ARGV[1] now       ms; empty: Redis' clock
--- ARGV[2] id        post id
--- ARGV[3] author    user who asks
--- ARGV[4] keep      ms for which a backup may still name its bytes
--- ARGV[5] told      ms for which deletions are told
--- ARGV[6] seen      "status comment-count newest-comment" that the post must still have, "-" for no comment; empty: any
+-- KEYS[8] making    making:{p}:<user>  zset: of the user who deletes it
+-- ARGV[1] now          ms since 1970; empty: Redis' clock
+-- ARGV[2] id           post id
+-- ARGV[3] user         who deletes it
+-- ARGV[4] keep_ms      how long a backup may still name the post's bytes
+-- ARGV[5] remember_ms  how long a deletion is reported as a change
+-- ARGV[6] expected     the state that the post must have: "status comment-count newest-comment", with "-" for no
+--                      comment; empty: any state
 -- Returns 1
 -- Refuses NOPOST FORBIDDEN PRECONDITION
--- Deletions that nobody is told of any more are forgotten by the next one, which stays: the newest revision does too.
--- What a reader sees of a post changes only with what `seen` names, so comparing it here leaves no gap for a change.
--- The JPEG is due at once; original or chunks only when no kept backup can bring the post back.
+--
+-- A deletion also removes deletions from `gone` that are older than remember_ms. It does not remove itself, so the
+-- newest revision stays in Redis.
+-- A reader sees changes of a post only in the three values of `expected`. They are compared here, so no change can
+-- come between the comparison and the deletion.
+-- `due` erases the JPEG at once. It erases the original or the chunks when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local due, making = KEYS[7], KEYS[8]
-local now, id, author, keep, told = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local seen = ARGV[6]
-if #KEYS ~= 8 or #ARGV ~= 6 or not keep or not told then
+local now, id, user = now_ms(ARGV[1]), ARGV[2], ARGV[3]
+local keep_ms, remember_ms, expected = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+if #KEYS ~= 8 or #ARGV ~= 6 or not (keep_ms and remember_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
 local row = redis.call('HMGET', post, 'author', 'upload', 'status')
-local owner, upload, status = row[1], row[2], row[3]
-if not owner then
+local author, upload, status = row[1], row[2], row[3]
+if not author then
   return redis.error_reply('NOPOST no such post')
 end
-if owner ~= author then
-  return redis.error_reply('FORBIDDEN only its author may delete a post')
+if author ~= user then
+  return redis.error_reply('FORBIDDEN only the author of a post may delete it')
 end
-if seen ~= '' then
+if expected ~= '' then
   local newest = redis.call('LINDEX', latest, 0)
   newest = newest and cjson.decode(newest)[1] or '-'
-  if seen ~= string.format('%s %d %s', status, redis.call('XLEN', comments), newest) then
+  if expected ~= string.format('%s %d %s', status, redis.call('XLEN', comments), newest) then
     return redis.error_reply('PRECONDITION the post has changed')
   end
 end
@@ -49,9 +53,9 @@ redis.call('ZREM', feed, id)
 redis.call('ZREM', changes, id)
 redis.call('ZREM', making, id)
 redis.call('ZADD', gone, revision, id)
-redis.call('ZREMRANGEBYSCORE', gone, '-inf', now - told)
+redis.call('ZREMRANGEBYSCORE', gone, '-inf', now - remember_ms)
 redis.call('ZADD', due, now, id)
 if upload then
-  redis.call('ZADD', due, now + keep, upload)
+  redis.call('ZADD', due, now + keep_ms, upload)
 end
 return 1

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Removes a member of a zset that can be no post and no upload.
+-- Removes a member of a zset that cannot be the id of a post or an upload.
 -- KEYS[1] zset, of posts or uploads
--- ARGV[1] member
--- Returns 1, or 0 if it was not there
+-- ARGV[1] member, as the zset holds it
+-- Returns 1, or 0 if the zset does not have this member
 -- Refuses nothing
 local zset = KEYS[1]
 local member = ARGV[1]

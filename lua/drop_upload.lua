@@ -1,32 +1,35 @@
 #!lua flags=allow-oom
--- Ends an upload that became no post. Its chunks are still named, and due to be erased.
--- KEYS[1] upload  upload:{p}:<id>     hash
--- KEYS[2] chunks  chunks:{p}:<id>     list of chunk names
--- KEYS[3] uploads uploads:{p}:<user>  hash
--- KEYS[4] due     due:{p}             zset
--- ARGV[1] now     ms; empty: Redis' clock
--- ARGV[2] id      upload id
--- ARGV[3] grace   ms the caller has for erasing the chunks itself, before the outbox does
--- ARGV[4] tell    ms for which the upload is still known as expired; empty: it is forgotten
+-- Ends an upload that did not become a post, and schedules the erasure of its chunks.
+-- KEYS[1] upload   upload:{p}:<id>     hash
+-- KEYS[2] chunks   chunks:{p}:<id>     list of chunk names
+-- KEYS[3] uploads  uploads:{p}:<user>  hash
+-- KEYS[4] due      due:{p}             zset
+-- ARGV[1] now          ms since 1970; empty: Redis' clock
+-- ARGV[2] id           upload id
+-- ARGV[3] grace_ms     time that the caller has to erase the chunks itself; after it, `due` does
+-- ARGV[4] remember_ms  how long the upload is reported as expired; empty: it is forgotten at once
 -- Returns the names of its chunks
 -- Refuses NOUPLOAD
--- First nothing can be appended any more, then the objects go, then forget_chunks: a chunk is never without an owner.
+--
+-- The order: this script, so that no chunk can be appended any more. Then the objects are erased. Then forget_chunks
+-- forgets their names. So every chunk object has its name in Redis until it is erased.
 local upload, chunks, uploads, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local now, id, grace, tell = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if #KEYS ~= 4 or #ARGV ~= 4 or not (grace and (tell == '' or tonumber(tell))) then
+local now, id, grace_ms, remember_ms = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
+if #KEYS ~= 4 or #ARGV ~= 4 or not (grace_ms and (remember_ms == '' or tonumber(remember_ms))) then
   return redis.error_reply('ERR wrong arguments')
 end
 
 local row = redis.call('HMGET', upload, 'offset', 'owner', 'post')
-if not row[1] or row[3] then
+local offset, owner, post = row[1], row[2], row[3]
+if not offset or post then
   return redis.error_reply('NOUPLOAD no such upload')
 end
 
 redis.call('UNLINK', upload)
-if tell ~= '' then
-  redis.call('HSET', upload, 'owner', row[2], 'expires', 0)
-  redis.call('PEXPIRE', upload, tell)
+if remember_ms ~= '' then
+  redis.call('HSET', upload, 'owner', owner, 'expires', 0)
+  redis.call('PEXPIRE', upload, remember_ms)
 end
 redis.call('HDEL', uploads, id)
-redis.call('ZADD', due, now + grace, id)
+redis.call('ZADD', due, now + grace_ms, id)
 return redis.call('LRANGE', chunks, 0, -1)

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Ends a lease: the work is done, or is to be looked at again at another time.
--- KEYS[1] due    due:{p}  zset
+-- Ends a lease: removes the entry from `due`, or sets the time when it is due again.
+-- KEYS[1] due  due:{p}  zset
 -- ARGV[1] id     post or upload id
 -- ARGV[2] lease  the score that the lease set
--- ARGV[3] again  ms since 1970 when to look again; empty: never
--- Returns 1 if the lease was still held, else 0
+-- ARGV[3] again  when it is due again, ms since 1970; empty: never
+-- Returns 1, or 0 if the entry is gone or has another score, because this lease has already ended
 -- Refuses nothing
 local due = KEYS[1]
 local id, lease, again = ARGV[1], tonumber(ARGV[2]), ARGV[3]

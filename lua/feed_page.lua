@@ -1,25 +1,31 @@
 #!lua flags=no-writes
--- Reads a page of one partition's feed: most comments first, of equal counts the newest first.
+-- Reads a page of one partition's feed: the most comments first, and of posts with equal counts the newest first.
 -- KEYS[1] feed     feed:{p}     zset
 -- KEYS[2] changes  changes:{p}  zset
 -- KEYS[3] gone     gone:{p}     zset
 -- KEYS[4] epoch    epoch:{p}    string
--- ARGV[1] count    the place behind which the page begins: a comment count; empty: at the start
--- ARGV[2] id       and a post id
--- ARGV[3] limit    posts
--- ARGV[4] bytes    the page ends when its rows have as many
--- ARGV[5] posts    prefix of the post keys of this partition, to which ids are appended
--- ARGV[6] latests  prefix of its latest lists
--- Returns {epoch, newest revision, more 0|1, {row, …}, {id, …}}; the first two are told of the first page only
---   A row's lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the caption, which
---   may have lines of its own. The last is there only if members were skipped: they have no whole post
+-- ARGV[1] count      comment count of the cursor, behind which the page begins; empty: the first page
+-- ARGV[2] id         post id of the cursor
+-- ARGV[3] limit      posts in the page
+-- ARGV[4] max_bytes  the page ends when its rows have this many bytes
+-- ARGV[5] posts      prefix of this partition's post keys; a post id is appended
+-- ARGV[6] latests    prefix of this partition's `latest` keys
+-- Returns {epoch, newest revision, more 0|1, rows, skipped}
+--   Only the first page has the epoch and the revision; the others have '0' and 0.
+--   A row is one string of lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the
+--   caption, which may contain line breaks.
+--   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
+--   missing or a key has a wrong type.
 -- Refuses nothing
--- A cursor is a place in the order, not a row: where its post has moved or gone, the place is found by the count
--- and, in the run of equal counts, by a binary search over ids. A row is one string, because Redis takes a fifth
--- longer to answer nested arrays, and whoever reads them twice as long. O(log n), or O(log² n) in a run of n.
+--
+-- A cursor is a place in the order, not a row. Its post may have got another count or may be deleted. Then the script
+-- finds the place by the count and, among posts with this count, by a binary search over their ids.
+-- A row is one string because Redis takes a fifth longer to send nested arrays, and the client takes twice as long to
+-- read them.
+-- Time is O(log n), or O(log² n) if n posts have the cursor's count and its post is not there.
 local feed, changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local score, count, id = ARGV[1], tonumber(ARGV[1]), ARGV[2]
-local limit, bytes, posts, latests = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local limit, max_bytes, posts, latests = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
 
 local start = 0
 if count and tonumber(redis.call('ZSCORE', feed, id)) == count then
@@ -42,7 +48,7 @@ local skipped, members
 repeat
   members = redis.call('ZREVRANGE', feed, start, start + limit, 'WITHSCORES')
   for i = 1, #members, 2 do
-    if #rows == limit or size >= bytes then
+    if #rows == limit or size >= max_bytes then
       more = 1
       break
     end

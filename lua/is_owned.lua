@@ -1,12 +1,13 @@
 #!lua flags=no-writes
--- Tells whether anything stands for a post's objects: the post itself, its deletion, or work that is due.
+-- Tells whether a post's objects are still needed or scheduled for erasure.
 -- KEYS[1] post  post:{p}:<id>  hash
 -- KEYS[2] gone  gone:{p}       zset
 -- KEYS[3] due   due:{p}        zset
 -- ARGV[1] id    post id
--- Returns 1 or 0
+-- Returns 1 if the post is in one of the three keys, else 0
 -- Refuses nothing
--- What is deleted is in `due` until its original is erased, and may be told of in `gone` for longer.
+--
+-- A deleted post is in `due` until its original is erased. It may be in `gone` for longer.
 local post, gone, due = KEYS[1], KEYS[2], KEYS[3]
 local id = ARGV[1]
 

@@ -1,14 +1,16 @@
 #!lua flags=allow-oom
--- Puts a post whose JPEG is missing back among its author's image work.
+-- Puts a post whose JPEG is missing back into its author's image work.
 -- KEYS[1] post   post:{p}:<id>  hash
 -- KEYS[2] turns  turns:{p}      zset
 -- KEYS[3] due    due:{p}        zset
--- ARGV[1] now    ms; empty: Redis' clock
--- ARGV[2] id     post id
--- ARGV[3] making prefix of the users' `making` keys of this partition, to which the author is appended
--- Returns 1, or 0 if its image is not to be made, or is in `making` already
+-- ARGV[1] now     ms since 1970; empty: Redis' clock
+-- ARGV[2] id      post id
+-- ARGV[3] making  prefix of this partition's `making` keys; the author is appended
+-- Returns 1, or 0 if its image is not to be made, or is already in `making`
 -- Refuses nothing
--- It takes ready posts, and posts that stand in `due`, which is where image work stood before `making` existed.
+--
+-- It takes posts that are ready. It also takes posts that are processing and in `due`, where image work was before
+-- `making` existed.
 local post, turns, due = KEYS[1], KEYS[2], KEYS[3]
 local now, id, making = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 if #KEYS ~= 3 or #ARGV ~= 3 then

@@ -1,18 +1,20 @@
 #!lua
--- Shows a post: its original and its JPEG are stored.
+-- Shows a post whose original and JPEG are stored.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] feed      feed:{p}           zset
 -- KEYS[4] changes   changes:{p}        zset
 -- KEYS[5] gone      gone:{p}           zset
 -- KEYS[6] due       due:{p}            zset
--- ARGV[1] now       ms; empty: Redis' clock
--- ARGV[2] id        post id
--- ARGV[3] thumbhash of the image, base64
--- ARGV[4] making    prefix of the users' `making` keys of this partition, to which the author is appended
--- Returns 1 if it shows now, 0 if it did before
+-- ARGV[1] now        ms since 1970; empty: Redis' clock
+-- ARGV[2] id         post id
+-- ARGV[3] thumbhash  of the image, base64
+-- ARGV[4] making     prefix of this partition's `making` keys; the author is appended
+-- Returns 1 if it is shown from now on, 0 if it was shown before
 -- Refuses NOPOST STALE
--- Whichever attempt succeeds counts, as long as the post is processing. Its upload is due: the chunks can go.
+--
+-- The first attempt that succeeds publishes the post, even if it is not the current attempt, as long as the post is
+-- processing. The upload is due at once, so that its chunks are erased.
 local post, comments, feed, changes, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local now, id, thumbhash, making = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 if #KEYS ~= 6 or #ARGV ~= 4 then

@@ -1,9 +1,9 @@
 #!lua flags=no-writes
--- Reads what an idempotency key has made.
+-- Reads the id that a request with an Idempotency-Key created.
 -- KEYS[1] once  once:{p}:…  string: digest of the request and id
--- Returns the id, or false
+-- Returns the id, or false if the key is not known
 -- Refuses nothing
-local once = KEYS[1]
+local idempotency = KEYS[1]
 
-local kept = redis.call('GET', once)
-return kept and kept:match('^%S+ (%S+)$')
+local stored = redis.call('GET', idempotency)
+return stored and stored:match('^%S+ (%S+)$')

@@ -1,10 +1,11 @@
 #!lua flags=no-writes
--- Reads a post, whatever its status.
+-- Reads a post in any status.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] latest    latest:{p}:<id>    list
 -- ARGV[1] id        post id
--- Returns {id, comment count, author, caption, status, thumbhash, code, detail, latest comments}
+-- Returns {id, comment count, author, caption, status, thumbhash, code, detail, latest comments}; a field that the post
+--   does not have is false
 -- Refuses NOPOST
 local post, comments, latest = KEYS[1], KEYS[2], KEYS[3]
 local id = ARGV[1]

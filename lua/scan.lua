@@ -1,11 +1,13 @@
 #!lua flags=no-writes
--- Walks over all keys of a server, or over the members of a zset, some at a time.
--- KEYS[1] zset; none: all keys
--- ARGV[1] cursor where the last call ended; 0 at first
--- ARGV[2] count  about how many to look at, which bounds the script's time
--- Returns {cursor, 0 at the end, {key, type, …} or {member, score, …}}
+-- Walks over all keys of a server, or over the members of a zset, a few at a time.
+-- KEYS[1] zset, whose members are read; absent: all keys
+-- ARGV[1] cursor  returned by the last call; 0 for the first call
+-- ARGV[2] count   about how many keys or members to read, which bounds the script's time
+-- Returns {cursor, which is 0 at the end, {key, type, …} or {member, score, …}}
 -- Refuses nothing
--- What is there from the first call to the last is told at least once, what comes or goes meanwhile maybe.
+--
+-- A key or member that exists during the whole walk is returned at least once. One that is added or removed meanwhile
+-- may be returned or not.
 local zset = KEYS[1]
 local cursor, count = ARGV[1], ARGV[2]
 if #ARGV ~= 2 or not tonumber(cursor) or not tonumber(count) then
@@ -16,10 +18,10 @@ if zset then
   return redis.call('ZSCAN', zset, cursor, 'COUNT', count)
 end
 local page = redis.call('SCAN', cursor, 'COUNT', count)
-local found = {}
+local keys = {}
 for _, key in ipairs(page[2]) do
   local kind = redis.call('TYPE', key)
-  found[#found + 1] = key
-  found[#found + 1] = kind.ok or kind -- fakeredis answers with a plain string
+  keys[#keys + 1] = key
+  keys[#keys + 1] = kind.ok or kind -- fakeredis answers with a plain string
 end
-return {page[1], found}
+return {page[1], keys}

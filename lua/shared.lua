@@ -58,6 +58,6 @@ local function refuse_busy(making, posts, allowed)
     end
   end
   if count >= allowed then
-    return redis.error_reply('BUSY wait until one of your ' .. count .. ' posts in processing is ready')
+    return redis.error_reply('BUSY you have ' .. count .. ' posts in processing: wait until one of them is ready')
   end
 end

@@ -1,20 +1,22 @@
 #!lua
--- Begins an attempt at a post's image, and the attempt's own lease.
--- KEYS[1] post   post:{p}:<id>  hash
--- KEYS[2] due    due:{p}        zset
--- ARGV[1] now    ms; empty: Redis' clock
--- ARGV[2] id     post id
--- ARGV[3] lease  the lease under which the work was handed out
--- ARGV[4] span   ms of the first attempt's lease; each further one has twice the time
--- ARGV[5] most   attempts
--- ARGV[6] making prefix of the users' `making` keys of this partition, to which the author is appended
--- Returns {attempt, upload id or false}; attempt 0: all were used, the post is failed now
+-- Begins an attempt at a post's image, with a lease of its own.
+-- KEYS[1] post  post:{p}:<id>  hash
+-- KEYS[2] due   due:{p}        zset
+-- ARGV[1] now           ms since 1970; empty: Redis' clock
+-- ARGV[2] id            post id
+-- ARGV[3] lease         the lease under which lease_images handed out the post
+-- ARGV[4] lease_ms      length of the first attempt's lease; it doubles with each further attempt
+-- ARGV[5] max_attempts  attempts that a post has
+-- ARGV[6] making        prefix of this partition's `making` keys; the author is appended
+-- Returns {attempt, upload id or false}; attempt 0: all attempts were used, and the post has now failed
 -- Refuses NOPOST STALE
--- An attempt counts when its work starts: what only waited in a queue was not tried. A ready post has work when a
--- restore brought it back without its JPEG.
-local post, due, now, id, lease = KEYS[1], KEYS[2], now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-local span, most, making = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-if #KEYS ~= 2 or #ARGV ~= 6 or not (lease and span and most) then
+--
+-- An attempt counts when its work starts. A post that only waited in the queue was not tried.
+-- A ready post has work if a restore brought it back without its JPEG. It never fails.
+local post, due = KEYS[1], KEYS[2]
+local now, id, lease = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local lease_ms, max_attempts, making = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+if #KEYS ~= 2 or #ARGV ~= 6 or not (lease and lease_ms and max_attempts) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -24,16 +26,16 @@ if not status then
   return redis.error_reply('NOPOST no such post')
 end
 if status == 'failed' or tonumber(redis.call('ZSCORE', queue, id)) ~= lease then
-  return redis.error_reply('STALE this work was handed out again')
+  return redis.error_reply('STALE this work was leased again')
 end
 
-if attempt >= most and status == 'processing' then
+if attempt >= max_attempts and status == 'processing' then
   redis.call('HSET', post, 'status', 'failed', 'code', 'exhausted',
-    'detail', 'the image could not be made in ' .. most .. ' attempts', 'failed_at', now)
+    'detail', 'the image could not be made in ' .. max_attempts .. ' attempts', 'failed_at', now)
   redis.call('ZREM', queue, id)
   redis.call('ZADD', due, now, id)
   return {0, upload}
 end
 redis.call('HSET', post, 'attempt', attempt + 1)
-redis.call('ZADD', queue, now + span * 2 ^ math.min(attempt, most), id)
+redis.call('ZADD', queue, now + lease_ms * 2 ^ math.min(attempt, max_attempts), id)
 return {attempt + 1, upload}
