@@ -1,4 +1,8 @@
-"""Posts, comments, deletes and page walks against a plain Python model; the invariants hold after each step."""
+"""Random sequences of storage calls, compared with a plain Python model after each step.
+
+Hypothesis chooses posts, comments, deletions, walks over pages, and clocks that go back. The invariants of the feed are
+checked after each step.
+"""
 
 import asyncio
 import tempfile
@@ -28,10 +32,12 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4
 
 
 class Feed(RuleBasedStateMachine):
+    """The rules are the calls that a step may make. `model` holds what the feed must be."""
+
     server = None
     partitions = 1
-    made = Bundle("made")
-    said = Bundle("said")
+    created_posts = Bundle("created_posts")
+    added_comments = Bundle("added_comments")
 
     @initialize()
     def begin(self):
@@ -43,8 +49,8 @@ class Feed(RuleBasedStateMachine):
         self.db.clock = 1_763_971_200_000
         self.model: dict[str, list[comments.Comment]] = {}  # post -> its comments, oldest first
         self.authors: dict[str, str] = {}
-        self.passing: list[str] = []  # posts that no bundle knows: only walks delete them
-        self.held: dict[str, posts.Post] = {}  # what a client holds that refreshes by changes
+        self.passing: list[str] = []  # posts that are in no bundle: only the rules of walks delete them
+        self.held: dict[str, posts.Post] = {}  # the posts that a client holds, which refreshes by changes
         self.token = None
 
     def teardown(self):
@@ -60,14 +66,14 @@ class Feed(RuleBasedStateMachine):
     def time_passes(self, ms):
         self.db.clock += ms
 
-    @rule(target=made, author=USERS, caption=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+    @rule(target=created_posts, author=USERS, caption=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
     def publish(self, author, caption):
         post = self.run(make_post(self.db, author, self.partitions, caption))
         self.model[post], self.authors[post] = [], author
         assert self.run(posts.read(self.db, post)).caption == caption
         return post
 
-    @rule(post=consumes(made), user=USERS)
+    @rule(post=consumes(created_posts), user=USERS)
     def delete_post(self, post, user):
         if user != self.authors[post]:
             with pytest.raises(errors.Forbidden):
@@ -78,7 +84,7 @@ class Feed(RuleBasedStateMachine):
         with pytest.raises(errors.NoPost):
             self.run(posts.read(self.db, post))
 
-    @rule(target=said, post=made, author=USERS, text=TEXTS)
+    @rule(target=added_comments, post=created_posts, author=USERS, text=TEXTS)
     def comment(self, post, author, text):
         comment, repeated = self.run(comments.add(self.db, author, post, text))
         assert not repeated
@@ -86,9 +92,9 @@ class Feed(RuleBasedStateMachine):
         assert self.run(comments.read(self.db, post, comment.id)) == comment
         return post, comment
 
-    @rule(said=consumes(said), user=USERS)
-    def delete_comment(self, said, user):
-        post, comment = said
+    @rule(added=consumes(added_comments), user=USERS)
+    def delete_comment(self, added, user):
+        post, comment = added
         if post not in self.model:
             with pytest.raises(errors.NoPost):
                 self.run(comments.delete(self.db, user, post, comment.id))
@@ -101,18 +107,19 @@ class Feed(RuleBasedStateMachine):
         with pytest.raises(errors.NoComment):
             self.run(comments.read(self.db, post, comment.id))
 
-    @rule(limit=st.integers(1, 4), post=made)
+    @rule(limit=st.integers(1, 4), post=created_posts)
     def walk_comments(self, limit, post):
-        found, before = [], ""
+        walked, before = [], ""
         while True:
             page = self.run(comments.page(self.db, post, limit, before))
-            found += page.comments
+            walked += page.comments
             if not page.more:
                 break
             before = page.comments[-1].id
-        assert found == self.model[post][::-1]
+        assert walked == self.model[post][::-1]
 
     def expected(self) -> list[str]:
+        """The posts in the order of the feed, by the model."""
         return sorted(self.model, key=lambda post: (len(self.model[post]), post), reverse=True)
 
     @rule(limit=st.integers(1, 5))
@@ -120,6 +127,7 @@ class Feed(RuleBasedStateMachine):
         assert [row.id for row in self.walked(limit)] == self.expected()
 
     def walked(self, limit, meanwhile=lambda: None):
+        """The rows of all pages of the feed. `meanwhile` runs between two pages."""
         rows, after = [], None
         while True:
             page = self.run(posts.feed(self.db, self.partitions, limit, after))
@@ -131,22 +139,22 @@ class Feed(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 3), data=st.data())
     def walk_while_posts_change(self, limit, data):
-        """Every post that did not change is returned exactly once, wherever the others went."""
+        """A walk returns each post that does not change exactly once, even if another post moves past it."""
         if not self.model:
             return
         moving = data.draw(st.sampled_from(sorted(self.model)))
-        still = [post for post in self.expected() if post != moving]
+        unchanged = [post for post in self.expected() if post != moving]
 
         def meanwhile():
             comment, _ = self.run(comments.add(self.db, "alice", moving, "moves"))
             self.model[moving].append(comment)
 
-        found = [row.id for row in self.walked(limit, meanwhile)]
-        assert [post for post in found if post != moving] == still
+        returned = [row.id for row in self.walked(limit, meanwhile)]
+        assert [post for post in returned if post != moving] == unchanged
 
     @rule(limit=st.integers(1, 3), data=st.data())
     def a_client_walks_while_posts_change_and_then_refreshes(self, limit, data):
-        """Its token is that of its walk's first page. What it holds then is the feed, exactly."""
+        """The client takes the token from the first page of its walk. After the refresh it holds exactly the feed."""
         first = self.run(posts.feed(self.db, self.partitions, limit))
         self.token = changes.issue(self.db, first.seen)
 
@@ -175,20 +183,19 @@ class Feed(RuleBasedStateMachine):
             self.refresh(limit)
 
     def refresh(self, limit):
-        told = set()
+        returned = set()
         while True:
-            found = self.run(changes.since(self.db, self.partitions, limit, self.token))
-            assert len(found.posts) <= limit
-            # A token is text on its way to the client and back.
-            self.token = changes.parse(str(found.token))
-            for row in found.posts:
+            page = self.run(changes.since(self.db, self.partitions, limit, self.token))
+            assert len(page.posts) <= limit
+            self.token = changes.parse(str(page.token))  # the client gets the token as text and sends it back as text
+            for row in page.posts:
                 post = row if isinstance(row, str) else row.id
-                assert post not in told, "each post is told once, however often it changed"
-                told.add(post)
+                assert post not in returned, "a refresh returns each post once, however often it changed"
+                returned.add(post)
                 self.held.pop(post, None)
                 if not isinstance(row, str):
                     self.held[post] = row
-            if not found.more:
+            if not page.more:
                 break
         held = sorted(self.held.values(), key=lambda row: (row.comment_count, row.id), reverse=True)
         assert held == self.walked(5)
@@ -202,18 +209,19 @@ class Feed(RuleBasedStateMachine):
         client = self.server.client
         for partition in range(self.partitions):
             assert set(client.zrange(keys.changes(partition), 0, -1)) == set(client.zrange(keys.feed(partition), 0, -1))
-            here = {post: len(said) for post, said in self.model.items() if keys.partition_of_post(post) == partition}
-            assert dict(client.zrange(keys.feed(partition), 0, -1, withscores=True)) == here
-        for post, said in self.model.items():
-            assert client.xlen(keys.comments(post)) == len(said)
+            here = [post for post in self.model if keys.partition_of_post(post) == partition]
+            counts = {post: len(self.model[post]) for post in here}
+            assert dict(client.zrange(keys.feed(partition), 0, -1, withscores=True)) == counts
+        for post, expected in self.model.items():
+            assert client.xlen(keys.comments(post)) == len(expected)
             row = self.run(posts.read(self.db, post))
-            shown = [f"{c.id} {c.author} {c.text}" for c in said[: -LATEST_COMMENTS - 1 : -1]]
+            shown = [f"{c.id} {c.author} {c.text}" for c in expected[: -LATEST_COMMENTS - 1 : -1]]
             assert [" ".join(entry) for entry in row.latest] == shown
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
 @pytest.mark.parametrize("kind", ["fake", "valkey"])
-def test_the_feed_is_what_a_plain_model_says(kind, partitions):
+def test_the_feed_always_equals_a_plain_model(kind, partitions):
     server = start_server(kind)
     try:
         Machine = type("Machine", (Feed,), {"server": server, "partitions": partitions})
