@@ -31,7 +31,7 @@ LOCK = (ROOT / "requirements.lock").read_text()
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
-# Commands that change nothing. Whatever else a script calls is taken for a write: a new one is told here first.
+# Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
     "EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
@@ -48,7 +48,7 @@ def walk(path: Path):
 
 
 def split(path: Path) -> tuple[str, str, str]:
-    """A script's header, the lines that name what it takes, and what is below them."""
+    """The parts of a script: its header, the lines that name its keys and arguments, and the rest."""
     lines = path.read_text().splitlines()
     assert re.fullmatch(r"#!lua( flags=(no-writes|allow-oom))?", lines[0])
     parts = [], [], lines[1:]
@@ -66,22 +66,22 @@ def rows(page: str, heading: str = "") -> list[list[str]]:
 
 
 def writes(body: str) -> list[int]:
-    """Where a script writes: the places of its calls of Redis that are not reads."""
+    """The positions at which a script calls a command that is not in READS."""
     calls = re.finditer(r"redis\.p?call\((?:'([A-Z]+)')?", body)
     return [call.start() for call in calls if not READS.fullmatch(call[1] or "")]
 
 
-# The functions of shared.lua: name -> parameters and body.
+# The functions of lua/shared.lua: name -> parameters and body
 FUNCTIONS = dict(re.findall(r"^local function (\w+)(\(.*?^end)$", SHARED.read_text(), re.MULTILINE | re.DOTALL))
 
 
 def shared_calls(body: str) -> list[re.Match]:
-    """The calls of functions of shared.lua in a script; group 1 is the function's name."""
+    """The calls of functions of lua/shared.lua in a script. Group 1 of a match is the function's name."""
     return list(re.finditer(rf"\b({'|'.join(FUNCTIONS)})\(", body))
 
 
 def words(text: str) -> set[str]:
-    """The words that a text refuses with. Each refusal is returned, and its word is written out."""
+    """The words of the refusals in a text. Checks that each refusal is returned and begins with a literal word."""
     refusals = re.findall(r"""return redis\.error_reply\(['"]([A-Z]+) """, text)
     assert len(refusals) == text.count("error_reply(")
     return set(refusals)
@@ -91,19 +91,19 @@ def words(text: str) -> set[str]:
 
 
 @each(SCRIPTS)
-def test_a_script_tells_what_it_takes_and_names_it_in_its_first_lines(path):
+def test_a_scripts_header_lists_its_keys_and_arguments_and_its_first_lines_name_them(path):
     header, naming, body = split(path)
-    assert re.match(r"-- [A-Z][^.]*[.:]", header), "one sentence"
+    assert re.match(r"-- [A-Z][^.]*[.:]", header), "the header begins with a sentence"
     for kind in ("KEYS", "ARGV"):
-        told = re.findall(rf"^-- {kind}\[(\d+)\] \S+", header, re.MULTILINE)
-        assert told == [str(n + 1) for n in range(len(told))]
-        assert set(re.findall(rf"{kind}\[(\d+)\]", naming)) == set(told)
+        listed = re.findall(rf"^-- {kind}\[(\d+)\] \S+", header, re.MULTILINE)
+        assert listed == [str(n + 1) for n in range(len(listed))]
+        assert set(re.findall(rf"{kind}\[(\d+)\]", naming)) == set(listed)
     assert not re.search(r"(KEYS|ARGV)\[", body)
     assert re.search(r"^-- Returns ", header, re.MULTILINE)
 
 
 @each(SCRIPTS)
-def test_a_scripts_keys_are_those_of_the_key_page(path):
+def test_a_scripts_header_has_the_patterns_and_types_of_the_key_page(path):
     header, _, _ = split(path)
     types = {row[0].strip("`").split(":{")[0]: row[1] for row in rows(KEYS)}
     for number, name, pattern, kind in re.findall(
@@ -115,7 +115,7 @@ def test_a_scripts_keys_are_those_of_the_key_page(path):
 
 
 @each(SCRIPTS)
-def test_a_script_makes_no_key_and_increments_nothing(path):
+def test_a_script_builds_no_key_and_increments_nothing(path):
     _, _, body = split(path)
     assert not re.search(r"""['"]\w+:""", body)
     assert not re.search(r"'(Z|H)?INCRBY'", body)
@@ -134,24 +134,24 @@ def test_a_script_checks_everything_before_it_writes(path):
 
 
 @each(SCRIPTS)
-def test_a_script_that_writes_nothing_says_so(path):
+def test_exactly_the_scripts_without_writes_have_the_flag_no_writes(path):
     first = path.read_text().splitlines()[0]
     assert ("flags=no-writes" in first) == (not writes(split(path)[2]))
 
 
 @each(SCRIPTS)
-def test_every_word_a_script_refuses_with_is_in_its_header_and_has_a_class(path):
+def test_the_words_that_a_script_refuses_with_are_in_its_header_and_have_a_class(path):
     header, _, body = split(path)
     listed = re.search(r"^-- Refuses (.*)$", header, re.MULTILINE)[1].split()
     used = words(body).union(*(words(FUNCTIONS[call[1]]) for call in shared_calls(body)))
-    used -= {"ERR"}  # wrong arguments, which is Redis' own word and not a refusal
+    used -= {"ERR"}  # wrong arguments: a fault of the caller, and no refusal
     assert (listed == ["nothing"]) == (not used)
     assert used == set(listed) - {"nothing"}
     assert used <= set(errors.REFUSALS)
 
 
 def test_shared_functions_only_read_and_several_scripts_call_each():
-    """A function that called another one would be slower: Lua would create it with an upvalue."""
+    """None calls another one: Lua would create it with an upvalue, which makes each call of a script slower."""
     outside = re.sub(r"^local function .*?^end$", "", SHARED.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert all(line.startswith("--") for line in outside.splitlines() if line)
     for name, body in FUNCTIONS.items():
