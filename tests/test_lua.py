@@ -1,4 +1,4 @@
-"""Every script decides before it writes: after a refusal, or an argument that is none, nothing has changed."""
+"""Every script checks everything before it writes: after a refusal or a wrong argument, nothing has changed."""
 
 import subprocess
 import sys
@@ -40,16 +40,17 @@ async def db(server):
 
 
 async def refused(server, db, error: type[errors.Refusal], work):
+    """Checks that `work` raises exactly this refusal, with a sentence, and changes nothing in Redis."""
     with unchanged(server.client), pytest.raises(error) as raised:
         await work
     assert raised.type is error and str(raised.value)
 
 
 async def append(db, upload: str, offset: int, size: int, name: str) -> int:
-    """As an Appender does once its chunk is durable."""
-    named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
+    """Appends a chunk, as uploads.Appender does after the chunk is durable. Returns the new offset."""
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
     args = (upload, offset, size, name, DAY_MS, IMAGE_BYTES, CHUNKS)
-    return (await db.call("append_chunk", named, db.clock, *args))[0]
+    return (await db.call("append_chunk", script_keys, db.clock, *args))[0]
 
 
 async def leased(db, id: str) -> outbox.Due | outbox.Image:
@@ -61,11 +62,11 @@ async def leased(db, id: str) -> outbox.Due | outbox.Image:
 
 
 class Captured(Exception):
-    """A write that was about to be sent."""
+    """The call of a script that writes: its name, keys and arguments."""
 
 
 class Recorder:
-    """Stands where storage's client stands, to learn what a storage function would send."""
+    """Takes the place of storage's client. It runs scripts that read, and raises the first call of one that writes."""
 
     def __init__(self, db: Redis):
         self.db, self.clock = db, db.clock
@@ -87,20 +88,21 @@ class Scene(NamedTuple):
 
 
 async def scene(db) -> Scene:
+    """Puts entries of every kind into Redis, so that each script that writes has something to change."""
     ready, processing = await make_post(db, "alice"), await make_processing(db, "alice")
     comment, _ = await comments.add(db, "bob", ready, "first")
     upload = await make_upload(db, "alice")
     image = await leased(db, processing)
-    await make_processing(db, "alice")  # is not leased
+    await make_processing(db, "alice")  # not leased
     due = (await outbox.lease(db, 0))[0]
-    await make_post(db, "carol")  # whose upload is due and not leased
+    await make_post(db, "carol")  # its upload is due and not leased
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, outbox.EXHAUSTED, "five attempts failed")
     return Scene(ready, processing, failed, comment.id, upload, image, due)
 
 
 class Empty:
-    """A store without objects, for the way to the first write."""
+    """An object store for functions that have no objects to delete before their first write."""
 
     async def delete(self, names):
         assert not list(names)
@@ -122,18 +124,26 @@ async def chunk(db, at: Scene):
 
 
 async def check_post(db, at: Scene):
-    """With other turns than those of its partition, where its author is missing."""
-    named = [keys.post(at.processing), keys.comments(at.processing), keys.latest(at.processing)]
-    named += [keys.feed(0), keys.changes(0), keys.gone(0), keys.turns(1)]
-    await db.call("check_post", named, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
+    """Uses the `turns` of another partition, where the author is missing: so there is something to repair."""
+    script_keys = [
+        keys.post(at.processing),
+        keys.comments(at.processing),
+        keys.latest(at.processing),
+        keys.feed(0),
+        keys.changes(0),
+        keys.gone(0),
+        keys.turns(1),
+    ]
+    await db.call("check_post", script_keys, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
 
 
 async def check_uploads(db, at: Scene):
-    """In another outbox than its own, where it is missing."""
-    named = [keys.uploads(0, "alice"), keys.due(1)]
-    await db.call("check_uploads", named, db.clock, at.upload, keys.upload_prefix(0), IMAGE_BYTES, 1)
+    """Uses the `due` of another partition, where the upload is missing: so there is something to repair."""
+    script_keys = [keys.uploads(0, "alice"), keys.due(1)]
+    await db.call("check_uploads", script_keys, db.clock, at.upload, keys.upload_prefix(0), IMAGE_BYTES, 1)
 
 
+# For each script that writes, a call that writes with it.
 WRITES = {
     "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
     "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
@@ -159,17 +169,17 @@ WRITES = {
 }
 
 
-def test_every_script_that_writes_is_called_here():
+def test_every_script_that_writes_has_a_call_here():
     assert set(WRITES) == {name for name, script in SCRIPTS.items() if not script.reads}
 
 
 @pytest.mark.parametrize("name", WRITES)
-async def test_an_argument_that_is_none_changes_nothing(server, db, name):
-    """Each argument and key in turn is missing with all behind it, or is no number where a number is wanted."""
+async def test_a_call_with_a_wrong_argument_changes_nothing(server, db, name):
+    """Wrong means: too few keys or arguments, one argument more, or no number where the script expects a number."""
     at = await scene(db)
     with pytest.raises(Captured) as captured:
         await WRITES[name](Recorder(db), at)
-    sent, named, *args = captured.value.args
+    sent, script_keys, *args = captured.value.args
     assert sent == name
     wrong = [args[:short] for short in range(len(args))] + [[*args, ""]]
     for place, value in enumerate(args):
@@ -178,18 +188,18 @@ async def test_an_argument_that_is_none_changes_nothing(server, db, name):
     before = contents(server.client)
     for bad in wrong:
         try:
-            answer = await db.call(name, named, *bad)
+            answer = await db.call(name, script_keys, *bad)
         except (ResponseError, errors.Refusal) as error:
             answer = error
-        assert contents(server.client) == before, f"{bad} was answered {answer}, and changed something"
-    for few in range(sum(not key.startswith("once:") for key in named)):
+        assert contents(server.client) == before, f"the call with {bad} returned {answer} and changed something"
+    for few in range(sum(not key.startswith("once:") for key in script_keys)):
         with unchanged(server.client), pytest.raises(ResponseError):
-            await db.call(name, named[:few], *args)
-    await db.call(name, named, *args)
+            await db.call(name, script_keys[:few], *args)
+    await db.call(name, script_keys, *args)
     assert contents(server.client) != before
 
 
-async def test_no_upload_is_shorter_than_nothing_and_no_chunk_goes_back(server, db):
+async def test_an_upload_of_negative_length_and_an_empty_or_negative_chunk_are_refused(server, db):
     upload, _ = await uploads.create(db, "alice", 1, 100)
     await append(db, upload, 0, 40, "0-a")
     for work in (
@@ -223,7 +233,7 @@ def test_an_unknown_script_is_refused_with_the_names_of_all_scripts(names):
 # Posts
 
 
-async def test_a_post_that_has_changed_since_it_was_seen_is_not_deleted(server, db, store):
+async def test_a_post_is_not_deleted_if_it_has_changed_since_the_client_read_it(server, db, store):
     post = await make_processing(db, "alice")
     seen = [(await posts.read(db, post)).seen()]
     await outbox.publish(db, post, "thumbhash")
@@ -246,7 +256,7 @@ async def test_a_post_that_has_changed_since_it_was_seen_is_not_deleted(server, 
 # Comments
 
 
-async def test_a_comment_is_refused_where_there_is_no_ready_post(server, db, store):
+async def test_only_a_ready_post_takes_comments(server, db, store):
     processing = await make_processing(db, "alice")
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, "damaged", "it is damaged")
@@ -259,7 +269,7 @@ async def test_a_comment_is_refused_where_there_is_no_ready_post(server, db, sto
     await refused(server, db, errors.NoPost, comments.add(db, "bob", deleted, "a"))
 
 
-async def test_a_comment_is_deleted_by_its_author_once(server, db):
+async def test_only_its_author_deletes_a_comment_and_only_once(server, db):
     post = await make_post(db, "alice")
     comment = (await comments.add(db, "bob", post, "a"))[0].id
     await refused(server, db, errors.Forbidden, comments.delete(db, "alice", post, comment))
@@ -270,23 +280,24 @@ async def test_a_comment_is_deleted_by_its_author_once(server, db):
     await refused(server, db, errors.NoComment, comments.read(db, post, comment))
 
 
-async def test_comments_of_one_moment_and_of_a_clock_that_goes_back_keep_their_order(server, db):
-    post, made = await make_post(db, "alice"), []
+async def test_comments_keep_their_order_in_one_millisecond_and_if_the_clock_goes_back(server, db):
+    post = await make_post(db, "alice")
+    added = []
     for clock in (NOW, NOW, NOW - 5000, NOW, NOW + 1, NOW - 1):
         db.clock = clock
-        made.append((await comments.add(db, "bob", post, str(len(made))))[0].id)
-    await comments.delete(db, "bob", post, made[-1])
+        added.append((await comments.add(db, "bob", post, str(len(added))))[0].id)
+    await comments.delete(db, "bob", post, added[-1])
     db.clock = NOW
-    made[-1:] = [(await comments.add(db, "bob", post, "after a deletion"))[0].id]
-    assert len(set(made)) == len(made)
-    assert [comment.id for comment in (await comments.page(db, post, 100)).comments] == made[::-1]
-    for comment in made:
+    added[-1:] = [(await comments.add(db, "bob", post, "after a deletion"))[0].id]
+    assert len(set(added)) == len(added)
+    assert [comment.id for comment in (await comments.page(db, post, 100)).comments] == added[::-1]
+    for comment in added:
         await comments.delete(db, "bob", post, comment)
     db.clock = NOW - 9000
-    assert (await comments.add(db, "bob", post, "the stream was empty"))[0].id not in made
+    assert (await comments.add(db, "bob", post, "the stream was empty"))[0].id not in added
 
 
-async def test_what_can_be_read_of_nothing(server, db):
+async def test_what_does_not_exist_cannot_be_read(server, db):
     await refused(server, db, errors.NoPost, posts.read(db, NOBODY))
     await refused(server, db, errors.NoPost, comments.page(db, NOBODY, 1))
     await refused(server, db, errors.NoPost, comments.read(db, NOBODY, "1-0"))
@@ -294,7 +305,7 @@ async def test_what_can_be_read_of_nothing(server, db):
     assert not (await posts.feed(db, 3, 10)).posts
 
 
-async def test_one_key_is_one_effect_for_a_day_whatever_came_of_it(server, db):
+async def test_an_idempotency_key_has_one_effect_for_a_day_even_if_its_comment_was_deleted(server, db):
     post = await make_post(db, "alice")
     first, repeated = await comments.add(db, "bob", post, "a", ONCE)
     assert not repeated
@@ -327,7 +338,7 @@ async def test_one_key_is_one_effect_for_a_day_whatever_came_of_it(server, db):
     )
 
 
-async def test_a_refused_request_does_not_use_up_its_key(server, db):
+async def test_a_refused_request_does_not_use_up_its_idempotency_key(server, db):
     post = await make_processing(db, "alice")
     await refused(server, db, errors.NotReady, comments.add(db, "bob", post, "a", ONCE))
     await outbox.publish(db, post, "thumbhash")
@@ -337,11 +348,11 @@ async def test_a_refused_request_does_not_use_up_its_key(server, db):
 # Uploads
 
 
-async def test_an_uploads_offset_moves_by_compare_and_set(server, db):
+async def test_a_chunk_is_appended_only_at_the_current_offset(server, db):
     upload, _ = await uploads.create(db, "alice", 1, 100)
     assert await append(db, upload, 0, 40, "0-a") == 40
     with unchanged(server.client):
-        assert await append(db, upload, 0, 40, "0-a") == 40  # asked twice
+        assert await append(db, upload, 0, 40, "0-a") == 40  # called again
     await refused(server, db, errors.Offset, append(db, upload, 0, 40, "0-b"))
     await refused(server, db, errors.Offset, append(db, upload, 41, 10, "41-a"))
     await refused(server, db, errors.TooLarge, append(db, upload, 40, 61, "40-a"))
@@ -354,17 +365,17 @@ async def test_an_uploads_offset_moves_by_compare_and_set(server, db):
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
 
 
-async def test_an_upload_comes_in_ten_thousand_pieces_at_most(server, db):
+async def test_an_upload_has_ten_thousand_chunks_at_most(server, db):
     upload, _ = await uploads.create(db, "alice", 1, 2 * CHUNKS)
     server.client.rpush(keys.chunks(upload), *(f"{at}-a" for at in range(CHUNKS - 1)))
     server.client.hset(keys.upload(upload), "offset", CHUNKS - 1)
     assert await append(db, upload, CHUNKS - 1, 1, "last") == CHUNKS
     with unchanged(server.client):
-        assert await append(db, upload, CHUNKS - 1, 1, "last") == CHUNKS  # asked twice
+        assert await append(db, upload, CHUNKS - 1, 1, "last") == CHUNKS  # called again
     await refused(server, db, errors.Chunks, append(db, upload, CHUNKS, 1, "more"))
 
 
-async def test_an_upload_is_its_owners_alone(server, db):
+async def test_only_its_owner_can_read_or_use_an_upload(server, db):
     upload = await make_upload(db, "alice")
     await refused(server, db, errors.NoUpload, uploads.read(db, "bob", upload))
     await refused(server, db, errors.NoUpload, posts.create(db, "bob", upload, ""))
@@ -372,7 +383,7 @@ async def test_an_upload_is_its_owners_alone(server, db):
     await refused(server, db, errors.NoUpload, posts.create(db, "alice", NOBODY, ""))
 
 
-async def test_only_a_whole_upload_becomes_a_post(server, db):
+async def test_an_incomplete_or_empty_upload_does_not_become_a_post(server, db):
     upload, _ = await uploads.create(db, "alice", 1, 100)
     await refused(server, db, errors.Incomplete, posts.create(db, "alice", upload, ""))
     await append(db, upload, 0, 99, "0-a")
@@ -385,7 +396,7 @@ async def test_only_a_whole_upload_becomes_a_post(server, db):
     assert (await posts.create(db, "alice", upload, ""))[1] == posts.MADE
 
 
-async def test_a_user_has_a_quota_of_uploads_and_of_bytes(server, db, store):
+async def test_a_user_has_a_quota_of_open_uploads_and_of_bytes(server, db, store):
     await refused(server, db, errors.TooLarge, uploads.create(db, "alice", 1, IMAGE_BYTES + 1))
     small = [(await uploads.create(db, "alice", 1, 1))[0] for _ in range(OPEN_UPLOADS)]
     await refused(server, db, errors.Quota, uploads.create(db, "alice", 1, 1))
@@ -398,7 +409,7 @@ async def test_a_user_has_a_quota_of_uploads_and_of_bytes(server, db, store):
     await uploads.create(db, "alice", 1, 1)
 
 
-async def test_forms_have_a_quota_of_their_own_and_reserve_what_they_may_bring(server, db, store):
+async def test_forms_have_a_separate_quota_and_reserve_the_most_that_they_may_bring(server, db, store):
     for _ in range(RESERVED_BYTES // IMAGE_BYTES):
         form, _ = await uploads.create(db, "carol", 1)
     assert server.client.hget(keys.uploads(0, "carol"), form) == f"form {IMAGE_BYTES}"
@@ -415,10 +426,10 @@ async def test_forms_have_a_quota_of_their_own_and_reserve_what_they_may_bring(s
     await refused(server, db, errors.Quota, uploads.create(db, "dave", 1, form_bytes=1))
 
 
-async def test_the_quota_tells_when_the_next_upload_expires_and_counts_none_that_has(server, db):
-    """No worker is there, which would erase those that have expired."""
+async def test_an_expired_upload_does_not_count_in_the_quota_and_the_refusal_says_when_the_next_one_expires(server, db):
+    """Here no worker erases expired uploads."""
 
-    async def told() -> int:
+    async def refused_for() -> int:
         with unchanged(server.client), pytest.raises(errors.Quota) as raised:
             await uploads.create(db, "alice", 1, 10)
         assert str(raised.value).startswith("you have")
@@ -431,21 +442,21 @@ async def test_the_quota_tells_when_the_next_upload_expires_and_counts_none_that
         db.clock += 2000
     for _ in range(OPEN_UPLOADS - 2):
         await append(db, (await uploads.create(db, "alice", 1, 10))[0], 0, 1, "0-a")
-    assert await told() == 3600 - 4
+    assert await refused_for() == 3600 - 4
     db.clock += (3600 - 5) * 1000 + 999
-    assert await told() == 1
+    assert await refused_for() == 1
     db.clock += 1
     await uploads.create(db, "alice", 1, 10)
-    assert await told() == 2
+    assert await refused_for() == 2
 
 
-async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_hour(server, db, store):
-    """As when the process that took the form has died: nobody can send the rest of it."""
+async def test_an_upload_without_a_byte_and_a_form_that_stopped_expire_after_an_hour(server, db, store):
+    """A form stops if the process that received it dies. No client can send the rest."""
     begun, _ = await uploads.create(db, "alice", 1, 100)
     await uploads.create(db, "alice", 1, 100)
     form, _ = await uploads.create(db, "alice", 1)
     image = uploads.Appender(db, store, form)
-    for _ in range(3):  # an hour from its last chunk, not from its beginning
+    for _ in range(3):  # the hour begins with the last chunk
         db.clock += HOUR_MS - 1
         assert (await uploads.inspect(db, form)).expired is False
         await image.write(b"BM" + bytes(100))
@@ -459,13 +470,13 @@ async def test_an_upload_without_a_byte_and_a_form_that_stopped_are_kept_for_an_
     assert [entry.name async for entry in store.list("")] == []
 
 
-async def test_a_finished_upload_gives_its_room_back(server, db):
+async def test_a_finished_upload_no_longer_counts_in_the_quota(server, db):
     for _ in range(OPEN_UPLOADS + 2):
         await make_processing(db, "alice")
     assert not server.client.exists(keys.uploads(0, "alice"))
 
 
-async def test_an_upload_expires_a_day_after_its_last_byte_and_is_told_of_for_a_day(server, db, store):
+async def test_an_upload_expires_a_day_after_its_last_byte_and_is_reported_as_expired_for_a_day(server, db, store):
     upload, _ = await uploads.create(db, "alice", 1, 100)
     image = uploads.Appender(db, store, upload, 0, 100)
     await image.write(b"BM" + bytes(48))
@@ -506,13 +517,13 @@ async def test_a_dropped_upload_leaves_nothing(server, db, store):
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", upload))
 
 
-async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_the_outbox(server, db, store):
+async def test_the_outbox_erases_a_dropped_upload_if_the_process_that_dropped_it_died(server, db, store):
     upload, _ = await uploads.create(db, "alice", 1)
     image = uploads.Appender(db, store, upload)
     await image.write(b"BM" + bytes(100))
     await image.commit()
     with pytest.raises(ConnectionError):
-        await uploads.discard(db, Unplugged(), "alice", upload)
+        await uploads.discard(db, Unreachable(), "alice", upload)
     assert await outbox.lease(db, 0) == []
     db.clock += uploads.GRACE_MS
     await outbox.end_upload(db, store, KeptBackups(store).may_name, await leased(db, upload), DAY_MS)
@@ -520,12 +531,14 @@ async def test_an_upload_that_was_dropped_by_a_process_that_died_is_erased_by_th
     assert [entry.name async for entry in store.list("")] == []
 
 
-class Unplugged:
+class Unreachable:
+    """An object store that cannot be reached."""
+
     async def delete(self, names):
         raise ConnectionError
 
 
-async def test_a_post_keeps_its_upload(server, db):
+async def test_an_upload_that_became_a_post_cannot_be_dropped(server, db):
     post = await make_processing(db, "alice")
     upload = server.client.hget(keys.post(post), "upload")
     await refused(server, db, errors.NoUpload, uploads.discard(db, EMPTY, "alice", upload))
