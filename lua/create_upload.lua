@@ -9,7 +9,7 @@
 -- ARGV[2] id              upload id
 -- ARGV[3] owner           user
 -- ARGV[4] reserve         bytes: the upload's length, or the most that a form may bring
--- ARGV[5] form            0|1; 1: the bytes come by a form, which tells its image's length only at its end
+-- ARGV[5] form            0|1; 1: the upload of a form, where the length of the image is known only at its end
 -- ARGV[6] metadata        as the client sent it; may be empty
 -- ARGV[7] expiry_ms       the upload expires this long from now if no chunk comes
 -- ARGV[8] max_bytes       bytes that one upload may have
