@@ -156,7 +156,7 @@ def test_masks_of_any_width_and_place_give_the_highest_bits_of_each_value(monkey
             image = Image.frombytes("RGBA" if bits == 32 else "LA", size, chance.randbytes(37 * 41 * bits // 8))
             with tempfile.TemporaryFile() as file:
                 file.write(bmp(image, bits, bytes, (), 3, masks, size=124 if len(masks) == 4 else 40))
-                shown = pipeline._open(file)
+                shown = pipeline.open_image(file)
                 shown.load()
             assert shown.size == size and len(shown.getbands()) == len(masks)
             for x, y in product((0, 17, 36), range(41)):
@@ -252,7 +252,8 @@ def test_a_profile_is_never_applied_to_pixels_of_another_colour_space(monkeypatc
     whole, display = colours.P3_PROFILE, b"mntr"
     for space in (b"RGB ", b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"YCbr", b"HSV ", b"CMY ", b"3CLR", b"4CLR", b"1CLR"):
         for kind in (display, b"link", b"abst", b"nmcl"):
-            pipeline._to_srgb(Image.new(mode, (8, 8)), whole[:12] + kind + space + whole[20:])
+            profile = whole[:12] + kind + space + whole[20:]
+            pipeline.convert_to_srgb(Image.new(mode, (8, 8)), pipeline.Metadata(1, profile))
     assert applied == [(own[at : at + 4], display) for at in range(0, len(own), 4)]
 
 
@@ -370,7 +371,7 @@ def test_a_png_whose_pixels_are_one_byte_short_is_refused_whatever_its_shape(int
                 with tempfile.TemporaryFile() as file:
                     file.write(png(width, height, depth, kind, data, *palette, interlaced=interlaced))
                     file.flush()
-                    image = pipeline._open(file)
+                    image = pipeline.open_image(file)
                     if wanted:
                         image.load()
                     else:

@@ -1,4 +1,15 @@
-"""Image work: leases what is due, makes the served JPEG, erases what nobody may see again.
+"""Image work: leases posts that are due, creates the JPEG that is served, and erases bytes that may no longer be read.
 
-The only room that imports PIL and RQ's worker. Never imports the API.
+| module | what it does |
+|---|---|
+| `__main__` | the command `imagegram-worker`: starts the dispatcher and the RQ workers (converters) |
+| `dispatcher` | takes due work from the outbox; gives image work to RQ's queue, ends uploads and erases bytes itself |
+| `jobs` | RQ's job: one attempt at one post's image |
+| `sandbox` | runs the pipeline in a process that can do nothing but decode |
+| `pipeline` | the steps from a file to the picture |
+| `jpeg`, `png`, `bmp`, `rle` | readers of the file formats |
+| `colour`, `thumbhash` | ICC profiles; the blurred preview |
+| `errors` | why no picture can be created of an image |
+
+No other package imports PIL, simplejpeg and RQ. This package never imports the API.
 """

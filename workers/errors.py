@@ -1,6 +1,6 @@
-"""Why no picture can be made of an image."""
+"""Why no picture can be created of an image."""
 
-# One sentence for each code. `exhausted` has its own in lua/start_image.lua.
+# One sentence for each code. The code `exhausted` has its sentence in lua/start_image.lua.
 SENTENCES = {
     "wrong_format": "the file is not a PNG, JPEG or BMP image",
     "unsupported": "the file is {what}, which is not supported",
@@ -14,10 +14,13 @@ SENTENCES = {
 
 
 class Unusable(Exception):
-    """A fault that another attempt does not mend.
+    """The image itself is the fault, so another attempt would fail too.
 
-    `code` is for programs, `detail` is a sentence for the author of the post. `cause` is for the log: what the
-    decoding library said, which clients are not shown.
+    | attribute | for | content |
+    |---|---|---|
+    | `code` | programs | a key of SENTENCES |
+    | `detail` | the author of the post | one sentence |
+    | `cause` | the log only; clients never see it | the text of the decoding library, or empty |
     """
 
     def __init__(self, code: str, detail: str, cause: str = ""):
@@ -28,9 +31,15 @@ class Unusable(Exception):
 
 
 def unusable(code: str, cause: str = "", what: str = "", **values: object) -> Unusable:
-    """The fault with the written sentence of its code. `values` fill the sentence's gaps.
+    """Returns the fault with the sentence of `code` from SENTENCES. `values` fill the gaps of the sentence.
 
-    `what` says what is wrong in this image, in written words: in the sentence's gap for it, else behind a colon.
+    `what` names the problem of this image in our own words, never in a library's: clients read it. If the sentence has
+    a gap `{what}`, it goes there. Otherwise it follows the sentence after a colon:
+
+        >>> unusable("undecodable", what="a PNG without pixels").detail
+        'the image is damaged and cannot be decoded: a PNG without pixels'
+
+    Raises KeyError where the code has no sentence, or a gap has no value.
     """
     sentence = SENTENCES[code]
     if what and "{what}" not in sentence:

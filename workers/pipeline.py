@@ -1,20 +1,33 @@
-"""From a file as it came to the picture that is shown: one list of steps.
+"""From an original to the picture that is served, as one list of steps.
 
-Knows no Redis, no store and no HTTP, and bounds neither its memory nor its time: see sandbox.py. Its system calls are
-those that sandbox.py lists: it opens and imports nothing while it decodes, and asks for a file's length by seek.
+| step | image after it |
+|---|---|
+| `open_image` | header read, no pixel decoded; its reader is chosen by the first bytes of the file |
+| `check_size` | the same, or Unusable with too_many_pixels |
+| `decode` | all pixels; JPEG at the smallest of 1/1, 1/2, 1/4 and 1/8 that leaves 1,200 pixels a side |
+| `crop_and_shrink` | the centre square at 600x600 in L, RGB, RGBX, RGBa or CMYK |
+| `turn_upright` | turned by the EXIF orientation |
+| `convert_to_srgb` | RGB, or RGBA if it has transparency |
+| `lay_on_white` | RGB |
+| `encode_jpeg`, `thumbhash` | the two results |
 
-The picture is shrunk before its colours are converted and its alpha is laid on white, although the other
-order reads better: the costly steps then see 600x600 pixels instead of millions. It is shrunk on premultiplied
-alpha, where both orders come to the same, and on the values as encoded, not in linear light, as browsers do.
+The picture is shrunk before its colours are converted and before its alpha is laid on white, although the other order
+reads better. The costly steps then process 600x600 pixels instead of millions. Alpha is premultiplied before shrinking,
+which makes both orders equal. Values are averaged as they are encoded, not in linear light, as browsers do.
+
+This module knows no Redis, no store and no HTTP. It limits neither its memory nor its time: sandbox.py does. It may
+make only the system calls that sandbox.CALLS lists. Therefore it opens and imports nothing while it decodes, and learns
+the length of a file by seeking.
 """
 
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageCms, ImageFile, features
 
@@ -25,17 +38,16 @@ from workers.jpeg import Jpeg
 from workers.png import MAGIC, Png
 from workers.thumbhash import thumbhash
 
-SIDE = 600  # pixels of the picture's sides
-GAP = 2  # shrinking by whole numbers, which is quick, ends at twice SIDE; LANCZOS does the rest
-STRIP = 64  # rows of shrunk image made at once
-Image.MAX_IMAGE_PIXELS = None  # it warns at its value and raises at twice it; _check_size is exact
+SIDE = 600  # pixels of each side of the picture
+GAP = 2  # shrinking by whole numbers is fast; it stops at GAP * SIDE pixels, and LANCZOS does the rest
+STRIP_ROWS = 64  # rows of the shrunk image that are computed at once
+Image.MAX_IMAGE_PIXELS = None  # Pillow warns at this value and raises only at twice the value; check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() loads no other
+Image._initialized = 2  # Pillow's own flag for "all plugins are loaded": save() then loads no other plugin
 
+DECODERS = {MAGIC: Png, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}  # by the first bytes of the file
 
-DECODERS = {MAGIC: Png, b"\xff\xd8\xff": Jpeg, b"BM": Bmp}
-
-# What Pillow raises on bad data. Not MemoryError, and not an OSError that has an errno: those may pass.
+# What Pillow raises on bad data. MemoryError and an OSError with an errno are not here: another attempt may succeed.
 BAD_DATA = (
     OSError,
     SyntaxError,
@@ -53,69 +65,78 @@ BAD_DATA = (
 
 @dataclass(frozen=True)
 class Picture:
-    jpeg: bytes  # 600x600, sRGB
-    thumbhash: bytes  # 24 of them
-    width: int  # of the original, in pixels, as its header says: before it is turned upright
+    """What is served of an image."""
+
+    jpeg: bytes  # 600x600 pixels, sRGB
+    thumbhash: bytes  # 24 bytes
+    width: int  # pixels of the original as its header states them, before it is turned upright
     height: int
     format: str  # of the original: PNG, JPEG or BMP
 
 
-def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
-    """The picture of an image, which may have so many million pixels and so many pixels a side.
+class Metadata(NamedTuple):
+    """What the steps need to know about the original beside its pixels."""
 
-    `file` is one of the file system, because parts of it are mapped.
+    orientation: int  # of EXIF, 1 to 8
+    profile: bytes | None  # ICC profile; None: the file states no colour space
+
+
+def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
+    """Returns the picture of an image that has at most `megapixels` million pixels and `side` pixels a side.
+
+    `file` must be a file of the file system, because parts of it are mapped into memory.
 
     Raises Unusable with wrong_format, unsupported, too_many_pixels, too_many_scans, too_costly, truncated or
-    undecodable.
+    undecodable. Raises MemoryError, and OSError with an errno where reading the file fails.
     """
-    image = _open(file)
-    width, height = image.size
-    _check_size(width, height, megapixels, side)
-    _decode(image)
-    turn, profile = _orientation(image.info.get("exif", b"")), image.info.get("icc_profile")
-    picture = _cover(image)
-    picture = _upright(picture, turn)
-    picture = _to_srgb(picture, profile)
-    picture = _on_white(picture)
-    return Picture(_jpeg(picture), thumbhash(picture), width, height, image.format)
+    original = open_image(file)
+    width, height = original.size
+    check_size(width, height, megapixels, side)
+    metadata = Metadata(_orientation(original.info.get("exif", b"")), original.info.get("icc_profile"))
+    image: Image.Image = original
+    for step in STEPS:
+        image = step(image, metadata)
+    return Picture(encode_jpeg(image), thumbhash(image), width, height, original.format)
 
 
 def require_colour_management() -> None:
-    """Raise SystemExit where Pillow was built without liblcms2, as it silently is where the headers lack."""
+    """Raises SystemExit where Pillow was built without liblcms2.
+
+    Pillow's build leaves it out without a message where its headers are missing.
+    """
     if not features.check("littlecms2"):
         raise SystemExit(
             "Pillow was built without liblcms2: colours of Display P3, Adobe RGB and CMYK would be wrong"
         )
 
 
-def _open(file: BinaryIO) -> ImageFile.ImageFile:
-    """The image with its header read, and no pixel decoded."""
+# Steps before pixels are decoded
+
+
+def open_image(file: BinaryIO) -> ImageFile.ImageFile:
+    """Reads the header. Decodes no pixel.
+
+    Raises Unusable with wrong_format, unsupported, too_costly, truncated or undecodable.
+    """
     file.seek(0)
     head = file.read(8)
     file.seek(0)
     for magic, decoder in DECODERS.items():
         if head.startswith(magic):
-            return _permanent(decoder, file)
+            return _call_decoder(decoder, file)
     raise unusable("wrong_format")
 
 
-def _check_size(width: int, height: int, megapixels: int, side: int) -> None:
+def check_size(width: int, height: int, megapixels: int, side: int) -> None:
+    """Raises Unusable with too_many_pixels."""
     if max(width, height) > side or width * height > megapixels * 1_000_000:
         raise unusable("too_many_pixels", width=width, height=height, megapixels=megapixels, side=side)
 
 
-
-
-def _decode(image: ImageFile.ImageFile) -> None:
-    """All pixels. JPEG decodes to a half, quarter or eighth: the smallest that still leaves GAP."""
-    image.draft(None, (GAP * SIDE, GAP * SIDE))
-    _permanent(image.load)
-
-
-def _permanent(read, *given):
-    """What `read` returns; where it finds bad data, Unusable."""
+def _call_decoder(call: Callable, *arguments):
+    """Returns what `call` returns. Raises Unusable where `call` finds bad data."""
     try:
-        return read(*given)
+        return call(*arguments)
     except BAD_DATA as fault:
         if isinstance(fault, OSError) and fault.errno is not None:  # the disk's fault, not the file's
             raise
@@ -124,7 +145,7 @@ def _permanent(read, *given):
 
 
 def _orientation(exif: bytes) -> int:
-    """EXIF tag 0x0112 in IFD0 (TIFF 6.0, section 2), 1 to 8; 1 where it is missing or of no use."""
+    """Returns the EXIF orientation, 1 to 8: tag 0x0112 in IFD0 (TIFF 6.0, section 2). 1 if it is missing or broken."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     try:
@@ -139,22 +160,37 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-SPACES = {"L": b"GRAY", "RGB": b"RGB ", "RGBX": b"RGB ", "CMYK": b"CMYK"}  # of profiles, by mode
+# Steps of pixels: each takes the image of the step before and the original's metadata, and returns the next image
 
 
-def _cover(image: Image.Image) -> Image.Image:
-    """The centre square at 600x600, in L, RGB, RGBX, RGBa or CMYK."""
+def decode(image: ImageFile.ImageFile, _metadata: Metadata) -> Image.Image:
+    """Decodes all pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 where that still leaves GAP * SIDE pixels a side.
+
+    Raises Unusable with too_many_scans, truncated or undecodable.
+    """
+    image.draft(None, (GAP * SIDE, GAP * SIDE))
+    _call_decoder(image.load)
+    return image
+
+
+PROFILE_SPACES = {"L": b"GRAY", "RGB": b"RGB ", "RGBX": b"RGB ", "CMYK": b"CMYK"}  # ICC colour space by Pillow's mode
+
+
+def crop_and_shrink(image: Image.Image, _metadata: Metadata) -> Image.Image:
+    """Returns the centre square at 600x600, in L, RGB, RGBX, RGBa or CMYK."""
     side = min(image.size)
     x, y = ((length - side) / 2 for length in image.size)
-    if side >= SIDE and image.mode in SPACES and not image.has_transparency_data:
+    if side >= SIDE and image.mode in PROFILE_SPACES and not image.has_transparency_data:
         return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (x, y, x + side, y + side), reducing_gap=GAP)
-    # The same by hand. The values are made fit for shrinking strip for strip: at once, a large image's copies would
-    # take twice the memory of the image itself. And enlarging, LANCZOS would let in what lies beside the square.
+    # The same, without Pillow's resize() of the whole image, for two reasons. First, the values must be made ready for
+    # shrinking, and the copies of a large image would take twice the memory of the image itself; so this goes strip by
+    # strip. Second, when an image is enlarged, LANCZOS would mix in pixels from outside of the square.
     factor = max(1, side // (GAP * SIDE))
     left, top, right, bottom = floor(x), floor(y), ceil(x + side), ceil(y + side)
     small = None
-    for start in range(top, bottom, STRIP * factor):
-        strip = _ready(image.crop((left, start, right, min(start + STRIP * factor, bottom)))).reduce(factor)
+    for start in range(top, bottom, STRIP_ROWS * factor):
+        strip = _ready_to_shrink(image.crop((left, start, right, min(start + STRIP_ROWS * factor, bottom))))
+        strip = strip.reduce(factor)
         if small is None:
             small = Image.new(strip.mode, (strip.width, ceil((bottom - top) / factor)))
         small.paste(strip, (0, (start - top) // factor))
@@ -162,17 +198,23 @@ def _cover(image: Image.Image) -> Image.Image:
     return small.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box)
 
 
-def _ready(image: Image.Image) -> Image.Image:
-    """In L, RGB, RGBX, RGBa or CMYK. RGBa is premultiplied: shrinking RGBA would mix in what is invisible."""
+def _ready_to_shrink(image: Image.Image) -> Image.Image:
+    """Returns the image in L, RGB, RGBX, RGBa or CMYK.
+
+    RGBa is RGBA with premultiplied alpha. Shrinking RGBA itself would mix the colours of invisible pixels in.
+    """
     if image.mode == "I;16":
-        image = _narrowed(image)
+        image = _grey_of_8_bits(image)
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     return image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode))
 
 
-def _narrowed(image: Image.Image) -> Image.Image:
-    """16 bits of grey as 8, in L or LA. convert() alone would cut: all but black would turn white."""
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """Returns 16 bits of grey as L or LA.
+
+    Pillow's convert() would not scale: it clips every value above 255, so all but the darkest pixels turn white.
+    """
     key = image.info.pop("transparency", None)
     grey = image.point(lambda value: value / 257 + 0.5).convert("L")
     if key is not None:
@@ -180,7 +222,7 @@ def _narrowed(image: Image.Image) -> Image.Image:
     return grey
 
 
-UPRIGHT = {
+UPRIGHT = {  # what turns an image of this EXIF orientation upright (EXIF 2.32, table 6)
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,28 +234,34 @@ UPRIGHT = {
 }
 
 
-def _upright(image: Image.Image, turn: int) -> Image.Image:
-    return image if turn == 1 else image.transpose(UPRIGHT[turn])
+def turn_upright(image: Image.Image, metadata: Metadata) -> Image.Image:
+    """Turns or mirrors the image as its EXIF orientation says."""
+    turn = UPRIGHT[metadata.orientation]
+    return image if turn is None else image.transpose(turn)
 
 
 SRGB = ImageCms.createProfile("sRGB")
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """In RGB or RGBA. A profile of another colour space than the image's, too large or broken is as none."""
-    alpha = None
+def convert_to_srgb(image: Image.Image, metadata: Metadata) -> Image.Image:
+    """Returns the image in RGB or RGBA, with the values of sRGB.
+
+    A profile that is too large, broken or made for another colour space than the image's is ignored.
+    """
+    alpha, profile = None, metadata.profile
     if image.mode == "RGBa":
         image = image.convert("RGBA")
-        alpha, image = image.getchannel("A"), image.convert("RGB")
-        if colour.fits(profile, b"GRAY"):  # only a grey PNG brings one here
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+        if colour.fits(profile, b"GRAY"):  # only a grey PNG brings such a profile here
             image = image.convert("L")
-    if colour.fits(profile, SPACES[image.mode]):
+    if colour.fits(profile, PROFILE_SPACES[image.mode]):
         with suppress(ImageCms.PyCMSError, OSError):
             image = ImageCms.profileToProfile(
                 image,
                 ImageCms.ImageCmsProfile(io.BytesIO(profile)),
                 SRGB,
-                # As print programs do: colours in gamut stay exact, and the ink's black becomes the screen's.
+                # As print programs do: colours in gamut stay exact, and the ink's black becomes the screen's black.
                 renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
                 outputMode="RGB",
                 flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
@@ -224,7 +272,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def lay_on_white(image: Image.Image, _metadata: Metadata) -> Image.Image:
+    """Returns the image in RGB, on a white background if it has transparency."""
     if image.mode == "RGB":
         return image
     white = Image.new("RGB", image.size, "white")
@@ -232,12 +281,23 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    """Without metadata. It needs no profile: an image that states nothing is sRGB (CSS Color 4)."""
-    out = io.BytesIO()
+STEPS = (decode, crop_and_shrink, turn_upright, convert_to_srgb, lay_on_white)
+
+
+# Results
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Returns the JPEG without metadata.
+
+    It needs no colour profile: browsers take an image without one as sRGB (CSS Color 4).
+    """
+    file = io.BytesIO()
     image.info.clear()  # save() would write a comment that came with the original
-    # Made for slow connections. Of the portrait in `make bench-images`, quality 90 is 44 % larger, and nearer
-    # by a mean of 0.3 (CIEDE2000; eyes tell 1 apart); whole colour is 18 % larger, and nearer by 0.2; progressive and
-    # optimised together 5 % smaller, and something shows early.
-    image.save(out, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
-    return out.getvalue()
+    # The settings are for slow connections. Measured with the portrait of `make bench-images`; differences are means in
+    # CIEDE2000, of which the eye can see 1:
+    #   quality 90                  44 % larger, nearer to the original by 0.3
+    #   4:4:4 instead of 4:2:0      18 % larger, nearer to the original by 0.2
+    #   progressive and optimised   together 5 % smaller, and a browser shows something early
+    image.save(file, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
+    return file.getvalue()
