@@ -65,10 +65,10 @@ def test_an_image_made_to_harm_ends_as_it_should(name, tmp_path):
         "PNG of 30,001 x 1": "the image has 30001 x 1 pixels; at most 100 million pixels and 30000 pixels a side are "
         "accepted",
         "JPEG of 1,000 scans": "the JPEG has 1000 scans; at most 100 are accepted",
-        "BMP of 100 megapixels and no pixel": "the file ends before the image is complete: 0 of the 300000000"
-        " bytes of pixels are there",
+        "BMP of 100 megapixels and no pixel": "the file ends before the image is complete: the file has 0 of the"
+        " 300000000 bytes of pixels",
         "PNG with a wrong sum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is"
-        " damaged: its sum is wrong",
+        " damaged: its checksum is wrong",
     }.items(),
 )
 def test_a_fault_has_the_written_sentence(name, detail, tmp_path):

@@ -145,7 +145,7 @@ def test_rows_that_run_lengths_leave_out_are_of_the_first_colour():
 
 def test_masks_of_any_width_and_place_give_the_highest_bits_of_each_value(monkeypatch):
     """Of random pixels, in strips of a few rows, against the definition: a value's share of its mask's range."""
-    monkeypatch.setattr(bmp_module, "STRIP", 1000)
+    monkeypatch.setattr(bmp_module, "STRIP_BYTES", 1000)
     chance = random.Random(1)
     for bits in (16, 32):
         for _ in range(30):
@@ -212,14 +212,14 @@ REFUSED_BMPS = {
     "RLE8 of 4 bits": (bmp_of(4, 1), "undecodable: a BMP of compression 1 and 4 bits a pixel"),
     "masks of 8 bits": (bmp_of(8, 3), "undecodable: a BMP of compression 3 and 8 bits a pixel"),
     "compression 99": (bmp_of(24, 99), "undecodable: a BMP of compression 99 and 24 bits a pixel"),
-    "a header of 66": (bmp_of(24, 0, 66), "undecodable: a BMP header of 66 bytes; they have 12, 16 to 64,"),
+    "a header of 66": (bmp_of(24, 0, 66), "undecodable: a BMP header of 66 bytes; there are headers of 12, "),
     "overlap": (bmp_of(16, 3, 40, 64, (0xF800, 0xFE0, 31)), "undecodable: colour masks f800 fe0 1f 0 that"),
     "gaps": (bmp_of(32, 3, 40, 64, (0xF0F, 0xF0, 0)), "undecodable: colour masks f0f f0 0 0 that overlap, have"),
     "wide": (bmp_of(16, 3, 40, 64, (31, 0x3E0, 0x1FC00)), "undecodable: colour masks 1f 3e0 1fc00 0 that over"),
     "24 with masks": (bmp_of(24, 3, 40, 64, (255, 0xFF00, 0xFF0000)), "undecodable: a BMP of 24 bits with the"),
     "no width": (bmp_of(24, width=0), "undecodable: a BMP of 0 x 48 pixels"),
     "negative width": (bmp_of(24, width=-64), "undecodable: a BMP of -64 x 48 pixels"),
-    "cut pixels": (bmp_of(24, more=bytes(100)), "truncated: 100 of the 9216 bytes of pixels are there"),
+    "cut pixels": (bmp_of(24, more=bytes(100)), "truncated: the file has 100 of the 9216 bytes of pixels"),
     "cut header": (bmp_of(24)[:40], "truncated: a BMP of 40 bytes ends in its header of 40 bytes"),
     "cut at once": (b"BM123", "truncated: a BMP of 5 bytes ends in its header"),
     "cut masks": (bmp_of(16, 3)[:60], "truncated: a BMP of 60 bytes ends in its colour masks"),
@@ -270,7 +270,7 @@ def test_what_is_wrong_with_an_ancillary_chunk_costs_only_what_it_says(name):
             assert convert(whole[:33] + one + whole[33:]).jpeg == plain
             assert convert(whole[:end] + one + whole[end:]).jpeg == plain
     cut = whole[:33] + struct.pack(">I", 2**31) + name + whole[33:]
-    with pytest.raises(errors.Unusable, match=f"truncated: .* bytes of its {name.decode()} chunk are there"):
+    with pytest.raises(errors.Unusable, match=f"truncated: .* the file has .* bytes of its {name.decode()} chunk"):
         convert(cut)
 
 
@@ -320,16 +320,25 @@ REFUSED_PNGS = {
     "too wide": (header(0, 0x80), "undecodable: a PNG of 2147483712 x 48 pixels"),
     "header of 12": (PLAIN[:8] + chunk(b"IHDR", bytes(12)) + PLAIN[33:], "undecodable: an IHDR chunk of 12 bytes; it"),
     "two headers": (PLAIN[:33] + PLAIN[8:], "undecodable: a PNG with two IHDR chunks"),
-    "another chunk first": (PLAIN[:8] + chunk(b"CgBI", b"") + PLAIN[8:], "undecodable: at byte 8 is no IHDR chunk"),
+    "another chunk first": (
+        PLAIN[:8] + chunk(b"CgBI", b"") + PLAIN[8:],
+        "undecodable: there is no IHDR chunk at byte 8",
+    ),
     "unknown critical": (PLAIN[:33] + chunk(b"ABCD", b"") + PLAIN[33:], "undecodable: a critical chunk ABCD, which"),
-    "no chunk": (PLAIN[:33] + bytes(20) + PLAIN[33:], "undecodable: at byte 33 is no chunk"),
-    "damaged IHDR": (flipped(PLAIN, b"IHDR"), "undecodable: the IHDR chunk at byte 8 is damaged: its sum is wrong"),
+    "no chunk": (PLAIN[:33] + bytes(20) + PLAIN[33:], "undecodable: there is no chunk at byte 33"),
+    "damaged IHDR": (
+        flipped(PLAIN, b"IHDR"),
+        "undecodable: the IHDR chunk at byte 8 is damaged: its checksum is wrong",
+    ),
     "damaged PLTE": (flipped(indexed(PLTE), b"PLTE"), "undecodable: the PLTE chunk at byte 33 is damaged"),
-    "damaged IDAT": (flipped(PLAIN, b"IDAT"), "undecodable: the IDAT chunk at byte 33 is damaged: its sum is wrong"),
+    "damaged IDAT": (
+        flipped(PLAIN, b"IDAT"),
+        "undecodable: the IDAT chunk at byte 33 is damaged: its checksum is wrong",
+    ),
     "damaged IEND": (flipped(PLAIN, b"IEND"), f"undecodable: the IEND chunk at byte {len(PLAIN) - 12} is damaged"),
     "no pixels": (PLAIN[:33] + PLAIN[-12:], "undecodable: a PNG without pixels: it has no IDAT chunk"),
     "no end": (PLAIN[:-12], f"truncated: a PNG that ends after {len(PLAIN) - 12} bytes, without its IEND chunk"),
-    "cut": (PLAIN[:60], f"truncated: 19 of the {len(IDAT) - 12} bytes of its IDAT chunk are there"),
+    "cut": (PLAIN[:60], f"truncated: the file has 19 of the {len(IDAT) - 12} bytes of its IDAT chunk"),
     "pixels cut": (PLAIN[:33] + chunk(b"IDAT", IDAT[8:60]) + PLAIN[-12:], "truncated: the compressed pixels end"),
     "rows too few": (png(64, 48, 8, 2, rows(card(64, 24))), "truncated: the pixels inflate to 4632 of 9264 bytes"),
     "no zlib": (PLAIN[:33] + chunk(b"IDAT", bytes(99)) + PLAIN[-12:], "undecodable: the compressed pixels are damaged"),

@@ -1,7 +1,8 @@
-"""PNG: chunks, palettes, transparency and colour spaces. Section numbers are of the PNG specification, 3rd edition.
+"""Reads PNG files: chunks, palettes, transparency and colour spaces.
 
-Pillow's reader refuses a file with a damaged chunk of text, accepts one with an unknown compression method, and knows
-neither cICP nor a transparent colour of 16 bits. Its decoder is used here, and sees nothing but the pixels.
+Section numbers are of the PNG specification, third edition. Pillow's reader is not used, because it refuses a file for
+a damaged text chunk, accepts an unknown compression method, and supports neither cICP nor a transparent colour of 16
+bits. Pillow's decoder is used for the pixels, and gets nothing else of the file.
 """
 
 import struct
@@ -17,16 +18,16 @@ from workers.errors import unusable
 MAGIC = b"\x89PNG\r\n\x1a\n"
 CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 COLOUR = (b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
-ANCILLARY = (*COLOUR, b"tRNS", b"eXIf")  # those that a picture depends on; the others are passed over unread
+ANCILLARY = (*COLOUR, b"tRNS", b"eXIf")  # the ancillary chunks that change the picture; all others are not read
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types
-MODES = {  # Pillow's mode and raw mode for a colour type and its bits (11.2.1)
+MODES = {  # Pillow's mode and raw mode by colour type and bit depth (11.2.1)
     (GREY, 1): ("1", "1"),
     (GREY, 2): ("L", "L;2"),
     (GREY, 4): ("L", "L;4"),
     (GREY, 8): ("L", "L"),
     (GREY, 16): ("I;16", "I;16B"),
     (RGB, 8): ("RGB", "RGB"),
-    (RGB, 16): ("RGB", "RGB;16B"),  # the high byte of each value
+    (RGB, 16): ("RGB", "RGB;16B"),  # the high byte of each sample
     (PALETTE, 1): ("P", "P;1"),
     (PALETTE, 2): ("P", "P;2"),
     (PALETTE, 4): ("P", "P;4"),
@@ -36,59 +37,67 @@ MODES = {  # Pillow's mode and raw mode for a colour type and its bits (11.2.1)
     (RGB_ALPHA, 8): ("RGBA", "RGBA"),
     (RGB_ALPHA, 16): ("RGBA", "RGBA;16B"),
 }
-LOW = "RGB;16L"  # Pillow's raw mode for the low byte of each value, as it is the high one of a file of the other order
-# Chunks of a file. Encoders put 8 KiB into each and some put 256 bytes, of which 100 MiB are 400,000 chunks. Without a
-# limit, 8 million empty ones take 27 s.
+# Pillow's raw mode for the low byte of each sample of a big-endian file. Its name is that of the little-endian format,
+# in which the byte at this place is the high one.
+LOW_BYTES = "RGB;16L"
+# Most chunks of a file. Encoders put 8 KiB into each chunk; some put 256 bytes, which makes 400,000 chunks of 100 MiB.
+# Without a limit, 8 million empty chunks take 27 s.
 CHUNKS = 500_000
-ROWS = 64  # compared with a transparent colour at once
-SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}  # of a pixel
-# Of each pass the first column and row, and the steps to the next (8.1). The last is all of each second row.
+STRIP_ROWS = 64  # rows that are compared with a transparent colour at once
+SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}  # per pixel, by colour type
+# The passes of interlacing (8.1): first column, first row, column step, row step. The last pass is every second row.
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-BLOCK = 8192  # bytes inflated at once; they become at most 1,032 times as many
-UNSET = (90, 165, 91, 164)  # values of a pixel that is not decoded yet
+BLOCK = 8192  # bytes that are inflated at once; deflate makes at most 1,032 times as many of them
+UNSET = (90, 165, 91, 164)  # marks the last pixel before decoding: one value for each band
 
 
 class Png(ImageFile.ImageFile):
-    """The image of a PNG file; of an animated one the default image.
+    """The image of a PNG file; of an animated PNG the default image.
 
-    Raises Unusable with undecodable, truncated or too_costly.
+    The file must be a file of the file system. Walks all chunks and checks the critical ones before it decodes a pixel.
+    A damaged ancillary chunk is ignored, and nothing else is lost (13.1).
 
-    All chunks are walked and the critical ones checked before a pixel is decoded. What is wrong with an ancillary
-    chunk costs only what that chunk says (13.1).
+    Raises Unusable: the constructor with undecodable, truncated or too_costly, load() with undecodable or truncated.
     """
 
     format = "PNG"
     format_description = "Portable network graphics"
 
     def _open(self) -> None:
-        # mmap would ask fstat(2) for the length, which the sandbox denies.
+        # Without a length, mmap would call newfstatat(2), which the sandbox denies.
         self._data = mmap(self.fp.fileno(), self.fp.seek(0, 2), access=ACCESS_READ)
-        kept, start = _kept(self._data)
-        width, height, depth, kind, compression, filtering, interlace = struct.unpack(">IIBBBBB", kept[b"IHDR"])
+        chunks, idat_start = _read_chunks(self._data)
+        header = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+        width, height, depth, colour_type, compression, filtering, interlace = header
         if not (0 < width < 2**31 and 0 < height < 2**31):
             raise unusable("undecodable", what=f"a PNG of {width} x {height} pixels")
-        if (kind, depth) not in MODES:
-            raise unusable("undecodable", what=f"a PNG of colour type {kind} with {depth} bits; there is no such kind")
-        methods = ("compression", compression, 0), ("filter", filtering, 0), ("interlace", interlace, 1)
-        for what, method, most in methods:
-            if method > most:
-                raise unusable("undecodable", what=f"a PNG of {what} method {method}, which is unknown")
+        if (colour_type, depth) not in MODES:
+            what = f"a PNG of colour type {colour_type} with {depth} bits; there is no such kind"
+            raise unusable("undecodable", what=what)
+        for field, method, highest in (
+            ("compression", compression, 0),
+            ("filter", filtering, 0),
+            ("interlace", interlace, 1),
+        ):
+            if method > highest:
+                raise unusable("undecodable", what=f"a PNG of {field} method {method}, which is unknown")
         self._size = width, height
-        self._mode, raw = MODES[kind, depth]
+        self._mode, raw_mode = MODES[colour_type, depth]
         self._wide_key = None
         self._passes = ADAM7 if interlace else ((0, 0, 1, 1),)
-        self._bits = depth * SAMPLES[kind]
+        self._pixel_bits = depth * SAMPLES[colour_type]
         if interlace:
             self.decoderconfig = (1,)
-        if kind == PALETTE:
-            self._palette(kept.get(b"PLTE", b""), kept.get(b"tRNS", b""))
+        if colour_type == PALETTE:
+            self._set_palette(chunks.get(b"PLTE", b""), chunks.get(b"tRNS", b""))
         else:
-            self._key(kept.get(b"tRNS", b""), kind, depth)
-        self.info["exif"] = kept.get(b"eXIf", b"")
-        self.info["icc_profile"] = _profile(kept, kind in (GREY, GREY_ALPHA))
-        self.tile = [ImageFile._Tile("zip", (0, 0, width, height), start, raw)]
+            self._set_transparent_colour(chunks.get(b"tRNS", b""), colour_type, depth)
+        self.info["exif"] = chunks.get(b"eXIf", b"")
+        self.info["icc_profile"] = _profile(chunks, colour_type in (GREY, GREY_ALPHA))
+        self.tile = [ImageFile._Tile("zip", (0, 0, width, height), idat_start, raw_mode)]
 
-    def _palette(self, palette: bytes, alphas: bytes) -> None:
+    def _set_palette(self, palette: bytes, alphas: bytes) -> None:
+        """Takes PLTE (11.2.2) and tRNS (11.3.1.1)."""
         count = len(palette) // 3
         if not palette:
             raise unusable("undecodable", what="a PNG with palette colours, and without a palette")
@@ -97,24 +106,25 @@ class Png(ImageFile.ImageFile):
             raise unusable("undecodable", what=what)
         if len(alphas) > count:
             raise unusable("undecodable", what=f"transparency of {len(alphas)} colours for a palette of {count}")
-        self.palette = ImagePalette.raw("RGB", palette.ljust(768, b"\0"))  # indices beyond are black (13.1)
+        self.palette = ImagePalette.raw("RGB", palette.ljust(768, b"\0"))  # an index beyond it is black (13.1)
         if alphas:
             self.info["transparency"] = alphas
 
-    def _key(self, key: bytes, kind: int, depth: int) -> None:
-        """The colour that is transparent, in the values of the decoded image (11.3.1.1)."""
-        most = (1 << depth) - 1
-        if kind == GREY and len(key) == 2:
+    def _set_transparent_colour(self, key: bytes, colour_type: int, depth: int) -> None:
+        """Takes tRNS (11.3.1.1): the one colour that is transparent, as a value of the decoded image."""
+        highest = (1 << depth) - 1
+        if colour_type == GREY and len(key) == 2:
             (level,) = struct.unpack(">H", key)
-            # 16 bits stay as they are in the decoded image, and fewer become 8.
-            self.info["transparency"] = level if depth == 16 else (level & most) * 255 // most
-        if kind == RGB and len(key) == 6:
+            # The decoded image has 16 bits unscaled. Fewer bits are scaled to 8.
+            self.info["transparency"] = level if depth == 16 else (level & highest) * 255 // highest
+        if colour_type == RGB and len(key) == 6:
             if depth == 16:
                 self._wide_key = key
             else:
-                self.info["transparency"] = tuple(level & most for level in struct.unpack(">3H", key))
+                self.info["transparency"] = tuple(level & highest for level in struct.unpack(">3H", key))
 
     def load(self):
+        """Decodes all pixels."""
         try:
             return self._load_twice() if self.tile and self._wide_key else super().load()
         except (OSError, zlib.error) as fault:
@@ -123,94 +133,111 @@ class Png(ImageFile.ImageFile):
             raise unusable("undecodable", what="the compressed pixels are damaged") from fault
 
     def _load_twice(self):
-        """A transparent colour of 16 bits costs a second pass: Pillow decodes RGB to 8 bits, high or low ones."""
+        """Decodes RGB with a transparent colour of 16 bits in two passes.
+
+        Pillow decodes 16 bits to 8, either the low or the high bytes. A pixel is transparent where both are the key's.
+        """
         file, (tile,) = self.fp, self.tile
-        self.tile = [tile._replace(args=LOW)]
+        self.tile = [tile._replace(args=LOW_BYTES)]
         super().load()
-        seen = _differing(self, self._wide_key[1::2])
-        self._im = None  # so that only one of the two takes memory
+        opaque = _mask_of_other_colours(self, self._wide_key[1::2])
+        self._im = None  # so that only one of the two images takes memory
         self.fp, self.tile = file, [tile]
         super().load()
-        self.putalpha(ImageChops.lighter(seen, _differing(self, self._wide_key[::2])))
+        self.putalpha(ImageChops.lighter(opaque, _mask_of_other_colours(self, self._wide_key[::2])))
         return super().load()
 
     def load_prepare(self) -> None:
-        """Mark the pixel that is decoded last: Pillow leaves the rest black where the compressed data is too short."""
+        """Marks the pixel that is decoded last. Pillow would leave pixels black where the compressed data is short."""
         super().load_prepare()
         x, y, dx, dy = [one for one in self._passes if one[0] < self.width and one[1] < self.height][-1]
         self._last = (x + (self.width - 1 - x) // dx * dx, y + (self.height - 1 - y) // dy * dy)
         bands = len(self.getbands())
         self.im.putpixel(self._last, UNSET[0] if bands == 1 else UNSET[:bands])
-        self._unset, self._start = self.im.getpixel(self._last), self.tile[0].offset
+        self._mark = self.im.getpixel(self._last)
+        self._idat_start = self.tile[0].offset
 
     def load_end(self) -> None:
-        """Where the mark is still there, which a pixel may have too, count what the data inflates to."""
-        if self.im.getpixel(self._last) != self._unset:
+        """Checks that the pixel data is complete. Raises Unusable with truncated.
+
+        If the marked pixel has changed, all pixels were decoded. Otherwise it may really have the mark's value, so this
+        counts to how many bytes the data inflates.
+        """
+        if self.im.getpixel(self._last) != self._mark:
             return
         needed = 0
         for x, y, dx, dy in self._passes:
-            columns, rows = -(-(self.width - x) // dx), -(-(self.height - y) // dy)
-            needed += rows * (1 + -(-columns * self._bits // 8)) if columns > 0 and rows > 0 else 0
-        self.load_seek(self._start)
-        inflater, there = zlib.decompressobj(), 0
-        while there < needed and not inflater.eof:
-            there += len(inflater.decompress(self.load_read(BLOCK)))
-        if there < needed:
-            raise unusable("truncated", what=f"the pixels inflate to {there} of {needed} bytes")
+            columns = -(-(self.width - x) // dx)
+            rows = -(-(self.height - y) // dy)
+            needed += rows * (1 + -(-columns * self._pixel_bits // 8)) if columns > 0 and rows > 0 else 0
+        self.load_seek(self._idat_start)
+        inflater = zlib.decompressobj()
+        inflated = 0
+        while inflated < needed and not inflater.eof:
+            inflated += len(inflater.decompress(self.load_read(BLOCK)))
+        if inflated < needed:
+            raise unusable("truncated", what=f"the pixels inflate to {inflated} of {needed} bytes")
 
     def load_seek(self, at: int) -> None:
-        """Go to the chunk that begins at `at`."""
+        """Goes to the chunk that begins at byte `at` of the file. Pillow calls it before it decodes."""
         self._at, self._left = at, 0
 
     def load_read(self, size: int) -> bytes:
-        """Up to so many of the next compressed bytes, out of as many IDAT chunks as it takes."""
+        """Returns up to `size` of the next compressed bytes, from as many IDAT chunks as needed. Pillow calls it.
+
+        Raises Unusable with truncated where there are no more.
+        """
         parts = []
         while size:
             if not self._left:
                 length, name = struct.unpack_from(">I4s", self._data, self._at)
                 if name != b"IDAT":
                     break
-                self._at, self._left = self._at + 8, length
+                self._at += 8
+                self._left = length
             part = self._data[self._at : self._at + min(size, self._left)]
             parts.append(part)
             size -= len(part)
             self._left -= len(part)
-            self._at += len(part) + (0 if self._left else 4)  # behind a chunk is its sum
+            self._at += len(part) + (0 if self._left else 4)  # behind a chunk's data are 4 bytes of CRC
         if not any(parts):
             raise unusable("truncated", what="the compressed pixels end before the last row")
         return b"".join(parts)
 
 
-def _kept(data: mmap) -> tuple[dict[bytes, bytes], int]:
-    """The chunks that decoding needs, the first of each kind, and where the first of IDAT begins.
+def _read_chunks(data: mmap) -> tuple[dict[bytes, bytes], int]:
+    """Returns the data of the chunks that decoding needs, by name, and the byte where the first IDAT chunk begins.
 
-    Chunks in a place where they are not allowed (5.6) are left out.
+    Of several chunks with one name the first counts. A chunk in a place where it is not allowed (5.6) is left out.
     """
-    kept, pixels = {}, 0
-    for name, start, end in _walked(data):
-        if name in (b"IHDR", b"PLTE") and name in kept:
+    chunks: dict[bytes, bytes] = {}
+    idat_start = 0
+    for name, start, end in _walk_chunks(data):
+        if name in (b"IHDR", b"PLTE") and name in chunks:
             raise unusable("undecodable", what=f"a PNG with two {name.decode()} chunks")
         if name == b"IHDR" and end - start != 13:
             raise unusable("undecodable", what=f"an IHDR chunk of {end - start} bytes; it has 13")
         if name == b"IDAT":
-            pixels = pixels or start - 8
-        late = pixels if name != b"eXIf" else 0  # some programs write it last
+            idat_start = idat_start or start - 8
+        too_late = bool(idat_start) and name != b"eXIf"  # some programs write eXIf last
         if name in COLOUR:
-            late = late or b"PLTE" in kept
-        early = name == b"tRNS" and kept[b"IHDR"][9] == PALETTE and b"PLTE" not in kept
-        if not late and not early and name not in kept:
-            kept[name] = data[start:end]
-    if not pixels:
+            too_late = too_late or b"PLTE" in chunks
+        too_early = name == b"tRNS" and chunks[b"IHDR"][9] == PALETTE and b"PLTE" not in chunks
+        if not too_late and not too_early and name not in chunks:
+            chunks[name] = data[start:end]
+    if not idat_start:
         raise unusable("undecodable", what="a PNG without pixels: it has no IDAT chunk")
-    return kept, pixels
+    return chunks, idat_start
 
 
-def _walked(data: mmap) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the data of each chunk that is wanted: critical ones, and ancillary ones with a right sum.
+def _walk_chunks(data: mmap) -> Iterator[tuple[bytes, int, int]]:
+    """Yields name, start and end of the data of every critical chunk, and of those in ANCILLARY whose CRC is right.
 
-    Raises Unusable where a critical chunk or the order of bytes is damaged, and with too_costly for too many chunks.
+    Raises Unusable with undecodable or truncated where a critical chunk or the sequence of chunks is damaged, and with
+    too_costly where there are more than CHUNKS.
     """
-    at, name, view, count = len(MAGIC), b"", memoryview(data), 0
+    at, name, count = len(MAGIC), b"", 0
+    view = memoryview(data)
     while name != b"IEND":
         count += 1
         if count > CHUNKS:
@@ -219,56 +246,59 @@ def _walked(data: mmap) -> Iterator[tuple[bytes, int, int]]:
             raise unusable("truncated", what=f"a PNG that ends after {len(data)} bytes, without its IEND chunk")
         size, name = struct.unpack_from(">I4s", data, at)
         start, end = at + 8, at + 8 + size
-        critical = not name[0] & 0x20  # 5.4
+        critical = not name[0] & 0x20  # bit 5 of the first letter (5.4)
         if not name.isalpha() or (at == len(MAGIC) and name != b"IHDR"):
-            raise unusable("undecodable", what=f"at byte {at} is no {'IHDR ' if at == len(MAGIC) else ''}chunk")
+            raise unusable("undecodable", what=f"there is no {'IHDR ' if at == len(MAGIC) else ''}chunk at byte {at}")
         if critical and name not in CRITICAL:
             raise unusable("undecodable", what=f"a critical chunk {name.decode()}, which is unknown")
         if end + 4 > len(data):
-            there = max(0, len(data) - start)
-            name = name.decode()
-            raise unusable("truncated", what=f"{there} of the {size} bytes of its {name} chunk are there")
+            present = max(0, len(data) - start)
+            what = f"the file has {present} of the {size} bytes of its {name.decode()} chunk"
+            raise unusable("truncated", what=what)
         if critical or name in ANCILLARY:
-            whole = zlib.crc32(view[at + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
-            if critical and not whole:
-                what = f"the {name.decode()} chunk at byte {at} is damaged: its sum is wrong"
+            valid = zlib.crc32(view[at + 4 : end]) == int.from_bytes(view[end : end + 4], "big")
+            if critical and not valid:
+                what = f"the {name.decode()} chunk at byte {at} is damaged: its checksum is wrong"
                 raise unusable("undecodable", what=what)
-            if whole:
+            if valid:
                 yield name, start, end
         at = end + 4
 
 
-def _differing(image: Image.Image, key: bytes) -> Image.Image:
-    """255 where a pixel is of another colour than this, else 0."""
+def _mask_of_other_colours(image: Image.Image, key: bytes) -> Image.Image:
+    """Returns a mask: 255 where a pixel has another colour than `key` (red, green, blue), else 0."""
     tables = [[255 * (value != level) for value in range(256)] for level in key]
-    made = Image.new("L", image.size)
-    for top in range(0, image.height, ROWS):
-        strip = image.crop((0, top, image.width, min(top + ROWS, image.height)))
+    mask = Image.new("L", image.size)
+    for top in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
         red, green, blue = (band.point(table) for band, table in zip(strip.split(), tables, strict=True))
-        made.paste(ImageChops.lighter(ImageChops.lighter(red, green), blue), (0, top))
-    return made
+        mask.paste(ImageChops.lighter(ImageChops.lighter(red, green), blue), (0, top))
+    return mask
 
 
-def _profile(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
-    """The ICC profile of an image's colours; None where nothing says, and AS_SRGB where they need no conversion.
+def _profile(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
+    """Returns the ICC profile of the image's colours.
 
-    The first chunk in the order of precedence that can be understood decides (4.3, table 1).
+    The first valid chunk in the order of precedence decides (4.3, table 1). Returns None where no chunk states a colour
+    space, and AS_SRGB where the colours need no conversion.
     """
-    for read in (_coded, _embedded, _standard, _described):
-        found = read(kept, grey)
-        if found is not None:
-            return found
+    for read in (_profile_of_cicp, _profile_of_iccp, _profile_of_srgb, _profile_of_gama_and_chrm):
+        profile = read(chunks, grey)
+        if profile is not None:
+            return profile
     return None
 
 
-def _coded(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
-    points = kept.get(b"cICP", b"")
+def _profile_of_cicp(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
+    """11.3.2.6: four code points of ITU-T H.273."""
+    points = chunks.get(b"cICP", b"")
     return colour.coded(*points, grey) if len(points) == 4 else None
 
 
-def _embedded(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
-    name, _, rest = kept.get(b"iCCP", b"").partition(b"\0")
-    if not 1 <= len(name) <= 79 or rest[:1] != b"\0":  # the compression method
+def _profile_of_iccp(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
+    """11.3.2.3: a name of 1 to 79 bytes, a zero, the compression method 0, the compressed profile."""
+    name, _, rest = chunks.get(b"iCCP", b"").partition(b"\0")
+    if not 1 <= len(name) <= 79 or rest[:1] != b"\0":
         return None
     try:
         profile = zlib.decompressobj().decompress(rest[1:], colour.PROFILE + 1)
@@ -277,12 +307,14 @@ def _embedded(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
     return profile if colour.fits(profile, b"GRAY" if grey else b"RGB ") else None
 
 
-def _standard(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
-    return colour.AS_SRGB if len(kept.get(b"sRGB", b"")) == 1 else None
+def _profile_of_srgb(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
+    """11.3.2.5: one byte, the rendering intent."""
+    return colour.AS_SRGB if len(chunks.get(b"sRGB", b"")) == 1 else None
 
 
-def _described(kept: dict[bytes, bytes], grey: bool) -> bytes | None:
-    gamma, points = kept.get(b"gAMA", b""), kept.get(b"cHRM", b"")
+def _profile_of_gama_and_chrm(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
+    """11.3.2.2 and 11.3.2.1: the exponent, and x and y of white, red, green and blue; both times 100,000."""
+    gamma, points = chunks.get(b"gAMA", b""), chunks.get(b"cHRM", b"")
     exponent = space = None
     if len(gamma) == 4 and any(gamma):
         exponent = 100_000 / int.from_bytes(gamma, "big")
