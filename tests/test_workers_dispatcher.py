@@ -57,15 +57,15 @@ def test_workers_that_died_leave_no_room_in_the_queue(real_server):
     client = real_server.client
     client.flushall()
     hints = dispatcher.queue(real_server.url)
-    assert dispatcher.room(hints, 1) == dispatcher.ROOM
+    assert dispatcher.queue_capacity(hints, 1) == dispatcher.HINTS_PER_WORKER
     names = [f"rq:worker:{number}" for number in range(5)]
     client.sadd("rq:workers:images", *names)
-    assert dispatcher.room(hints, 1) == dispatcher.ROOM
+    assert dispatcher.queue_capacity(hints, 1) == dispatcher.HINTS_PER_WORKER
     for name in names[:3]:
         client.hset(name, "state", "idle")
-    assert dispatcher.room(hints, 1) == 3 * dispatcher.ROOM
+    assert dispatcher.queue_capacity(hints, 1) == 3 * dispatcher.HINTS_PER_WORKER
     dispatcher.hint(hints, "a post", 1)
-    assert dispatcher.room(hints, 1) == 3 * dispatcher.ROOM - 1
+    assert dispatcher.queue_capacity(hints, 1) == 3 * dispatcher.HINTS_PER_WORKER - 1
     hints.connection.close()
 
 

@@ -207,7 +207,7 @@ async def mortal(tmp_path, monkeypatch):
     server = RedisServer("valkey")
     monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
     monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
-    monkeypatch.setattr(jobs, "AGAIN", 0.05)
+    monkeypatch.setattr(jobs, "RETRY_PAUSE", 0.05)
     yield server
     server.close()
 

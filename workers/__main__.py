@@ -1,6 +1,10 @@
-"""`imagegram-worker`, or `python -m workers`: a dispatcher and the RQ workers that make images.
+"""`imagegram-worker`, or `python -m workers`: a dispatcher, and the RQ workers that create pictures ("converters").
 
-`imagegram-worker convert PARENT` is one such RQ worker, which ends with the process of that id.
+    imagegram-worker: dispatcher
+        │ starts IMAGEGRAM_CONVERTERS of them
+        └──► converter: `imagegram-worker convert PARENT`, an RQ worker. It ends when the process PARENT ends
+                 ├──► fork for each job: jobs.make_image
+                 └──► fork server of decoders, see sandbox.py
 """
 
 import argparse
@@ -22,20 +26,20 @@ from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
 from workers import dispatcher, pipeline, sandbox
 
-WARM = 2.0  # seconds a conversion under way has at the end; cut off, it only costs an attempt
-AGAIN = 1.0  # seconds after which an RQ worker that ended is replaced, and asks again for a Redis that is away
-WAIT = 5  # seconds RQ waits for a job, or for its end, before it gives a sign of life. RQ's defaults are 405 and 30
+STOP_GRACE = 2.0  # seconds that a running conversion has when the worker stops. If it is cut off, it costs an attempt
+RETRY_PAUSE = 1.0  # seconds until a converter that ended is replaced, and between pings of a Redis that is unreachable
+WAIT = 5  # seconds RQ waits for a job, or for its end, between two signs of life. RQ's defaults are 405 and 30
 
 log = logging.getLogger("imagegram.worker")
 
 
 class Converter(Worker):
-    """RQ's worker, whose forks die with it, and which gives signs of life while it waits for a job or for its end."""
+    """RQ's worker. In addition, its forks die with it, and it gives signs of life to the watchdog while it waits."""
 
-    max_connection_wait_time = AGAIN  # it would double to 60
+    max_connection_wait_time = RETRY_PAUSE  # RQ would double its pauses up to 60 s
 
     def fork_work_horse(self, job, queue):
-        sandbox.fork_server()  # here, so that all jobs inherit the same one; a job would start its own, 0.2 s later
+        sandbox.fork_server()  # here, so that all jobs inherit one server. Each job would start its own in 0.2 s
         super().fork_work_horse(job, queue)
 
     def main_work_horse(self, job, queue):
@@ -47,19 +51,23 @@ class Converter(Worker):
         super().heartbeat(timeout, pipeline)
 
     def maintain_heartbeats(self, job, execution):
-        with suppress(redis.RedisError):  # away for a moment, it would end the job that is under way
+        with suppress(redis.RedisError):  # otherwise a short outage of Redis would end the running job
             super().maintain_heartbeats(job, execution)
 
 
 def convert(chosen: settings.Settings, parent: int) -> None:
-    """Run one RQ worker. One queue: RQ then moves a job atomically, and a crash does not lose it."""
+    """Runs one RQ worker that ends with the process `parent`.
+
+    It listens to one queue only. RQ then moves a job atomically, and a crash does not lose it. Raises SystemExit where
+    RQ gave up because Redis was unreachable.
+    """
     die_with_parent(signal.SIGTERM, parent)
-    os.nice(10)  # answers come first: a picture may wait, a reader not
-    import workers.jobs  # noqa: F401  before the fork, so that no job pays for it
+    os.nice(10)  # the API's answers go first: a picture may wait, a reader should not
+    import workers.jobs  # noqa: F401  before the fork, so that no job spends time on importing
 
     watchdog.start(chosen.watchdog)
     queue = dispatcher.queue(chosen.queue_url)
-    # RQ asks for its own address, which redis-py cannot parse if the path of the socket has a blank or `=` in it.
+    # RQ asks Redis for the worker's address. redis-py cannot parse it if the path of the socket has a blank or a `=`.
     queue.connection.set_response_callback("CLIENT INFO", lambda reply, **options: {"addr": "unknown"})
     await_redis(queue.connection)
     wait = max(1, min(WAIT, chosen.watchdog // 6)) if chosen.watchdog else WAIT
@@ -68,7 +76,7 @@ def convert(chosen: settings.Settings, parent: int) -> None:
             [queue],
             connection=queue.connection,
             serializer=JSONSerializer,
-            worker_ttl=wait + 15,  # RQ takes 15 of them off, and waits 10 more for a Redis that says nothing
+            worker_ttl=wait + 15,  # RQ subtracts 15 of them, and waits 10 s longer for a Redis that does not answer
             job_monitoring_interval=wait,
         )
         worker.work(logging_level="WARNING")
@@ -77,21 +85,25 @@ def convert(chosen: settings.Settings, parent: int) -> None:
 
 
 def await_redis(connection: redis.Redis) -> None:
-    """RQ's worker would end at once, and starting it again and again would take a core."""
+    """Returns once Redis answers.
+
+    Without this, RQ's worker would end at once, and starting it over and over would use up a core.
+    """
     while True:
         watchdog.alive()
         try:
             connection.ping()
             return
         except redis.RedisError as error:
-            log.warning("waits: %s", error)
-            time.sleep(AGAIN)
+            log.warning("waits for Redis: %s", error)
+            time.sleep(RETRY_PAUSE)
 
 
-async def converting() -> None:
-    """Keep one RQ worker at work, until cancelled.
+async def keep_converter() -> None:
+    """Keeps one converter running until this is cancelled.
 
-    It is replaced where it ends by itself: RQ's does when Redis goes away at certain moments, as after a job.
+    A converter that ends by itself is replaced. RQ's worker ends where Redis becomes unreachable at certain moments,
+    for example right after a job.
     """
     while True:
         command = (sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
@@ -99,59 +111,64 @@ async def converting() -> None:
         try:
             await converter.wait()
         finally:
-            await _end(converter)
-        log.warning("a converter ended with %s, another takes its place", converter.returncode)
-        await asyncio.sleep(AGAIN)
+            await _stop(converter)
+        log.warning("a converter ended with %s and is replaced", converter.returncode)
+        await asyncio.sleep(RETRY_PAUSE)
 
 
-async def _end(converter: asyncio.subprocess.Process) -> None:
-    for wait in (WARM, 1.0):  # RQ ends after the job at the first signal, at once at the second
+async def _stop(converter: asyncio.subprocess.Process) -> None:
+    for grace in (STOP_GRACE, 1.0):  # at the first signal RQ ends after the job, at the second at once
         with suppress(ProcessLookupError, TimeoutError):
             converter.terminate()
-            await asyncio.wait_for(converter.wait(), wait)
+            await asyncio.wait_for(converter.wait(), grace)
     with suppress(ProcessLookupError):
         converter.kill()
 
 
 async def work(chosen: settings.Settings) -> int:
-    """Run everything; the exit status once it ended."""
+    """Runs the dispatcher and the converters until SIGTERM, SIGINT or a fault. Returns the exit status.
+
+    0 after a signal, 1 after a fault, which is logged.
+    """
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
     watchdog.start(chosen.watchdog)
     watchdog.watch_loop(asyncio.get_running_loop())
     db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
-    parts = [asyncio.create_task(converting()) for _ in range(chosen.converters)]
-    parts.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
+    tasks = [asyncio.create_task(keep_converter()) for _ in range(chosen.converters)]
+    tasks.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
     log.info("converters: %d", chosen.converters)
-    await asyncio.wait([asyncio.create_task(stopped.wait()), *parts], return_when=asyncio.FIRST_COMPLETED)
-    for part in parts:
-        part.cancel()
-    for fault in await asyncio.gather(*parts, return_exceptions=True):
+    await asyncio.wait([asyncio.create_task(stopped.wait()), *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    for fault in await asyncio.gather(*tasks, return_exceptions=True):
         if not isinstance(fault, asyncio.CancelledError):
-            log.error("ends: %r", fault, exc_info=fault)
+            log.error("the worker ends: %r", fault, exc_info=fault)
     return 0 if stopped.is_set() else 1
 
 
 def main() -> None:
+    """The console script `imagegram-worker`."""
     end_after(run)
 
 
 def run() -> None:
-    about = "Makes images: a dispatcher and RQ workers, as many as IMAGEGRAM_CONVERTERS."
+    """Parses the command line and runs the worker, or one of its converters. Raises SystemExit with the exit status."""
+    about = "Creates the pictures of posts: a dispatcher, and IMAGEGRAM_CONVERTERS RQ workers."
     parser = argparse.ArgumentParser(prog="imagegram-worker", description=about)
-    # For itself only, see `converting`.
+    # Only this program itself uses these two, see `keep_converter`.
     parser.add_argument("command", nargs="?", choices=["convert"], help=argparse.SUPPRESS)
     parser.add_argument("parent", nargs="?", type=int, help=argparse.SUPPRESS)
     parser.usage = "imagegram-worker [-h]"
-    asked = parser.parse_args()
-    if asked.command and not asked.parent:
+    arguments = parser.parse_args()
+    if arguments.command and not arguments.parent:
         parser.error("convert is for the worker's own use")
     logs.configure()
     pipeline.require_colour_management()
     chosen = settings.load()
-    if asked.command:
-        convert(chosen, asked.parent)
+    if arguments.command:
+        convert(chosen, arguments.parent)
     else:
         require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)

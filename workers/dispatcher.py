@@ -1,7 +1,11 @@
-"""Hands out what is due: image work as hints to RQ. Ends uploads and erases bytes itself.
+"""Does what is due: gives image work to RQ's workers as hints, ends uploads and erases bytes itself.
 
-The queue may lose everything: what was leased and not settled is leased again. Nothing is handed out beyond the
-queue's room, so that no hint outlives its lease in a long queue.
+    outbox (Redis) ──lease──► dispatcher ──hint: post and lease──► RQ's queue ──► converter ──► jobs.make_image
+                                  └──► ends uploads, erases bytes
+
+A hint says only that a post may be started. RQ's queue may lose all of its hints: work whose lease ends without a
+result is leased again. The queue never holds more hints than `queue_capacity`. In a longer queue, leases would end
+before a converter takes their hints. The states of an attempt are in jobs.py.
 """
 
 import asyncio
@@ -22,111 +26,123 @@ from storage.settings import Settings
 QUEUE = "images"
 JOB = "workers.jobs.make_image"
 TIMEOUT = 60  # seconds of wall clock for one attempt
-ROOM = 1  # jobs a worker that wait in the queue. The one under way has left it: RQ does not count that one
-PAUSE = 0.1  # seconds between two looks: what a post may wait longer than it must
-PAUSE_BUSY = 0.02  # seconds after image work was handed out: less than an image takes, so no worker waits for the next
-PAUSES_AWAY = 1.0, 10.0  # seconds, the shortest and the longest, while a partition, the queue or the store is away
-PAUSES_ENTRY = 60.0, 3600.0  # seconds, the same for one entry that fails by itself
+HINTS_PER_WORKER = 1  # hints that wait in the queue for each RQ worker. RQ does not count the job that is running
+PAUSE = 0.1  # seconds between two polls of the outbox; a post may wait so much longer than needed
+PAUSE_BUSY = 0.02  # the same after image work was handed out: less than an image takes, so no worker waits for a hint
+PAUSES_AWAY = 1.0, 10.0  # seconds, shortest and longest, while a partition, the queue or the store is unreachable
+PAUSES_ENTRY = 60.0, 3600.0  # seconds, shortest and longest, for a single entry that fails
 AWAY = (Unreachable, Unknown, objects.Unavailable, redis.RedisError)
 
 log = logging.getLogger("imagegram.dispatcher")
 
 
 def queue(url: str) -> Queue:
-    """RQ's queue. Jobs are JSON: with RQ's default, pickle, whoever can write to Redis could run code here."""
+    """Returns RQ's queue at a Redis URL.
+
+    Jobs are JSON. RQ's default is pickle, which would let anybody who can write to Redis run code here.
+    """
     connection = redis.Redis.from_url(url, socket_timeout=5)
     return Queue(QUEUE, connection=connection, serializer=JSONSerializer, default_timeout=TIMEOUT)
 
 
-def room(hints: Queue, converters: int) -> int:
-    """How many more jobs the queue may take.
+def queue_capacity(hints: Queue, converters: int) -> int:
+    """Returns how many more hints the queue may take. `converters`: RQ workers of this dispatcher's own process.
 
-    RQ's workers register once, and ours are there even if that is lost; a dead one's name stays in the register for up
-    to ten minutes longer than its key.
+    RQ workers register only at their start. Those of this process count even if their registration was lost. The name
+    of a worker that died stays in the register for up to ten minutes longer than the worker's key, so keys are counted.
+    Raises redis.RedisError.
     """
     names = Worker.all_keys(queue=hints)
     living = hints.connection.exists(*names) if names else 0
-    return max(0, ROOM * max(converters, living) - len(hints))
+    return max(0, HINTS_PER_WORKER * max(converters, living) - len(hints))
 
 
 def hint(hints: Queue, post: str, lease: int) -> None:
-    """Results are not kept, and a failed job only for an hour's look: the outbox knows what is to be done."""
+    """Puts a hint into the queue: a post's id, and the lease it was handed out under (ms since 1970).
+
+    RQ stores no result, and a failed job only for an hour, for inspection: the outbox knows what is to be done.
+    Raises redis.RedisError.
+    """
     hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
 
 
-class Trouble:
-    """What has failed: a partition, an entry, the queue. Logs the first failure of each, and when it is over."""
+class Failures:
+    """What fails at the moment: a partition, an entry, the queue. Logs the first failure of each and its recovery."""
 
     def __init__(self):
-        self._failures: dict[str, int] = {}
-        self._again: dict[str, float] = {}  # when to try again, by time.monotonic()
+        self._counts: dict[str, int] = {}  # failures in a row, by name
+        self._retry_at: dict[str, float] = {}  # in seconds of time.monotonic()
 
-    def failed(self, name: str, fault: Exception, shortest: float, longest: float) -> float:
-        """The pause in seconds until the next try, twice as long after each failure in a row."""
-        failures = self._failures.get(name, 0)
-        if not failures:
-            log.warning("%s fails, and is tried again with growing pauses: %r", name, fault)
-        self._failures[name] = failures + 1
-        pause = min(longest, shortest * 2.0 ** min(failures, 20))
-        self._again[name] = time.monotonic() + pause
+    def add(self, name: str, fault: Exception, shortest: float, longest: float) -> float:
+        """Returns the seconds to wait before the next try. They double with each failure in a row."""
+        count = self._counts.get(name, 0)
+        if not count:
+            log.warning("%s fails. It is retried with growing pauses. %r", name, fault)
+        self._counts[name] = count + 1
+        pause = min(longest, shortest * 2.0 ** min(count, 20))
+        self._retry_at[name] = time.monotonic() + pause
         return pause
 
-    def over(self, name: str) -> None:
-        if self._failures.pop(name, 0):
-            del self._again[name]
+    def clear(self, name: str) -> None:
+        """Notes a success."""
+        if self._counts.pop(name, 0):
+            del self._retry_at[name]
             log.info("%s works again", name)
 
-    def pauses(self, name: str) -> bool:
-        return time.monotonic() < self._again.get(name, 0)
+    def must_wait(self, name: str) -> bool:
+        """Whether the pause after the last failure is not over yet."""
+        return time.monotonic() < self._retry_at.get(name, 0)
 
 
 async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
-    """Hands out image work, ends uploads and erases bytes, until cancelled.
+    """Hands out image work, ends uploads and erases bytes, until it is cancelled.
 
     A failure delays only what failed: one entry, one partition, or the part that needs the store or the queue.
     """
     store = objects.open_store(chosen.store_url)
     kept = KeptBackups(objects.open_store(chosen.backup_store_url))
-    async with asyncio.TaskGroup() as parts:
-        parts.create_task(_hand_out(db, chosen, hints))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_hand_out(db, chosen, hints))
         for partition in range(chosen.partitions):
-            parts.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms))
+            tasks.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms))
 
 
 async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
     """Keeps the queue filled with image work of all partitions, which take turns."""
-    trouble, first = Trouble(), 0
+    failures, first = Failures(), 0
     while True:
         pause = PAUSE
         with watchdog.working("handing out image work"):
             try:
-                free = await asyncio.to_thread(room, hints, chosen.converters)
+                capacity = await asyncio.to_thread(queue_capacity, hints, chosen.converters)
                 # Each round begins behind the partition that was served last.
                 for partition in [*range(first, chosen.partitions), *range(first)]:
                     watchdog.step()
                     name = f"image work of partition {partition}"
-                    if not free or trouble.pauses(name):
+                    if not capacity or failures.must_wait(name):
                         continue
                     try:
-                        images = await outbox.lease_images(db, partition, free)
+                        images = await outbox.lease_images(db, partition, capacity)
                     except AWAY as fault:
-                        trouble.failed(name, fault, *PAUSES_AWAY)
+                        failures.add(name, fault, *PAUSES_AWAY)
                         continue
-                    trouble.over(name)
+                    failures.clear(name)
                     for image in images:
                         watchdog.step()
                         await asyncio.to_thread(hint, hints, image.id, image.lease)
-                        free, first, pause = free - 1, partition + 1, PAUSE_BUSY
-                trouble.over("the queue")
+                        capacity, first, pause = capacity - 1, partition + 1, PAUSE_BUSY
+                failures.clear("the queue")
             except redis.RedisError as fault:
-                pause = trouble.failed("the queue", fault, *PAUSES_AWAY)
+                pause = failures.add("the queue", fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)
 
 
-async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, backup_reach_ms: int):
-    """Ends the uploads of a partition that are due, and erases what is due to be erased."""
-    trouble, name = Trouble(), f"cleaning up partition {partition}"
-    ends = {"upload": outbox.end_upload, "erase": outbox.erase}
+async def _clean_up(
+    db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, backup_reach_ms: int
+) -> None:
+    """Ends the uploads of a partition that are due, and erases the bytes that are due."""
+    failures, name = Failures(), f"cleaning up partition {partition}"
+    finish = {"upload": outbox.end_upload, "erase": outbox.erase}
     while True:
         pause = PAUSE
         with watchdog.working(name):
@@ -134,17 +150,17 @@ async def _clean_up(db: Redis, store: ObjectStore, may_name: outbox.MayName, par
                 for due in await outbox.lease(db, partition):
                     watchdog.step()
                     try:
-                        await ends[due.kind](db, store, may_name, due, backup_reach_ms)
+                        await finish[due.kind](db, store, may_name, due, backup_reach_ms)
                     except (Unreachable, Unknown):
                         raise
-                    except Exception as fault:  # whatever one entry does, the others are not its fault
-                        # Raises Unavailable if it is the store. Then the lease brings the entry back.
+                    except Exception as fault:  # an entry may fail for any reason, and must not stop the others
+                        # Raises Unavailable if the store is the reason. The entry is leased again when its lease ends.
                         await store.ping()
-                        later = trouble.failed(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
-                        await outbox.postpone(db, due, int(later * 1000))
+                        entry_pause = failures.add(f"cleaning up {due.id!r}", fault, *PAUSES_ENTRY)
+                        await outbox.postpone(db, due, int(entry_pause * 1000))
                     else:
-                        trouble.over(f"cleaning up {due.id!r}")
-                trouble.over(name)
+                        failures.clear(f"cleaning up {due.id!r}")
+                failures.clear(name)
             except AWAY as fault:
-                pause = trouble.failed(name, fault, *PAUSES_AWAY)
+                pause = failures.add(name, fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)

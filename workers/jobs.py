@@ -1,7 +1,23 @@
 """The job that RQ runs in a fork of its own: one attempt at one post's image.
 
-The job may run twice, at the same time or again: the outbox decides which attempt counts, and both make the same bytes.
-A failure that is not the image's fault uses up no attempt. The lease then brings the post back.
+| state | set by | `status`, `attempt` of the post | score in `making` | then |
+|---|---|---|---|---|
+| leased | dispatcher: `outbox.lease_images` | processing, n | now + LEASE_MS | a hint in RQ's queue |
+| started | job: `outbox.start_image` | processing, n + 1 | now + LEASE_MS x 2^n | one of the next four states |
+| published | job: `outbox.publish` | ready, none | removed | the upload's chunks are erased |
+| failed | job: `outbox.fail` | failed, n + 1 | removed | a late JPEG is erased |
+| returned | job: `outbox.return_image` | processing, n | unchanged | leased again at that time |
+| died | nobody: job or decoder was killed | processing, n + 1 | unchanged | leased again at that time |
+| exhausted | `outbox.start_image`, if n is ATTEMPTS | failed, n | removed | a late JPEG is erased |
+
+The score is a time, in ms since 1970. It is the end of the lease and also names the lease. If no job starts until then,
+the post is leased again.
+
+A post that a restore brought back without its JPEG goes the same way. Its status is ready from the beginning, so it is
+never failed, and its attempts are not limited.
+
+A job may run twice, one run after the other or both at once. The outbox decides which attempt counts, and both create
+the same bytes. A failure that is not the image's fault returns the attempt, so that it does not count.
 """
 
 import asyncio
@@ -22,14 +38,19 @@ from workers.sandbox import convert
 
 log = logging.getLogger("imagegram.worker")
 
-AGAIN = 1.0  # seconds between two calls of a Redis that is away
-# Failures that are not the image's: of the store, of this machine's disk, of Redis, or of time while one of them was
-# waited for (RQ's timeout arrives as a cancellation there).
-PASSING = (Unavailable, Unreachable, Unknown, OSError, asyncio.CancelledError)
+RETRY_PAUSE = 1.0  # seconds between two calls of a Redis that is unreachable
+# Failures that are not the image's fault: of the store, of this machine's disk, of Redis, or a timeout while the job
+# waited for one of them (RQ's timeout arrives there as a cancellation).
+NOT_THE_IMAGE = (Unavailable, Unreachable, Unknown, OSError, asyncio.CancelledError)
 
 
 def make_image(post: str, lease: int) -> None:
-    """Store a post's original, make its JPEG, show it. `lease` is the one the work was handed out under."""
+    """Stores a post's original, creates its JPEG and publishes the post. RQ calls it with the arguments of a hint.
+
+    `post`: its id. `lease`: the lease it was handed out under, ms since 1970.
+
+    Raises ChildProcessError where the decoder died, which uses up the attempt. All other expected failures are logged.
+    """
     asyncio.run(_attempt(post, lease))
 
 
@@ -39,63 +60,67 @@ async def _attempt(post: str, lease: int) -> None:
     try:
         attempt, upload = await outbox.start_image(db, post, lease)
         if attempt:
-            await _make(chosen, db, objects, post, attempt, upload)
+            await _run(chosen, db, objects, post, attempt, upload)
     except (NoPost, Stale) as refusal:
-        log.info("image of %s: left, %s", post, refusal)
+        log.info("image of %s: skipped, %s", post, refusal)
     finally:
         await db.close()
 
 
-async def _make(chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None) -> None:
-    """One attempt, which is taken back if it fails for a reason that passes."""
+async def _run(chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None) -> None:
+    """Runs an attempt that has started. Returns the attempt where it fails for a reason that is not the image's."""
     try:
         if attempt > 1 and await posts.has_image(objects, post):
-            # An earlier attempt made the picture, and only showing it failed.
+            # An earlier attempt stored the picture, and only publishing failed. So no earlier attempt counts.
             await outbox.return_image(db, post, attempt, 1)
             attempt = 1
-        picture = await _picture(chosen, db, objects, post, attempt, upload)
+        picture = await _create_picture(chosen, db, objects, post, attempt, upload)
         if picture:
-            await _show(db, objects, post, picture)
-    except ChildProcessError:  # the decoder died, maybe of this image. It is an OSError, too
+            await _publish(db, objects, post, picture)
+    except ChildProcessError:  # the decoder died, maybe of this image. It is a subclass of OSError
         raise
-    except PASSING as fault:
-        await _until_heard(outbox.return_image, db, post, attempt, attempt - 1)
-        log.warning("image of %s: waits, %r", post, fault)
+    except NOT_THE_IMAGE as fault:
+        await _retry_until_answered(outbox.return_image, db, post, attempt, attempt - 1)
+        log.warning("image of %s: attempt returned, %r", post, fault)
 
 
-async def _until_heard(call: Callable[..., Awaitable[None]], *given) -> None:
-    """Repeats a call that may be made twice until Redis answers it; RQ's timeout ends this at the latest."""
+async def _retry_until_answered(call: Callable[..., Awaitable[None]], *arguments) -> None:
+    """Repeats a call of Redis until it is answered. The call must be safe to repeat. RQ's timeout ends this at last."""
     while True:
         try:
-            return await call(*given)
+            return await call(*arguments)
         except (Unreachable, Unknown):
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(RETRY_PAUSE)
 
 
-async def _picture(
+async def _create_picture(
     chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None
 ) -> Picture | None:
-    """Store the original and make its picture; None where the post has failed for good."""
+    """Stores the original and creates its picture. Returns None where the image is at fault: the post is failed then.
+
+    `upload`: id of the post's upload; None where its original is stored already and its upload is gone.
+    """
     with tempfile.TemporaryDirectory(prefix="imagegram-") as folder:
         path = Path(folder, "original")
         try:
             with path.open("wb") as copy:
                 await originals.keep(db, objects, post, upload, copy)
         except NotFound:
-            await objects.ping()  # raises Unavailable where it is the store that is not there
+            await objects.ping()  # raises Unavailable where the whole store is missing, not only this object
             raise
         try:
             return convert(path, chosen)
         except Unusable as fault:
             log.info("image of %s: failed, %s%s", post, fault, f" ({fault.cause})" if fault.cause else "")
-            await _until_heard(outbox.fail, db, post, attempt, fault.code, fault.detail)
+            await _retry_until_answered(outbox.fail, db, post, attempt, fault.code, fault.detail)
             return None
 
 
-async def _show(db: Redis, objects: ObjectStore, post: str, picture: Picture) -> None:
+async def _publish(db: Redis, objects: ObjectStore, post: str, picture: Picture) -> None:
+    """Stores the JPEG, then publishes the post. Erases the JPEG where the post is deleted or failed meanwhile."""
     await posts.put_image(objects, post, picture.jpeg)
     try:
-        await _until_heard(outbox.publish, db, post, b64encode(picture.thumbhash).decode())
+        await _retry_until_answered(outbox.publish, db, post, b64encode(picture.thumbhash).decode())
     except (NoPost, Stale):
         await posts.erase_image(objects, post)
         raise

@@ -1,24 +1,48 @@
 """Decodes each image in a process of its own that can do nothing but decode.
 
-Decoders are large C programs that read what strangers send, so this file assumes that one is taken over.
+Decoders are large C programs that read what strangers send. So this file assumes that an attacker has taken one over.
 
-    converter ──starts, clean environment──► fork server ──forks for each image──► decoder
-        │ forks                                   ▲                                    │
-    RQ's job ──image, pipe, link (SCM_RIGHTS)─────┘          answer, by the pipe ◄─────┘
+    converter (RQ worker) ──executes, with ENVIRONMENT only──► fork server ──forks for each image──► decoder
+        │ forks                                                    ▲                                    │
+        ▼                                                          │                                    │
+       job ────image, pipe, link (three descriptors, SCM_RIGHTS)───┘                                    │
+        ▲                                                                                               │
+        └────────────────────────── the answer, one JSON object, by the pipe ───────────────────────────┘
 
-A fork of RQ's job would keep in memory what the job knows: the keys of the store, the URL of Redis, the JWT secret.
-Therefore the decoder is forked by a **fork server**: a process that is executed anew with an empty environment, has
-imported what decoding needs, and never holds a secret or a connection. Executing an interpreter for each image would
-be as clean, but importing alone takes 0.1 s of CPU, twice what a photograph of 12 megapixels takes.
+| process | holds | why it is a process |
+|---|---|---|
+| job | keys of the store, URL of Redis, JWT secret | it is RQ's fork for one attempt |
+| fork server | no secret and no connection | a decoder forked from the job would have the job's secrets in its memory |
+| decoder | the image and the pipe | each image has its own, so an attack ends with its image |
 
-The decoder has no descriptor but the image and the pipe, limits of CPU and memory, and where the server is root, the
-user `nobody`. A seccomp filter allows the system calls of decoding and nothing else; Landlock denies files, TCP and
-signals once more. Its answer is read as JSON, not unpickled, so that it cannot take over its reader.
+The fork server is executed as a new program without the converter's environment, and has imported what decoding needs.
+To execute a new interpreter for each image would be as clean. But importing alone takes 0.1 s of CPU, twice as much as
+a photograph of 12 megapixels.
+
+What a decoder may do:
+
+| resource | allowed | by |
+|---|---|---|
+| system calls | CALLS; `mmap` and `mprotect` without PROT_EXEC; `fcntl` with F_DUPFD_CLOEXEC | seccomp |
+| files | none. It may read the image, which is open | seccomp, Landlock |
+| network, other sockets | none | seccomp; TCP and abstract sockets also Landlock |
+| signals, ptrace, memory of other processes | none | seccomp, Landlock |
+| new processes and threads, exec | none | seccomp; limits (not for root); exec also Landlock |
+| descriptors | the image, the pipe, and /dev/null as 0, 1 and 2; at most FILES | closed before decoding; limits |
+| memory | what it has at the start, 10 bytes a permitted pixel, and SLACK | RLIMIT_AS |
+| CPU time | CPU seconds | RLIMIT_CPU |
+| bytes of files that it writes, core dumps | none | RLIMIT_FSIZE, RLIMIT_CORE |
+| user | `nobody` where the fork server is root, else the same user; no new rights | setuid, PR_SET_NO_NEW_PRIVS |
+| lifetime | at most that of the fork server and of the request | PR_SET_PDEATHSIG, `link` |
+
+The attacks on this are in tests/attacks.py. The answer of a decoder is read as JSON, never unpickled, so that a decoder
+cannot take over its reader.
 """
 
 import ctypes
 import gc
 import json
+import logging
 import mmap
 import os
 import resource
@@ -39,85 +63,99 @@ from workers import pipeline
 from workers.errors import Unusable, unusable
 from workers.pipeline import Picture
 
-CPU = (
-    50  # seconds; the slowest files of 100 megapixels took 30 where this was measured, photographs of them 3
-)
-PIXEL = (
-    10  # bytes: a progressive CMYK JPEG is held as 8 of coefficients, and decoded to a quarter beside them
-)
+# Seconds of CPU. The slowest files of 100 megapixels took 30 where this was measured, photographs of that size 3.
+CPU = 50
+# Bytes a pixel. A progressive CMYK JPEG takes 8 for its coefficients; beside them a quarter of its pixels is decoded.
+PIXEL = 10
 SLACK = 128 * MIB  # bytes: strips of the image, buffers of the decoders
-FILES = 16  # open at once; the image and the pipe are two
-ANSWER = 4 * MIB  # bytes of an answer that are read; 0.1 MiB is usual
-DETAIL = 1000  # characters of a fault's detail; a sentence is usual
-NOBODY = 65534
-PR_SET_NO_NEW_PRIVS = 38  # prctl(2): nothing it starts gets more rights than it has
-ENVIRONMENT = {  # of the fork server, and all of it
-    # A decoder's process is new and touches all its memory for the first time: 9 of 46 ms for 12 megapixels, and 1 in
-    # huge pages. glibc asks for them from 2.35 on; for that, large blocks must not have mappings of their own.
+FILES = 16  # open descriptors; the image and the pipe are two of them
+ANSWER = 4 * MIB  # bytes of an answer that are read; usual are 0.1 MiB
+DETAIL = 1000  # characters of a fault's detail; usual is one sentence
+NOBODY = 65534  # user and group
+PR_SET_NO_NEW_PRIVS = 38  # prctl(2): what the process executes gets no more rights than the process has
+ENVIRONMENT = {  # all environment variables of the fork server
+    # A decoder is a new process and touches all of its memory for the first time. For 12 megapixels that takes 9 of
+    # 46 ms, and 1 ms with huge pages. glibc asks for huge pages from 2.35 on. For that, large blocks must not get
+    # mappings of their own.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864",
-    # simplejpeg loads numpy, and numpy's OpenBLAS would start a thread for each core; decoders are forked.
+    # simplejpeg loads numpy. Its OpenBLAS would start a thread for each core, and a fork beside threads can lock up.
     "OPENBLAS_NUM_THREADS": "1",
 }
 PROGRAM = "from workers import sandbox; sandbox.serve()"  # what the fork server runs
 ROOT = Path(__file__).parent.parent  # where `workers` is imported from
 
-# All that decoding in an interpreter that has imported everything calls. Opening and naming a file is not among them,
-# nor fstat by a path (newfstatat), which can ask for any path. What only some libraries or machines call stands here
-# too, where it can do no harm.
+# The system calls of decoding, in an interpreter that has imported everything. No call here opens or names a file, not
+# even newfstatat, which takes a path. Harmless calls that only some libraries or machines make are here too.
 CALLS = (
     *("read", "pread64", "write", "lseek", "close", "fstat"),
     *("brk", "munmap", "mremap", "madvise", "futex", "clock_gettime"),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "restart_syscall", "exit", "exit_group"),
 )
 
+log = logging.getLogger("imagegram.sandbox")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _server: tuple[socket.socket, subprocess.Popen] | None = None
 
 
 class NoSandbox(ChildProcessError):
-    """This system lets no decoder run under a seccomp filter."""
+    """On this system a decoder cannot run under a seccomp filter."""
+
+
+# In the job
 
 
 def convert(path: Path, chosen: Settings) -> Picture:
-    """As pipeline.convert, within limits and without rights.
+    """Returns the picture of the image at `path`, as pipeline.convert does, from a decoder in the sandbox.
 
-    Raises Unusable, also with too_costly where the limits of CPU time or memory ended it: they count this
-    image alone, so trying again does not mend it. Raises ChildProcessError where anything else did, as the
-    kernel's own need for memory or a system call that the filter kills.
+    Raises Unusable as pipeline.convert does, and with too_costly where the decoder reached its limit of CPU time or
+    memory. The limits count this image only, so another attempt would end the same. Raises ChildProcessError where the
+    decoder ended for another reason: the kernel was short of memory, or the filter killed it. Raises NoSandbox, and
+    OSError where `path` cannot be opened.
     """
     request = json.dumps([chosen.image_megapixels, chosen.image_side, CPU, chosen.sandbox == "required"])
     receive, send = os.pipe()
-    link, theirs = socket.socketpair()
+    link, server_link = socket.socketpair()
     with os.fdopen(receive, "rb") as answer, link:
         try:
             with path.open("rb") as image:
-                given = [image.fileno(), send, theirs.fileno()]
-                socket.send_fds(fork_server(), [request.encode()], given)
+                descriptors = [image.fileno(), send, server_link.fileno()]
+                socket.send_fds(fork_server(), [request.encode()], descriptors)
         finally:
             os.close(send)
-            theirs.close()
+            server_link.close()
         try:
-            told = answer.read(ANSWER)
-        finally:  # also where a timeout's exception ends the reading
+            output = answer.read(ANSWER)
+        finally:  # also where the exception of a timeout ends the reading
             link.shutdown(socket.SHUT_WR)
-            end = link.recv(16).decode()
-    if not told:
-        if end == str(-signal.SIGXCPU):
+            status = link.recv(16).decode()
+    if not output:
+        if status == str(-signal.SIGXCPU):
             raise _too_costly(chosen, "SIGXCPU")
-        if end == str(-signal.SIGSYS):
+        if status == str(-signal.SIGSYS):
             raise ChildProcessError("the decoder was killed by its seccomp filter: it made a call of another ABI")
-        raise ChildProcessError(f"the decoder ended with {end}" if end else "the fork server of decoders ended")
+        raise ChildProcessError(f"the decoder ended with {status}" if status else "the fork server of decoders ended")
     try:
-        return _read(json.loads(told), chosen)
+        return _parse_answer(json.loads(output), chosen)
     except (ValueError, RecursionError):
-        raise ChildProcessError("the decoder's answer makes no sense") from None
+        raise ChildProcessError("the decoder's answer is invalid") from None
 
 
-def _read(told, chosen: Settings) -> Picture:
-    """The picture that a decoder's answer holds. It may have been taken over, so anything else is a ValueError."""
-    match told:
-        case {"picture": [str(jpeg), str(thumbhash), int(width), int(height), str(format)]}:
-            picture = Picture(b64decode(jpeg), b64decode(thumbhash), width, height, format)
+def _parse_answer(answer: object, chosen: Settings) -> Picture:
+    """Returns the picture in a decoder's answer. An attacker may have written the answer, so its every part is checked.
+
+    | answer | raises |
+    |---|---|
+    | `{"picture": [jpeg, thumbhash, width, height, format]}`, the first two in Base64 | |
+    | `{"unusable": [code, detail, cause]}` | Unusable |
+    | `{"too costly": cause}` | Unusable with too_costly |
+    | `{"no sandbox": text}` | NoSandbox |
+    | `{"error": traceback}` | ChildProcessError |
+    | anything else | ValueError |
+    """
+    match answer:
+        case {"picture": [str(jpeg), str(thumbhash), int(width), int(height), str(original_format)]}:
+            picture = Picture(b64decode(jpeg), b64decode(thumbhash), width, height, original_format)
             if picture.jpeg.startswith(b"\xff\xd8\xff") and len(picture.thumbhash) == 24:
                 return picture
         case {"unusable": [str(code), str(detail), str(cause)]}:
@@ -128,7 +166,7 @@ def _read(told, chosen: Settings) -> Picture:
             raise NoSandbox(text)
         case {"error": str(text)}:
             raise ChildProcessError(text)
-    raise ValueError("no answer")
+    raise ValueError("not an answer of a decoder")
 
 
 def _too_costly(chosen: Settings, cause: str) -> Unusable:
@@ -137,32 +175,35 @@ def _too_costly(chosen: Settings, cause: str) -> Unusable:
 
 
 def _memory(megapixels: int) -> int:
-    """Bytes that a decoder may take beside what it has when it begins."""
+    """Returns how many bytes a decoder may allocate in addition to those it has at its start."""
     return megapixels * 1_000_000 * PIXEL + SLACK
 
 
+# In the converter, in its jobs, and in the worker at its start
+
+
 def fork_server() -> socket.socket:
-    """The socket of the fork server. Starts one if this process has inherited none, or if it has ended."""
+    """Returns the socket to the fork server. Starts a server where this process has inherited none, or it has ended."""
     global _server
-    if _server and not _closed(_server[0]):
+    if _server and not _is_closed(_server[0]):
         return _server[0]
     stop()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    control, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with server_end:
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             cwd=ROOT,
             env=ENVIRONMENT,
-            stdin=theirs,
+            stdin=server_end,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for the converter, which then ends it
+            start_new_session=True,  # Ctrl-C in a terminal must reach the converter only, which then ends the server
         )
-    _server = ours, process
-    return ours
+    _server = control, process
+    return control
 
 
 def stop() -> None:
-    """End the fork server, if there is one."""
+    """Ends the fork server, if there is one."""
     global _server
     if _server:
         control, process = _server
@@ -171,7 +212,8 @@ def stop() -> None:
         _server = None
 
 
-def _closed(control: socket.socket) -> bool:
+def _is_closed(control: socket.socket) -> bool:
+    """Whether the other end of the socket is closed."""
     try:
         return not control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -180,49 +222,51 @@ def _closed(control: socket.socket) -> bool:
         return True
 
 
-ONE_PIXEL = b"BM:\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\1\0\0\0\1\0\0\0\1\0\x18\0".ljust(58, b"\0")  # a BMP
+ONE_PIXEL_BMP = b"BM:\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\1\0\0\0\1\0\0\0\1\0\x18\0".ljust(58, b"\0")
 
 
 def check(chosen: Settings) -> None:
-    """Decode one pixel as every image is decoded, before there is any.
+    """Decodes an image of one pixel at the worker's start, in the same way as every image.
 
-    Raises SystemExit in one line where that fails. Where only seccomp is missing and the setting accepts that, and
-    where Landlock is missing, it prints one line: without Landlock the filter still denies all that Landlock does.
+    Raises SystemExit with one line where that fails. Logs a warning of one line where seccomp is missing and
+    IMAGEGRAM_SANDBOX accepts that, and where Landlock is missing: the filter alone still denies all that Landlock does.
     """
     image = os.memfd_create("pixel")
-    os.write(image, ONE_PIXEL)
+    os.write(image, ONE_PIXEL_BMP)
     try:
         convert(Path(f"/proc/self/fd/{image}"), replace(chosen, sandbox="required"))
-    except NoSandbox as lack:
+    except NoSandbox as missing:
         if chosen.sandbox == "required":
-            raise SystemExit(f"worker: {lack}. IMAGEGRAM_SANDBOX=optional accepts that") from None
-        print(f"worker: {lack}, which IMAGEGRAM_SANDBOX=optional accepts", flush=True)
+            raise SystemExit(f"worker: {missing}. IMAGEGRAM_SANDBOX=optional accepts that") from None
+        log.warning("%s, which IMAGEGRAM_SANDBOX=optional accepts", missing)
     except ChildProcessError as fault:
         raise SystemExit(f"worker: no image can be decoded: {fault}") from None
     finally:
         os.close(image)
         stop()
     if landlock_abi() < 1:
-        print("worker: this kernel offers no Landlock; decoders run under seccomp alone", flush=True)
+        log.warning("this kernel offers no Landlock; decoders run under seccomp alone")
 
 
 # In the fork server
 
 
 def serve() -> None:
-    """Fork a decoder for each request on stdin, one after the other, until whoever sends them has ended.
+    """Forks a decoder for each request on stdin, one after the other, until all requesters have ended.
 
-    That end of the socket is held by the process that started the server and by its forks, so it closes when all of
-    them have ended, however they did. PR_SET_PDEATHSIG would end the server with the thread that started it.
+    The other end of that socket is open in the process that started the server and in its forks. So it closes when all
+    of them have ended, in whatever way. PR_SET_PDEATHSIG is not used: it would end the server with the thread that
+    started it.
 
-    A request's link is shut by the requester when the answer has come or is no longer wanted, and closed if it ends.
+    The requester shuts down its end of `link` when it has the answer or no longer needs it. If the requester dies, the
+    kernel closes that end. In both cases this server ends the decoder, and then sends the decoder's exit status.
     """
     control = socket.socket(fileno=0)
     try:
         rules: object = seccomp_filter()
     except (ImportError, RuntimeError, OSError) as error:  # pyseccomp raises RuntimeError without libseccomp2
         rules = error
-    gc.freeze()  # collecting in a fork would copy the pages of everything that was imported
+    gc.freeze()  # garbage collection in a fork would copy the memory pages of everything that was imported
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, 4096, 3)
         if not request:
@@ -234,38 +278,41 @@ def serve() -> None:
             try:
                 _be_child(image, send, server, rules, *json.loads(request))
             finally:
-                os._exit(1)  # nothing of the server's is run or flushed twice
+                os._exit(1)  # runs no exit handler and flushes no buffer of the server a second time
         os.close(image)
         os.close(send)
         with socket.socket(fileno=link) as requester:
             with suppress(ConnectionError):
                 requester.recv(1)
-            ended = end(child)
+            status = end(child)
             with suppress(ConnectionError):
-                requester.send(str(ended).encode())
+                requester.send(str(status).encode())
 
 
 def end(child: int) -> int:
-    """Kill a decoder if it lives. Returns how it ended, as os.waitstatus_to_exitcode."""
+    """Kills a decoder if it is still running. Returns its exit status, or the negative number of the signal."""
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def seccomp_filter():
-    """What a decoder may call. All else fails with EPERM, and a call of another ABI (32 bits, x32) kills.
+    """Returns the pyseccomp.SyscallFilter of decoders.
 
-    EPERM, not death: libraries ask for much that they can do without, as for the kind of a terminal, and a new one
-    may ask for more. A decoder that was taken over gains nothing from being told no.
+    A call that is not allowed fails with EPERM. A call of another ABI (32 bits, x32) kills the process, because its
+    numbers mean other calls. EPERM instead of death, because libraries try many calls that they can do without, as for
+    the kind of a terminal, and a new version may try more. An attacker gains nothing from the error.
+
+    Raises ImportError, RuntimeError or OSError where libseccomp2 is missing.
     """
-    import pyseccomp  # not on top: it needs libseccomp2, which a setting may do without
+    import pyseccomp  # not at the top of the file: libseccomp2 may be missing where a setting accepts that
 
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(1))  # EPERM
     rules.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     for call in CALLS:
         rules.add_rule(pyseccomp.ALLOW, call)
-    for call in ("mmap", "mprotect"):  # memory that is written is never executed
+    for call in ("mmap", "mprotect"):  # no memory becomes executable, so no code that the decoder wrote
         rules.add_rule(pyseccomp.ALLOW, call, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, mmap.PROT_EXEC, 0))
-    rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, F_DUPFD_CLOEXEC))  # Python's mmap
+    rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, F_DUPFD_CLOEXEC))  # of Python's mmap
     return rules
 
 
@@ -275,61 +322,68 @@ def seccomp_filter():
 def _be_child(
     image: int, send: int, server: int, rules, megapixels: int, side: int, cpu: int, required: bool
 ) -> None:
-    os.dup2(1, 0)  # /dev/null
+    """Gives up all rights, decodes the image and writes the answer. See _parse_answer for its format."""
+    os.dup2(1, 0)  # 1 is /dev/null
     os.dup2(1, 2)
     _close_all_but(image, send)
     with open(image, "rb") as file, open(send, "wb") as answer:
         try:
             limit(_memory(megapixels), cpu, server)
             deny(rules, required)
-            made = pipeline.convert(file, megapixels, side)
-            jpeg, thumbhash = b64encode(made.jpeg).decode(), b64encode(made.thumbhash).decode()
-            told = {"picture": [jpeg, thumbhash, made.width, made.height, made.format]}
-        except NoSandbox as lack:
-            told = {"no sandbox": str(lack)}
+            picture = pipeline.convert(file, megapixels, side)
+            jpeg, thumbhash = b64encode(picture.jpeg).decode(), b64encode(picture.thumbhash).decode()
+            output = {"picture": [jpeg, thumbhash, picture.width, picture.height, picture.format]}
+        except NoSandbox as missing:
+            output = {"no sandbox": str(missing)}
         except Unusable as fault:
-            told = {"unusable": [fault.code, fault.detail, fault.cause]}
+            output = {"unusable": [fault.code, fault.detail, fault.cause]}
         except MemoryError as fault:
-            told = {"too costly": f"MemoryError: {fault}"}
+            output = {"too costly": f"MemoryError: {fault}"}
         except Exception:
-            told = {"error": traceback.format_exc()}
-        answer.write(json.dumps(told).encode())
+            output = {"error": traceback.format_exc()}
+        answer.write(json.dumps(output).encode())
 
 
-def _close_all_but(*kept: int) -> None:
+def _close_all_but(*needed: int) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor > 2 and descriptor not in kept:
-            with suppress(OSError):  # the one that listed them
+        if descriptor > 2 and descriptor not in needed:
+            with suppress(OSError):  # the descriptor that listdir() had open
                 os.close(descriptor)
 
 
 def limit(memory: int, cpu: int, parent: int) -> None:
-    """Give this process `memory` bytes beside what it has, `cpu` seconds, and no new file or process, for good."""
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for what, most in {
-        resource.RLIMIT_AS: has + memory,
-        resource.RLIMIT_FSIZE: 0,  # bytes of a file; pipes are none
+    """Limits this process for the rest of its life, and makes it die with the process `parent`.
+
+    `memory`: bytes in addition to those it has. `cpu`: seconds in addition to those it has used. It can write no byte
+    of a file and start no process or thread. If it is root, it becomes `nobody`.
+    """
+    current = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    for limited, most in {
+        resource.RLIMIT_AS: current + memory,
+        resource.RLIMIT_FSIZE: 0,  # bytes of a file; pipes are not limited
         resource.RLIMIT_NOFILE: FILES,
-        resource.RLIMIT_NPROC: 0,  # processes and threads more. Does not bind root
+        resource.RLIMIT_NPROC: 0,  # more processes and threads. The kernel does not limit root
         resource.RLIMIT_CORE: 0,
     }.items():
-        resource.setrlimit(what, (most, most))
+        resource.setrlimit(limited, (most, most))
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(resource.RLIMIT_CPU, (int(used) + cpu, int(used) + cpu + 1))  # SIGXCPU, then SIGKILL
     if os.geteuid() == 0:
-        # Refused where a container took the right away: root then stays root, and may start processes.
+        # Refused where the container took this right from root. Then the decoder stays root, and RLIMIT_NPROC does not
+        # limit it.
         with suppress(OSError):
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    die_with_parent(signal.SIGKILL, parent)  # last: a change of user takes it back
+    die_with_parent(signal.SIGKILL, parent)  # last, because the kernel clears it when the user changes
 
 
 def deny(rules, required: bool) -> None:
-    """Take everything from this process but decoding, for good.
+    """Denies this process everything but decoding for the rest of its life: Landlock first, then seccomp.
 
-    Raises NoSandbox if it is required and seccomp is missing.
+    `rules`: what seccomp_filter() returned, or the exception it raised. Raises NoSandbox where seccomp is missing and
+    `required`.
     """
     landlock()
     try:
@@ -342,16 +396,26 @@ def deny(rules, required: bool) -> None:
 
 
 def landlock() -> None:
-    """Deny files, TCP, and signals and abstract sockets of others, as far as the kernel's Landlock knows them.
+    """Denies files, TCP, and signals and abstract sockets of other processes, as far as the kernel's Landlock can.
 
-    By hand, since denying all takes two calls: the bindings on PyPI are for rules, and new. A ruleset that names
-    rights and has no rule denies them (landlock(7)); the numbers of the calls are the same on every machine.
+    | ABI | Linux | denies |
+    |---|---|---|
+    | 1 to 3 | 5.13 | files: 13, 14, 15 rights |
+    | 4 | 6.7 | TCP: bind and connect |
+    | 5 | 6.10 | ioctl on devices: a 16th right |
+    | 6 | 6.12 | abstract sockets and signals |
+
+    A ruleset that handles rights and has no rule denies them all (landlock(7)). That takes only two system calls, whose
+    numbers are the same on every machine. So this uses no binding from PyPI: they are made for rules, and new.
+
+    Raises OSError where the kernel offers Landlock and refuses it.
     """
     abi = landlock_abi()
     if abi < 1:
         return
-    files = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)  # rights of this ABI, one bit each
-    handled = (ctypes.c_uint64 * 3)((1 << files) - 1, 0b11, 0b11)  # files; bind and connect; sockets and signals
+    file_rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)  # one bit each
+    # struct landlock_ruleset_attr: rights of files; of TCP (bind, connect); scopes (abstract sockets, signals).
+    handled = (ctypes.c_uint64 * 3)((1 << file_rights) - 1, 0b11, 0b11)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     ruleset = _syscall(444, handled, ctypes.c_size_t(size), 0)  # landlock_create_ruleset
     if ruleset < 0 or _syscall(446, ruleset, 0) != 0:  # landlock_restrict_self
@@ -360,9 +424,9 @@ def landlock() -> None:
 
 
 def landlock_abi() -> int:
-    """The version of Landlock that the kernel offers; -1 for none."""
+    """Returns the ABI version of Landlock that the kernel offers, or -1."""
     return _syscall(444, None, ctypes.c_size_t(0), 1)
 
 
-def _syscall(number: int, *given) -> int:
-    return _libc.syscall(ctypes.c_long(number), *given)
+def _syscall(number: int, *arguments) -> int:
+    return _libc.syscall(ctypes.c_long(number), *arguments)
