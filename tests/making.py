@@ -1,4 +1,4 @@
-"""Makes what tests start from, by the same calls the API and the worker make."""
+"""Creates uploads, posts and images that tests start from, by the same calls that the API and the worker make."""
 
 import io
 
@@ -10,7 +10,7 @@ from storage.settings import CHUNKS, DAY_MS
 
 
 async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10) -> str:
-    """An upload whose one chunk is only named: for tests that never look at its bytes."""
+    """Creates an upload of one chunk that has no bytes in the store, for tests that never read them. Returns its id."""
     upload, _ = await uploads.create(db, owner, partitions)
     named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
     await db.call("append_chunk", named, db.clock, upload, 0, size, keys.chunk_name(0), DAY_MS, size, CHUNKS)
@@ -18,13 +18,14 @@ async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10
 
 
 async def make_processing(db: Redis, author: str, partitions: int = 1, caption: str = "") -> str:
+    """Creates a post that is processing. Returns its id."""
     upload = await make_upload(db, author, partitions)
     post, _ = await posts.create(db, author, upload, caption)
     return post
 
 
 async def make_post(db: Redis, author: str, partitions: int = 1, caption: str = "") -> str:
-    """A ready post, whose image nobody looks at."""
+    """Creates a post that is ready and has no image in the store, for tests that never read it. Returns its id."""
     post = await make_processing(db, author, partitions, caption)
     await outbox.publish(db, post, "thumbhash")
     return post
@@ -42,7 +43,7 @@ def bmp(width: int = 200, height: int = 320, colour: str = "gold") -> bytes:
     return _encoded("BMP", width, height, colour)
 
 
-def _encoded(format: str, width: int, height: int, colour: str) -> bytes:
+def _encoded(file_format: str, width: int, height: int, colour: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(file, format)
+    Image.new("RGB", (width, height), colour).save(file, file_format)
     return file.getvalue()

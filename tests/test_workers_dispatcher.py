@@ -1,4 +1,4 @@
-"""The outbox is the truth: whatever becomes of the queue and of the workers, every post ends."""
+"""The outbox decides what is to be done. Every post ends as ready or failed, even if the queue or workers are lost."""
 
 import asyncio
 import logging
@@ -14,11 +14,11 @@ from storage import keys, objects, outbox, posts, uploads
 from workers import dispatcher
 
 
-def test_an_image_that_is_being_made_is_not_there_yet(site):
+def test_an_image_is_404_with_retry_after_until_its_picture_is_created(site):
     with site.client("alice") as client:
         post = publish(client, photograph())
-        for ask in (client.get, client.head):
-            missing = ask(f"/v1/images/{post['id']}.jpg")
+        for request in (client.get, client.head):
+            missing = request(f"/v1/images/{post['id']}.jpg")
             assert (missing.status_code, missing.headers["Retry-After"]) == (404, "1")
             assert missing.headers["Content-Type"] == "application/problem+json"
             assert "immutable" not in missing.headers.get("Cache-Control", "")
@@ -28,8 +28,8 @@ def test_an_image_that_is_being_made_is_not_there_yet(site):
         assert client.get(f"/v1/images/{post['id']}.jpg").status_code == 200
 
 
-def test_a_queue_that_is_lost_again_and_again_changes_nothing(site, real_server):
-    """Every key of RQ is deleted while images are made. Leases end early here, so that nobody waits a minute."""
+def test_every_post_becomes_ready_although_the_queue_is_lost_again_and_again(site, real_server):
+    """Deletes all keys of RQ while pictures are created. Ends leases early, so that the test need not wait a minute."""
     client = real_server.client
     with site.client("alice") as alice:
         posts = [publish(alice, png(40 + n, 40)) for n in range(6)]
@@ -52,8 +52,8 @@ def test_a_queue_that_is_lost_again_and_again_changes_nothing(site, real_server)
         }
 
 
-def test_workers_that_died_leave_no_room_in_the_queue(real_server):
-    """Their names stay in RQ's register until one that lives cleans it up."""
+def test_only_living_workers_count_for_the_capacity_of_the_queue(real_server):
+    """The names of workers that died stay in RQ's register until a living worker cleans it up."""
     client = real_server.client
     client.flushall()
     hints = dispatcher.queue(real_server.url)
@@ -69,14 +69,14 @@ def test_workers_that_died_leave_no_room_in_the_queue(real_server):
     hints.connection.close()
 
 
-# One bad entry stops nothing
+# One bad entry must not stop the others
 
 PARTITIONS = 2
 
 
 @asynccontextmanager
 async def dispatching(real_server, tmp_path):
-    """The dispatcher on a server without workers: hints stay in the queue. Yields storage's client and the store."""
+    """Runs the dispatcher without workers, so hints stay in the queue. Yields storage's Redis client and the store."""
     real_server.client.flushall()
     chosen = make_settings(tmp_path, "", (tmp_path / "backup").as_uri(), partitions=PARTITIONS, converters=100)
     db, hints = connect(real_server), dispatcher.queue(real_server.url)
@@ -91,8 +91,8 @@ async def dispatching(real_server, tmp_path):
         hints.connection.close()
 
 
-async def dropped(db, store, user: str) -> str:
-    """An upload whose one chunk is to be erased."""
+async def make_dropped_upload(db, store, user: str) -> str:
+    """Creates an upload whose one chunk is due to be erased. Returns its id."""
     upload, _ = await uploads.create(db, user, PARTITIONS)
     image = uploads.Appender(db, store, upload)
     await image.write(jpeg())
@@ -106,59 +106,62 @@ def users_of(partition: int) -> list[str]:
     return [name for name in names if keys.partition_of_user(name, PARTITIONS) == partition]
 
 
-async def everything_else_goes_on(client, db, store, partition: int) -> None:
-    """In a partition an upload is ended, a post's image is erased, and a post is handed out."""
+async def check_that_other_work_goes_on(client, db, store, partition: int) -> None:
+    """Checks that in this partition an upload is ended, a post's image is erased, and a post is handed out."""
     user = users_of(partition)[0]
-    upload = await dropped(db, store, user)
-    deleted, processing = await make_post(db, user, PARTITIONS), await make_processing(db, user, PARTITIONS)
+    upload = await make_dropped_upload(db, store, user)
+    deleted = await make_post(db, user, PARTITIONS)
+    processing = await make_processing(db, user, PARTITIONS)
     await posts.delete(db, store, user, deleted)
-    await store.put(keys.image(deleted), jpeg())  # as a job does that was late
+    await store.put(keys.image(deleted), jpeg())  # as a late job does
     client.zadd(keys.due(partition), {upload: 0, deleted: 0})
-    hinted = "rq:queue:images"
     await eventually(lambda: not client.exists(keys.chunks(upload)), "the end of an upload")
     await eventually(lambda: not (store._root / keys.image(deleted)).exists(), "an erasure")
-    jobs = lambda: [client.hget(f"rq:job:{job}", "description") for job in client.lrange(hinted, 0, -1)]  # noqa: E731
-    await eventually(lambda: any(processing in job for job in jobs()), "a hint")
+
+    def hinted() -> list[str]:
+        return [client.hget(f"rq:job:{job}", "description") for job in client.lrange("rq:queue:images", 0, -1)]
+
+    await eventually(lambda: any(processing in job for job in hinted()), "a hint")
 
 
-def told(caplog, about: str) -> list[str]:
+def messages(caplog, about: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if about in record.getMessage()]
 
 
-async def test_a_delete_that_fails_stops_nothing_and_is_tried_again_with_growing_pauses(real_server, tmp_path, caplog):
+async def test_a_delete_that_fails_is_retried_with_growing_pauses_and_stops_nothing_else(real_server, tmp_path, caplog):
     client = real_server.client
     async with dispatching(real_server, tmp_path) as (db, store):
-        upload = await dropped(db, store, users_of(0)[0])
+        upload = await make_dropped_upload(db, store, users_of(0)[0])
         folder = store._root / "chunks" / upload
         folder.rename(folder.with_name("aside"))
-        folder.symlink_to(upload)  # to itself, so that unlink(2) in it ends with ELOOP
+        folder.symlink_to(upload)  # to itself, so that unlink(2) of a file in it fails with ELOOP
         pauses = []
         for _ in range(3):
             client.zadd(keys.due(0), {upload: 1})
             await eventually(lambda: client.zscore(keys.due(0), upload) > 1, "a lease")
             now = client.time()[0] * 1000
-            await eventually(lambda: told(caplog, upload), "a try")
+            await eventually(lambda: messages(caplog, upload), "a try")
             await eventually(lambda now=now: client.zscore(keys.due(0), upload) != now + outbox.LEASE_MS, "its pause")
-            await everything_else_goes_on(client, db, store, 0)
+            await check_that_other_work_goes_on(client, db, store, 0)
             pauses.append(round((client.zscore(keys.due(0), upload) - now) / outbox.LEASE_MS))
         assert pauses == [1, 2, 4]
-        assert len(told(caplog, upload)) == 1
+        assert len(messages(caplog, upload)) == 1
         folder.unlink()
         folder.with_name("aside").rename(folder)
         caplog.set_level(logging.INFO)
         client.zadd(keys.due(0), {upload: 1})
         await eventually(lambda: not client.exists(keys.chunks(upload)) and not folder.exists(), "its end")
-        await eventually(lambda: told(caplog, "works again"), "the end of the failures")
+        await eventually(lambda: messages(caplog, "works again"), "the end of the failures")
 
 
 @pytest.mark.parametrize("member", ["garbage", "", "u", "uuu-0", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-x", "../../etc", "a b"])
-async def test_a_malformed_member_of_due_stops_nothing(real_server, tmp_path, caplog, member):
+async def test_a_malformed_member_of_due_is_postponed_and_stops_nothing_else(real_server, tmp_path, caplog, member):
     client = real_server.client
     async with dispatching(real_server, tmp_path) as (db, store):
         client.zadd(keys.due(0), {member: 1})
-        await eventually(lambda: told(caplog, repr(member)), "its failure")
-        await everything_else_goes_on(client, db, store, 0)
-        assert len(told(caplog, repr(member))) == 1
+        await eventually(lambda: messages(caplog, repr(member)), "its failure")
+        await check_that_other_work_goes_on(client, db, store, 0)
+        assert len(messages(caplog, repr(member))) == 1
         assert client.zscore(keys.due(0), member) > client.time()[0] * 1000
 
 
@@ -166,27 +169,27 @@ async def test_a_malformed_member_of_due_stops_nothing(real_server, tmp_path, ca
 async def test_a_partition_that_cannot_answer_stops_no_other(real_server, tmp_path, caplog, broken):
     client = real_server.client
     async with dispatching(real_server, tmp_path) as (db, store):
-        client.set(broken(0), "this is no zset")
-        await eventually(lambda: told(caplog, "partition 0"), "its failure")
+        client.set(broken(0), "not a zset")
+        await eventually(lambda: messages(caplog, "partition 0"), "its failure")
         for _ in range(2):
-            await everything_else_goes_on(client, db, store, 1)
-        assert len(told(caplog, "partition 0")) == 1 and not told(caplog, "partition 1")
+            await check_that_other_work_goes_on(client, db, store, 1)
+        assert len(messages(caplog, "partition 0")) == 1 and not messages(caplog, "partition 1")
         client.delete(broken(0))
-        await everything_else_goes_on(client, db, store, 0)
+        await check_that_other_work_goes_on(client, db, store, 0)
 
 
-async def test_a_store_that_is_away_keeps_no_image_work_back(real_server, tmp_path, caplog):
+async def test_a_store_that_is_unreachable_does_not_delay_image_work(real_server, tmp_path, caplog):
     client = real_server.client
     async with dispatching(real_server, tmp_path) as (db, store):
-        upload = await dropped(db, store, users_of(0)[0])
+        upload = await make_dropped_upload(db, store, users_of(0)[0])
         store._root.rename(tmp_path / "aside")
         store._root.touch()
         client.zadd(keys.due(0), {upload: 1})
-        await eventually(lambda: told(caplog, "cleaning up partition 0"), "its failure")
+        await eventually(lambda: messages(caplog, "cleaning up partition 0"), "its failure")
         post = await make_processing(db, users_of(0)[0], PARTITIONS)
         await eventually(lambda: client.llen("rq:queue:images"), f"a hint of {post}")
         store._root.unlink()
         (tmp_path / "aside").rename(store._root)
         client.zadd(keys.due(0), {upload: 1})
         await eventually(lambda: not client.exists(keys.chunks(upload)), "the end of the upload")
-        assert len(told(caplog, "cleaning up")) == 1
+        assert len(messages(caplog, "cleaning up")) == 1

@@ -1,4 +1,7 @@
-"""Images made to do harm: each ends as a picture or as a fault with a code, in a decoder that dies alone."""
+"""Images that are meant to do harm.
+
+Each ends as a picture or as a fault with a code. Only its decoder may die of it.
+"""
 
 import random
 import re
@@ -22,7 +25,7 @@ GOLDENS = goldens()
 HOSTILES = hostiles()
 
 
-# What clients may read about each code, and nothing else. What is wrong in this image may follow, in words.
+# All that clients may read about each code. Some sentences are followed by the problem of this image, in words.
 WHAT = r"(: (?!.*(Error|None|object|0x|__|PIL|Pillow))[A-Za-z0-9 ,;:()'/-]+)?"
 SENTENCES = {
     "wrong_format": re.compile("the file is not a PNG, JPEG or BMP image"),
@@ -37,8 +40,8 @@ SENTENCES = {
 }
 
 
-def ends(tmp_path: Path, data: bytes) -> str:
-    """`picture`, or the code of the fault."""
+def result_of(tmp_path: Path, data: bytes) -> str:
+    """Decodes in the sandbox. Returns `picture`, or the code of the fault, whose sentence it checks."""
     path = tmp_path / "original"
     path.write_bytes(data)
     try:
@@ -51,10 +54,10 @@ def ends(tmp_path: Path, data: bytes) -> str:
 
 
 @pytest.mark.parametrize("name", HOSTILES)
-def test_an_image_made_to_harm_ends_as_it_should(name, tmp_path):
+def test_a_hostile_image_ends_as_expected_within_20_seconds(name, tmp_path):
     data, codes = HOSTILES[name]
     began = time.monotonic()
-    assert ends(tmp_path, data) in codes
+    assert result_of(tmp_path, data) in codes
     assert time.monotonic() - began < 20
 
 
@@ -67,11 +70,11 @@ def test_an_image_made_to_harm_ends_as_it_should(name, tmp_path):
         "JPEG of 1,000 scans": "the JPEG has 1000 scans; at most 100 are accepted",
         "BMP of 100 megapixels and no pixel": "the file ends before the image is complete: the file has 0 of the"
         " 300000000 bytes of pixels",
-        "PNG with a wrong sum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is"
+        "PNG with a wrong checksum in IDAT": "the image is damaged and cannot be decoded: the IDAT chunk at byte 33 is"
         " damaged: its checksum is wrong",
     }.items(),
 )
-def test_a_fault_has_the_written_sentence(name, detail, tmp_path):
+def test_the_detail_of_a_fault_is_the_sentence_of_its_code(name, detail, tmp_path):
     path = tmp_path / "original"
     path.write_bytes(HOSTILES[name][0])
     with pytest.raises(errors.Unusable) as caught:
@@ -79,20 +82,20 @@ def test_a_fault_has_the_written_sentence(name, detail, tmp_path):
     assert caught.value.detail == detail
 
 
-def test_of_mutated_images_each_ends_and_none_ends_the_child_by_itself(tmp_path):
-    """ChildProcessError, as of a crash or a fault nobody thought of, fails this. Seeded: always the same ones."""
-    chance = random.Random(4)
+def test_mutated_images_end_with_a_picture_or_a_known_fault(tmp_path):
+    """A decoder that crashes or fails in another way raises ChildProcessError, which fails this test."""
+    chance = random.Random(4)  # seeded: the same images each time
     seeds = [golden.data for golden in GOLDENS.values() if len(golden.data) < 400_000]
-    counted = Counter(ends(tmp_path, mutated(chance.choice(seeds), chance)) for _ in range(600))
-    sandbox.stop()  # decoders are counted among this process' descendants when their fork server has ended
+    counted = Counter(result_of(tmp_path, mutated(chance.choice(seeds), chance)) for _ in range(600))
+    sandbox.stop()  # RUSAGE_CHILDREN includes decoders only after their fork server has ended
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"600 mutated images: {dict(counted)}; the largest child of this run held {used:.0f} MiB")
+    print(f"600 mutated images: {dict(counted)}; the largest child process of this run used {used:.0f} MiB")
     assert counted["picture"] > 100 and counted["undecodable"] > 100
     assert counted.keys() <= {"picture", "undecodable", "truncated", "too_many_pixels", "wrong_format", "unsupported"}
     assert used < 1100
 
 
-def test_the_child_makes_what_the_pipeline_makes(tmp_path):
+def test_a_decoder_returns_the_picture_that_the_pipeline_returns(tmp_path):
     for name in ("Display P3 JPEG", "large PNG with alpha", "BMP in RLE8"):
         path = tmp_path / "original"
         path.write_bytes(GOLDENS[name].data)
@@ -100,8 +103,8 @@ def test_the_child_makes_what_the_pipeline_makes(tmp_path):
             assert sandbox.convert(path, CHOSEN) == pipeline.convert(file, 100, 30_000)
 
 
-def test_the_most_memory_an_image_of_the_size_taken_needs_is_there(tmp_path):
-    """A CMYK JPEG whose coefficients wait for its last scan, and that decodes to a half of its sides."""
+def test_a_decoder_has_the_memory_that_the_largest_image_needs(tmp_path):
+    """A progressive CMYK JPEG. Its coefficients stay in memory until the last scan; it decodes to half its sides."""
     path = tmp_path / "original"
     path.write_bytes(many_scans(30_000, 3_333, 11, components=4))
     program = """
@@ -114,6 +117,6 @@ print(len(sandbox.convert(Path(sys.argv[1]), settings.load({})).thumbhash))
     assert subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, stdout=-1, check=True).stdout == b"24\n"
 
 
-def test_a_fault_of_the_disk_is_not_the_images(tmp_path):
+def test_a_missing_file_is_not_the_images_fault(tmp_path):
     with pytest.raises(FileNotFoundError):
         sandbox.convert(tmp_path / "missing", CHOSEN)

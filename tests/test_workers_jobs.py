@@ -1,4 +1,4 @@
-"""A job is right when it is run twice, at the same time or again, and when its post goes meanwhile."""
+"""A job gives the right result also if it runs twice, and if its post is deleted while it runs."""
 
 import asyncio
 import os
@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, RedisServer, free_port, photograph, until
 from parts import s3_url
 from proxy import Proxy
+from state import unchanged
 from test_storage_outbox import leased, make_image, names, served, work_off
 
 from storage import keys, objects, outbox, posts, uploads
@@ -51,24 +52,24 @@ async def due(db, store) -> outbox.Image:
     return await leased(db, post)
 
 
-def meanwhile(monkeypatch, happens) -> list:
-    """While the first conversion is under way, `happens` runs to its end. Returns the conversions that were begun."""
-    begun = []
+def during_conversion(monkeypatch, event) -> list:
+    """Runs the coroutine function `event` to its end before the first conversion. Returns the list of conversions."""
+    conversions = []
 
     def convert(path, chosen):
-        begun.append(path)
-        if len(begun) == 1:
-            thread = threading.Thread(target=lambda: asyncio.run(happens()))
+        conversions.append(path)
+        if len(conversions) == 1:
+            thread = threading.Thread(target=lambda: asyncio.run(event()))
             thread.start()
             thread.join()
         return sandbox.convert(path, chosen)
 
     monkeypatch.setattr(jobs, "convert", convert)
-    return begun
+    return conversions
 
 
-async def shown(db, store, post: str) -> None:
-    """One result: the post is in the feed, its objects are there, nothing else is, and nothing is to be done."""
+async def check_published(db, store, post: str) -> None:
+    """Checks that the post is in the feed, that the store has its two objects only, and that nothing is left to do."""
     assert [row.id for row in (await posts.feed(db, 1, 10)).posts] == [post]
     await work_off(db, store)
     assert await names(store) == [keys.image(post), keys.original(post)]
@@ -76,59 +77,63 @@ async def shown(db, store, post: str) -> None:
     assert await outbox.lease(db, 0) == [] and await outbox.lease_images(db, 0, 10) == []
 
 
-async def test_two_runs_of_one_hint_at_the_same_time_are_one_attempt(db, store, due, monkeypatch):
-    begun = meanwhile(monkeypatch, lambda: jobs._attempt(due.id, due.lease))
+async def test_several_runs_of_one_hint_at_the_same_time_are_one_attempt(db, store, due, monkeypatch):
+    conversions = during_conversion(monkeypatch, lambda: jobs._attempt(due.id, due.lease))
     await asyncio.gather(*(jobs._attempt(due.id, due.lease) for _ in range(3)))
-    assert len(begun) == 1
-    await shown(db, store, due.id)
+    assert len(conversions) == 1
+    await check_published(db, store, due.id)
 
 
 async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, due, monkeypatch):
-    """The second begins and ends while the first is still at it, whose lease has run out."""
+    """The first attempt's lease ends. A second attempt starts and ends while the first is still running."""
 
-    async def again():
+    async def second_attempt():
         other = Redis(server.url)
         second = await handed_out(server, other, due.id)
         await other.close()
         await jobs._attempt(second.id, second.lease)
 
-    begun = meanwhile(monkeypatch, again)
+    conversions = during_conversion(monkeypatch, second_attempt)
     await jobs._attempt(due.id, due.lease)
-    assert len(begun) == 2
-    await shown(db, store, due.id)
+    assert len(conversions) == 2
+    await check_published(db, store, due.id)
 
 
-async def test_a_job_that_finds_its_post_deleted_removes_what_it_put(server, db, store, due, monkeypatch):
+async def test_a_job_whose_post_is_deleted_meanwhile_erases_the_image_it_stored(server, db, store, due, monkeypatch):
     async def delete():
         other = Redis(server.url)
         await posts.delete(other, store, "alice", due.id)
         await other.close()
 
-    put = []
-    monkeypatch.setattr(jobs.posts, "put_image", spy(put, posts.put_image))
-    begun = meanwhile(monkeypatch, delete)
+    stored = []
+    monkeypatch.setattr(jobs.posts, "put_image", spy(stored, posts.put_image))
+    conversions = during_conversion(monkeypatch, delete)
     await jobs._attempt(due.id, due.lease)
-    assert len(begun) == len(put) == 1
+    assert len(conversions) == len(stored) == 1
     assert keys.image(due.id) not in await names(store)
     assert server.client.zscore(keys.due(0), due.id) and not server.client.exists(keys.feed(0), keys.post(due.id))
 
 
 def spy(calls: list, function):
-    async def called(*given):
-        calls.append(given)
-        await function(*given)
+    """A function that does the same and appends its arguments to `calls`."""
+
+    async def called(*arguments):
+        calls.append(arguments)
+        await function(*arguments)
 
     return called
 
 
-async def test_a_job_whose_post_is_ready_does_nothing(db, store, due, monkeypatch):
-    begun = meanwhile(monkeypatch, None)
+async def test_a_job_whose_post_is_ready_changes_nothing(server, db, store, due, monkeypatch):
+    conversions = during_conversion(monkeypatch, None)
     await make_image(db, store, due)
-    await jobs._attempt(due.id, due.lease)
-    assert begun == []
+    objects_before = await names(store)
+    with unchanged(server.client):
+        await jobs._attempt(due.id, due.lease)
+    assert conversions == [] and await names(store) == objects_before
 
 
-async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db, store, caplog):
+async def test_a_failed_post_has_the_sentence_of_its_code_and_the_log_has_the_cause(db, store, caplog):
     caplog.set_level("INFO")
     whole = photograph()
     async with uploads.form_upload(db, store, "alice", 1) as image:
@@ -141,12 +146,12 @@ async def test_a_failed_post_has_a_written_sentence_and_the_log_has_the_cause(db
     assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", caplog.text)
 
 
-# Failures that are not the image's
+# Failures that are not the image's fault
 
 
 @contextmanager
-def no_store(store, tmp_path, monkeypatch):
-    """The folder of the store is not there: something else has its name."""
+def no_store(tmp_path):
+    """The folder of the store is missing: a file has its name."""
     folder, aside = tmp_path / "store", tmp_path / "aside"
     folder.rename(aside)
     folder.touch()
@@ -156,23 +161,23 @@ def no_store(store, tmp_path, monkeypatch):
 
 
 @contextmanager
-def no_disk(store, tmp_path, monkeypatch):
-    """This process may write no file of more than some bytes, which ends a write as a full disk does."""
+def no_disk(tmp_path):
+    """This process can write at most 1,000 bytes of a file. A write then fails as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("away", [no_store, no_disk])
-async def test_a_store_or_a_disk_that_is_away_uses_up_no_attempt(db, store, due, tmp_path, monkeypatch, server, away):
-    with away(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("outage", [no_store, no_disk])
+async def test_an_outage_of_store_or_disk_uses_up_no_attempt(db, store, due, tmp_path, server, outage):
+    with outage(tmp_path):
         await fail_often(server, db, due)
     await jobs._attempt(due.id, (await handed_out(server, db, due.id)).lease)
-    await shown(db, store, due.id)
+    await check_published(db, store, due.id)
 
 
-async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monkeypatch):
+async def test_an_outage_of_s3_uses_up_no_attempt(db, server, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEGRAM_STORE", s3_url(monkeypatch))
     store = objects.open_store(jobs.settings.load().store_url)
     async with uploads.form_upload(db, store, "alice", 1) as image:
@@ -188,13 +193,14 @@ async def test_an_s3_that_is_away_uses_up_no_attempt(db, server, tmp_path, monke
 
 
 async def handed_out(server, db, post: str) -> outbox.Image:
-    """The next hint, as if the lease of the last one had run out."""
+    """The next hint, as if the last lease had ended."""
     server.client.zadd(keys.making(0, "alice"), {post: 0}, xx=True)
     server.client.zadd(keys.turns(0), {"alice": 0}, xx=True)
     return await leased(db, post)
 
 
 async def fail_often(server, db, due: outbox.Image) -> None:
+    """Runs more jobs than a post has attempts. After each, the post must still be processing."""
     for _ in range(outbox.ATTEMPTS + 2):
         await jobs._attempt(due.id, due.lease)
         assert (await posts.read(db, due.id)).status == "processing"
@@ -203,7 +209,7 @@ async def fail_often(server, db, due: outbox.Image) -> None:
 
 @pytest.fixture
 async def mortal(tmp_path, monkeypatch):
-    """A Redis of this test's own, which it may kill."""
+    """A Redis that only one test uses, so that the test can kill it."""
     server = RedisServer("valkey")
     monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
     monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
@@ -212,7 +218,8 @@ async def mortal(tmp_path, monkeypatch):
     server.close()
 
 
-async def published(server, store) -> tuple[Redis, str]:
+async def make_post_with_photograph(server, store) -> tuple[Redis, str]:
+    """Returns a client of the server and the id of a processing post."""
     db = Redis(server.url)
     async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
@@ -220,27 +227,28 @@ async def published(server, store) -> tuple[Redis, str]:
     return db, (await posts.create(db, "alice", image.upload, ""))[0]
 
 
-async def test_a_picture_is_shown_when_redis_is_back(mortal, store, monkeypatch):
-    """Redis goes away while the picture is made, and comes back later. It is not made a second time."""
-    db, post = await published(mortal, store)
+async def test_a_post_is_published_when_redis_is_back_and_its_picture_is_created_only_once(mortal, store, monkeypatch):
+    """Redis is killed during the conversion and started after it."""
+    db, post = await make_post_with_photograph(mortal, store)
     due = await leased(db, post)
 
     async def kill():
         mortal.kill()
 
-    begun = meanwhile(monkeypatch, kill)
+    conversions = during_conversion(monkeypatch, kill)
     job = asyncio.create_task(jobs._attempt(post, due.lease))
-    await asyncio.to_thread(until, lambda: begun and (store._root / keys.image(post)).exists(), what="the picture")
+    picture = store._root / keys.image(post)
+    await asyncio.to_thread(until, lambda: conversions and picture.exists(), what="the picture")
     await asyncio.to_thread(mortal.start)
     await job
-    await shown(db, store, post)
-    assert len(begun) == 1
+    await check_published(db, store, post)
+    assert len(conversions) == 1
     await db.close()
 
 
-async def test_a_redis_that_is_away_when_the_picture_is_made_uses_up_no_attempt(mortal, store, monkeypatch):
-    """Each time Redis goes away during the conversion, and RQ's time for the job ends before it is back."""
-    db, post = await published(mortal, store)
+async def test_an_outage_of_redis_during_each_conversion_uses_up_no_attempt(mortal, store, monkeypatch):
+    """Each time, Redis is killed during the conversion, and RQ's timeout ends the job before Redis is back."""
+    db, post = await make_post_with_photograph(mortal, store)
 
     def convert(path, chosen):
         mortal.kill()
@@ -259,7 +267,7 @@ async def test_a_redis_that_is_away_when_the_picture_is_made_uses_up_no_attempt(
         assert (await posts.read(db, post)).status == "processing"
     monkeypatch.setattr(jobs, "convert", sandbox.convert)
     await jobs._attempt(post, (await handed_out(mortal, db, post)).lease)
-    await shown(db, store, post)
+    await check_published(db, store, post)
     await db.close()
 
 
@@ -279,20 +287,22 @@ async def test_a_decoder_that_dies_uses_up_an_attempt(db, store, due, server, mo
 # Jobs that are killed
 
 
-def run_job(proxy, due: outbox.Due, before: dict) -> None:
-    """Run a job in a process of its own. `before`: what happens before it calls a script, None: it is killed."""
+def run_job_until_killed(proxy, due: outbox.Image, before: dict) -> None:
+    """Runs a job in a process of its own. `before`: by script, what happens before it is called; None: a kill."""
     command = "import sys; from workers import jobs; jobs.make_image(sys.argv[1], int(sys.argv[2]))"
     environment = {**os.environ, "IMAGEGRAM_REDIS_URL": proxy.url}
     job = subprocess.Popen([sys.executable, "-c", command, due.id, str(due.lease)], cwd=ROOT, env=environment)
-    for name, happens in before.items():
-        proxy.before[SCRIPTS[name].sha.encode()] = happens or job.kill
+    for name, event in before.items():
+        proxy.before[SCRIPTS[name].sha.encode()] = event or job.kill
     assert job.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("how", ["deleted", "failed"])
-async def test_an_image_whose_job_was_killed_before_its_publish_was_refused_is_erased(server, db, store, due, how):
-    async def end():
-        """The post ends while the job is at work, and the outbox looks at once."""
+async def test_the_image_of_a_killed_job_is_erased_if_its_post_has_ended(server, db, store, due, how):
+    """The post is deleted or failed while the job runs. The job stores the JPEG and is killed before it publishes."""
+
+    async def end_post():
+        """Ends the post, and then does the work that is due."""
         other = Redis(server.url)
         db.clock = other.clock = due.lease + LEASE_MS
         if how == "deleted":
@@ -305,8 +315,8 @@ async def test_an_image_whose_job_was_killed_before_its_publish_was_refused_is_e
         await other.close()
 
     with Proxy(server.socket) as proxy:
-        before = {"read_upload": lambda: asyncio.run(end()), "publish_post": None}
-        await asyncio.to_thread(run_job, proxy, due, before)
+        before = {"read_upload": lambda: asyncio.run(end_post()), "publish_post": None}
+        await asyncio.to_thread(run_job_until_killed, proxy, due, before)
     assert keys.image(due.id) in await names(store)
     assert len(await served(db, store, due.id, 60)) <= 30
     assert await served(db, store, due.id, JOB_MS // 1000) == []

@@ -1,8 +1,8 @@
-"""Makes docs/images/thumbhash.png: a photograph as it is served, and beside it what its thumbhash tells of it.
+"""Writes docs/images/thumbhash.png: a photograph as it is served, and beside it its decoded thumbhash.
 
     python tests/thumbhash_picture.py
 
-The decoder is written from the format's description (evanw/thumbhash), not from our encoder.
+The decoder follows the description of the format (https://github.com/evanw/thumbhash), not the encoder in workers/.
 """
 
 import io
@@ -15,19 +15,20 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipelin
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SIDE = 240  # pixels
+SIDE = 240  # pixels of each of the two pictures
 
 
-def decode(hash: bytes, side: int = 32) -> Image.Image:
-    """The picture of a square, opaque thumbhash."""
-    first, second = int.from_bytes(hash[:3], "little"), int.from_bytes(hash[3:5], "little")
+def decode(thumbhash: bytes, side: int = 32) -> Image.Image:
+    """Returns the picture of a square, opaque thumbhash, with `side` pixels a side."""
+    first = int.from_bytes(thumbhash[:3], "little")
+    second = int.from_bytes(thumbhash[3:5], "little")
     light, yellow_blue, red_green = first & 63, first >> 6 & 63, first >> 12 & 63
     assert not first >> 23, "it has no transparency"
     waves = max(3, second & 7)
-    levels = [nibble / 7.5 - 1 for byte in hash[5:] for nibble in (byte & 15, byte >> 4)]
+    levels = [nibble / 7.5 - 1 for byte in thumbhash[5:] for nibble in (byte & 15, byte >> 4)]
 
     def channel(mean: float, count: int, scale: float):
-        """The function of x and y that its waves add up to."""
+        """The sum of the channel's waves, as a function of x and y."""
         places = [(x, y) for y in range(count) for x in range(count - y) if x or y]
         heights = [levels.pop(0) * scale for _ in places]
 
@@ -60,10 +61,10 @@ def main() -> None:
     with tempfile.TemporaryFile() as file:
         file.write(photograph())
         file.seek(0)
-        made = convert(file, 100, 30_000)
+        picture = convert(file, 100, 30_000)
     sheet = Image.new("RGB", (2 * SIDE + 10, SIDE), "white")
-    sheet.paste(Image.open(io.BytesIO(made.jpeg)).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (0, 0))
-    sheet.paste(decode(made.thumbhash).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (SIDE + 10, 0))
+    sheet.paste(Image.open(io.BytesIO(picture.jpeg)).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (0, 0))
+    sheet.paste(decode(picture.thumbhash).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (SIDE + 10, 0))
     sheet.quantize(256).save(ROOT / "docs" / "images" / "thumbhash.png", optimize=True)
 
 
