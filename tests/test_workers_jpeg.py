@@ -239,7 +239,7 @@ def test_no_value_differs_by_more_than_2_from_what_pillow_decodes(name, side):
 
 
 def test_a_file_that_libjpeg_has_no_memory_for_is_too_costly_and_not_undecodable(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox, "PROGRAM", "from workers import sandbox; sandbox.PIXEL = 1; sandbox.serve()")
+    monkeypatch.setattr(sandbox, "PROGRAM", "from workers import sandbox; sandbox.BYTES_PER_PIXEL = 1; sandbox.serve()")
     sandbox.stop()
     path = tmp_path / "original"
     path.write_bytes(many_scans(10_000, 10_000, 2))

@@ -52,7 +52,7 @@ def test_a_decoder_can_allocate_what_its_images_need_and_no_more(in_decoder):
 
 
 def test_a_decoder_that_computes_without_end_is_ended(in_decoder, monkeypatch):
-    monkeypatch.setattr(sandbox, "CPU", 1)
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
     assert in_decoder("while True: pass") == (
         "too_costly: decoding the image takes too much processor time or memory:"
         " at most 1 seconds and 1081 MiB are allowed"

@@ -155,7 +155,7 @@ class Bmp(ImageFile.ImageFile):
         if size == 124 and kind == PROFILE_EMBEDDED:
             start, length = struct.unpack_from("<II", header, 112)
             self.fp.seek(FILE_HEADER + start)
-            profile = self.fp.read(min(length, colour.PROFILE))
+            profile = self.fp.read(min(length, colour.MAX_PROFILE_BYTES))
             if len(profile) == length and colour.fits(profile, b"RGB "):
                 self.info["icc_profile"] = profile
         elif size >= 108 and kind == LCS_CALIBRATED_RGB:

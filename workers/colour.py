@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 # Most bytes of a profile. The largest profiles of printers come near; those of cameras and screens have some thousands.
-PROFILE = 1024 * 1024
+MAX_PROFILE_BYTES = 1024 * 1024
 DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not device links, abstract profiles or named colours (ICC.1, 7.2.5)
 AS_SRGB = b""  # the profile of an image whose values are sRGB already, or so near that the eye sees no difference
 
@@ -27,12 +27,12 @@ GAMMAS = (0.1, 10.0)  # lowest and highest exponent; others do not describe an i
 
 
 def fits(profile: bytes | None, space: bytes) -> bool:
-    """Whether a profile is of a device, of this colour space (ICC.1, 7.2.6) and not larger than PROFILE.
+    """Whether a profile is of a device, of this colour space (ICC.1, 7.2.6) and not larger than MAX_PROFILE_BYTES.
 
     `space` is a signature of 4 bytes, as b"RGB ". It must be the image's space. Otherwise Pillow up to 12.1 reads past
     its buffers (CVE-2026-59205).
     """
-    return bool(profile) and len(profile) <= PROFILE and profile[12:16] in DEVICES and profile[16:20] == space
+    return bool(profile) and len(profile) <= MAX_PROFILE_BYTES and profile[12:16] in DEVICES and profile[16:20] == space
 
 
 def described(space: Sequence[Point] | None, gammas: Sequence[float] | None, grey: bool) -> bytes | None:

@@ -29,7 +29,7 @@ UNSUPPORTED = {
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), HIERARCHICAL),  # differential frames, DHP
     0xF7: "a JPEG-LS image",  # ITU T.87, table C.1
 }
-SCANS = 100  # most scans of a progressive JPEG; encoders write about 10
+MAX_SCANS = 100  # most scans of a progressive JPEG; encoders write about 10
 
 # Texts of libjpeg (jerror.h). libjpeg reports only the text of its first warning about a file.
 FILE_ENDS = "Premature end of JPEG file"
@@ -171,11 +171,11 @@ def _check_scans(data: bytes | mmap) -> None:
     The limit of CPU time would stop such a file too, but only after that time, and only in the sandbox.
     """
     # This count is too high where thumbnails or data behind the picture hold scans. But it is fast.
-    if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= SCANS:
+    if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= MAX_SCANS:
         return
     scans = sum(1 for code, _, _ in _segments(data) if code == SOS)
-    if scans > SCANS:
-        raise unusable("too_many_scans", scans=scans, most=SCANS)
+    if scans > MAX_SCANS:
+        raise unusable("too_many_scans", scans=scans, most=MAX_SCANS)
 
 
 def _check_scan_ends(data: bytes, warning: str) -> None:

@@ -39,7 +39,8 @@ from workers.png import MAGIC, Png
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of each side of the picture
-GAP = 2  # shrinking by whole numbers is fast; it stops at GAP * SIDE pixels, and LANCZOS does the rest
+# Pillow's name. Shrinking by whole numbers is fast. It stops at so many times SIDE, and LANCZOS does the rest.
+REDUCING_GAP = 2
 STRIP_ROWS = 64  # rows of the shrunk image that are computed at once
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at this value and raises only at twice the value; check_size is exact
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -164,11 +165,11 @@ def _orientation(exif: bytes) -> int:
 
 
 def decode(image: ImageFile.ImageFile, _metadata: Metadata) -> Image.Image:
-    """Decodes all pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 where that still leaves GAP * SIDE pixels a side.
+    """Decodes all pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves REDUCING_GAP * SIDE pixels a side.
 
     Raises Unusable with too_many_scans, truncated or undecodable.
     """
-    image.draft(None, (GAP * SIDE, GAP * SIDE))
+    image.draft(None, (REDUCING_GAP * SIDE, REDUCING_GAP * SIDE))
     _call_decoder(image.load)
     return image
 
@@ -181,11 +182,12 @@ def crop_and_shrink(image: Image.Image, _metadata: Metadata) -> Image.Image:
     side = min(image.size)
     x, y = ((length - side) / 2 for length in image.size)
     if side >= SIDE and image.mode in PROFILE_SPACES and not image.has_transparency_data:
-        return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, (x, y, x + side, y + side), reducing_gap=GAP)
+        square = (x, y, x + side, y + side)
+        return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, square, reducing_gap=REDUCING_GAP)
     # The same, without Pillow's resize() of the whole image, for two reasons. First, the values must be made ready for
     # shrinking, and the copies of a large image would take twice the memory of the image itself; so this goes strip by
     # strip. Second, when an image is enlarged, LANCZOS would mix in pixels from outside of the square.
-    factor = max(1, side // (GAP * SIDE))
+    factor = max(1, side // (REDUCING_GAP * SIDE))
     left, top, right, bottom = floor(x), floor(y), ceil(x + side), ceil(y + side)
     small = None
     for start in range(top, bottom, STRIP_ROWS * factor):

@@ -42,7 +42,7 @@ MODES = {  # Pillow's mode and raw mode by colour type and bit depth (11.2.1)
 LOW_BYTES = "RGB;16L"
 # Most chunks of a file. Encoders put 8 KiB into each chunk; some put 256 bytes, which makes 400,000 chunks of 100 MiB.
 # Without a limit, 8 million empty chunks take 27 s.
-CHUNKS = 500_000
+MAX_CHUNKS = 500_000
 STRIP_ROWS = 64  # rows that are compared with a transparent colour at once
 SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}  # per pixel, by colour type
 # The passes of interlacing (8.1): first column, first row, column step, row step. The last pass is every second row.
@@ -234,14 +234,14 @@ def _walk_chunks(data: mmap) -> Iterator[tuple[bytes, int, int]]:
     """Yields name, start and end of the data of every critical chunk, and of those in ANCILLARY whose CRC is right.
 
     Raises Unusable with undecodable or truncated where a critical chunk or the sequence of chunks is damaged, and with
-    too_costly where there are more than CHUNKS.
+    too_costly where there are more than MAX_CHUNKS.
     """
     at, name, count = len(MAGIC), b"", 0
     view = memoryview(data)
     while name != b"IEND":
         count += 1
-        if count > CHUNKS:
-            raise unusable("too_costly", what=f"a PNG of more than {CHUNKS} chunks")
+        if count > MAX_CHUNKS:
+            raise unusable("too_costly", what=f"a PNG of more than {MAX_CHUNKS} chunks")
         if len(data) - at < 8:
             raise unusable("truncated", what=f"a PNG that ends after {len(data)} bytes, without its IEND chunk")
         size, name = struct.unpack_from(">I4s", data, at)
@@ -301,7 +301,7 @@ def _profile_of_iccp(chunks: dict[bytes, bytes], grey: bool) -> bytes | None:
     if not 1 <= len(name) <= 79 or rest[:1] != b"\0":
         return None
     try:
-        profile = zlib.decompressobj().decompress(rest[1:], colour.PROFILE + 1)
+        profile = zlib.decompressobj().decompress(rest[1:], colour.MAX_PROFILE_BYTES + 1)
     except zlib.error:
         return None
     return profile if colour.fits(profile, b"GRAY" if grey else b"RGB ") else None

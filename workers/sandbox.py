@@ -28,9 +28,9 @@ What a decoder may do:
 | network, other sockets | none | seccomp; TCP and abstract sockets also Landlock |
 | signals, ptrace, memory of other processes | none | seccomp, Landlock |
 | new processes and threads, exec | none | seccomp; limits (not for root); exec also Landlock |
-| descriptors | the image, the pipe, and /dev/null as 0, 1 and 2; at most FILES | closed before decoding; limits |
-| memory | what it has at the start, 10 bytes a permitted pixel, and SLACK | RLIMIT_AS |
-| CPU time | CPU seconds | RLIMIT_CPU |
+| descriptors | the image, the pipe, and /dev/null as 0, 1 and 2 | all others are closed; RLIMIT_NOFILE |
+| memory | what it has at the start, BYTES_PER_PIXEL for each permitted pixel, and EXTRA_BYTES | RLIMIT_AS |
+| CPU time | CPU_SECONDS | RLIMIT_CPU |
 | bytes of files that it writes, core dumps | none | RLIMIT_FSIZE, RLIMIT_CORE |
 | user | `nobody` where the fork server is root, else the same user; no new rights | setuid, PR_SET_NO_NEW_PRIVS |
 | lifetime | at most that of the fork server and of the request | PR_SET_PDEATHSIG, `link` |
@@ -64,13 +64,13 @@ from workers.errors import Unusable, unusable
 from workers.pipeline import Picture
 
 # Seconds of CPU. The slowest files of 100 megapixels took 30 where this was measured, photographs of that size 3.
-CPU = 50
+CPU_SECONDS = 50
 # Bytes a pixel. A progressive CMYK JPEG takes 8 for its coefficients; beside them a quarter of its pixels is decoded.
-PIXEL = 10
-SLACK = 128 * MIB  # bytes: strips of the image, buffers of the decoders
-FILES = 16  # open descriptors; the image and the pipe are two of them
-ANSWER = 4 * MIB  # bytes of an answer that are read; usual are 0.1 MiB
-DETAIL = 1000  # characters of a fault's detail; usual is one sentence
+BYTES_PER_PIXEL = 10
+EXTRA_BYTES = 128 * MIB  # bytes: strips of the image, buffers of the decoders
+MAX_DESCRIPTORS = 16  # open descriptors; the image and the pipe are two of them
+MAX_ANSWER_BYTES = 4 * MIB  # bytes of an answer that are read; usual are 0.1 MiB
+MAX_DETAIL = 1000  # characters of a fault's detail; usual is one sentence
 NOBODY = 65534  # user and group
 PR_SET_NO_NEW_PRIVS = 38  # prctl(2): what the process executes gets no more rights than the process has
 ENVIRONMENT = {  # all environment variables of the fork server
@@ -113,7 +113,7 @@ def convert(path: Path, chosen: Settings) -> Picture:
     decoder ended for another reason: the kernel was short of memory, or the filter killed it. Raises NoSandbox, and
     OSError where `path` cannot be opened.
     """
-    request = json.dumps([chosen.image_megapixels, chosen.image_side, CPU, chosen.sandbox == "required"])
+    request = json.dumps([chosen.image_megapixels, chosen.image_side, CPU_SECONDS, chosen.sandbox == "required"])
     receive, send = os.pipe()
     link, server_link = socket.socketpair()
     with os.fdopen(receive, "rb") as answer, link:
@@ -125,7 +125,7 @@ def convert(path: Path, chosen: Settings) -> Picture:
             os.close(send)
             server_link.close()
         try:
-            output = answer.read(ANSWER)
+            output = answer.read(MAX_ANSWER_BYTES)
         finally:  # also where the exception of a timeout ends the reading
             link.shutdown(socket.SHUT_WR)
             status = link.recv(16).decode()
@@ -142,7 +142,10 @@ def convert(path: Path, chosen: Settings) -> Picture:
 
 
 def _parse_answer(answer: object, chosen: Settings) -> Picture:
-    """Returns the picture in a decoder's answer. An attacker may have written the answer, so its every part is checked.
+    """Returns the picture in a decoder's answer.
+
+    An attacker may have written the answer. So only these shapes are accepted, and the texts are cut to MAX_DETAIL. An
+    attacker can still choose the picture, or the text that the author of this post reads.
 
     | answer | raises |
     |---|---|
@@ -159,9 +162,9 @@ def _parse_answer(answer: object, chosen: Settings) -> Picture:
             if picture.jpeg.startswith(b"\xff\xd8\xff") and len(picture.thumbhash) == 24:
                 return picture
         case {"unusable": [str(code), str(detail), str(cause)]}:
-            raise Unusable(code, detail[:DETAIL], cause[:DETAIL])
+            raise Unusable(code, detail[:MAX_DETAIL], cause[:MAX_DETAIL])
         case {"too costly": str(cause)}:
-            raise _too_costly(chosen, cause[:DETAIL])
+            raise _too_costly(chosen, cause[:MAX_DETAIL])
         case {"no sandbox": str(text)}:
             raise NoSandbox(text)
         case {"error": str(text)}:
@@ -170,13 +173,13 @@ def _parse_answer(answer: object, chosen: Settings) -> Picture:
 
 
 def _too_costly(chosen: Settings, cause: str) -> Unusable:
-    allowed = f"at most {CPU} seconds and {_memory(chosen.image_megapixels) // MIB} MiB are allowed"
+    allowed = f"at most {CPU_SECONDS} seconds and {_memory(chosen.image_megapixels) // MIB} MiB are allowed"
     return unusable("too_costly", cause, allowed)
 
 
 def _memory(megapixels: int) -> int:
     """Returns how many bytes a decoder may allocate in addition to those it has at its start."""
-    return megapixels * 1_000_000 * PIXEL + SLACK
+    return megapixels * 1_000_000 * BYTES_PER_PIXEL + EXTRA_BYTES
 
 
 # In the converter, in its jobs, and in the worker at its start
@@ -276,7 +279,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             try:
-                _be_child(image, send, server, rules, *json.loads(request))
+                _run_decoder(image, send, server, rules, *json.loads(request))
             finally:
                 os._exit(1)  # runs no exit handler and flushes no buffer of the server a second time
         os.close(image)
@@ -319,7 +322,7 @@ def seccomp_filter():
 # In the decoder
 
 
-def _be_child(
+def _run_decoder(
     image: int, send: int, server: int, rules, megapixels: int, side: int, cpu: int, required: bool
 ) -> None:
     """Gives up all rights, decodes the image and writes the answer. See _parse_answer for its format."""
@@ -361,7 +364,7 @@ def limit(memory: int, cpu: int, parent: int) -> None:
     for limited, most in {
         resource.RLIMIT_AS: current + memory,
         resource.RLIMIT_FSIZE: 0,  # bytes of a file; pipes are not limited
-        resource.RLIMIT_NOFILE: FILES,
+        resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
         resource.RLIMIT_NPROC: 0,  # more processes and threads. The kernel does not limit root
         resource.RLIMIT_CORE: 0,
     }.items():
@@ -400,7 +403,7 @@ def landlock() -> None:
 
     | ABI | Linux | denies |
     |---|---|---|
-    | 1 to 3 | 5.13 | files: 13, 14, 15 rights |
+    | 1, 2, 3 | 5.13, 5.19, 6.2 | files: 13, 14, 15 rights |
     | 4 | 6.7 | TCP: bind and connect |
     | 5 | 6.10 | ioctl on devices: a 16th right |
     | 6 | 6.12 | abstract sockets and signals |
