@@ -5,7 +5,7 @@ colours around the centre, and magenta outside of the centre square. What a pict
 colours and the definition of the format, never by the code under test.
 
 `python tests/golden.py FILE` writes a contact sheet: each image as its values are without any conversion, and its
-picture beside it.
+picture next to it.
 """
 
 import io
@@ -65,7 +65,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, kind: int, scans: bytes, *chunks: bytes, interlaced: int = 0) -> bytes:
-    """A PNG of colour type `kind`. `scans`: the rows, each behind its filter byte. `chunks` come before the pixels."""
+    """A PNG of colour type `kind`. `scans`: the rows, each after its filter byte. `chunks` come before the pixels."""
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
     parts = [chunk(b"IHDR", head), *chunks, chunk(b"IDAT", zlib.compress(scans)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -109,12 +109,12 @@ def bmp(
     top_down=False,
     size=40,
     space=b"",
-    behind=b"",
+    after=b"",
 ) -> bytes:
     """A BMP.
 
-    `pack` converts the values of a row to bytes. `size`: bytes of the header. `space`: the bytes of the header behind
-    four masks. `behind`: the bytes of the file behind the pixels.
+    `pack` converts the values of a row to bytes. `size`: bytes of the header. `space`: the bytes of the header after
+    four masks. `after`: the bytes of the file after the pixels.
     """
     stride = image.width * len(image.getbands())
     values = image.tobytes()
@@ -135,7 +135,7 @@ def bmp(
         head = struct.pack("<I4H", size, image.width, image.height, 1, bits)
     head = head + fields if size == 40 else (head + fields).ljust(size, b"\0")[:size]
     start = 14 + len(head) + len(colours)
-    return struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start) + head + colours + body + behind
+    return struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start) + head + colours + body + after
 
 
 def under(value: int, mask: int) -> int:
@@ -158,7 +158,7 @@ def unmasked(colour: Colour, masks) -> Colour:
 
 
 def embedded(profile: bytes, pixels: int, kind: int = 0x4D424544) -> bytes:
-    """The colour space of a BITMAPV5HEADER, with a profile behind `pixels` bytes of pixels."""
+    """The colour space of a BITMAPV5HEADER, with a profile after `pixels` bytes of pixels."""
     return struct.pack("<I48x4I", kind, 4, 124 + pixels, len(profile), 0)
 
 
@@ -259,7 +259,7 @@ MASKS = [
     ("7-18-7 bits", 32, (0xFE000000, 0x1FFFF80, 0x7F), 40),
     ("8-8-8-8 bits in version 3", 32, (0xFF0000, 0xFF00, 0xFF, 0xFF << 24), 56),
     ("8-8-8-8 bits in version 5", 32, (0xFF << 8, 0xFF << 24, 0xFF << 16, 0xFF), 124),
-    ("8-8-8-8 bits with masks behind the header", 32, (0xFF, 0xFF00, 0xFF0000, 0xFF << 24), 40),
+    ("8-8-8-8 bits with masks after the header", 32, (0xFF, 0xFF00, 0xFF0000, 0xFF << 24), 40),
     ("8-8-8 bits in version 2", 32, (0xFF, 0xFF00, 0xFF0000), 52),
     ("6-7-8-5 bits across bytes", 32, (0x3F << 5, 0x7F << 12, 0xFF << 20, 0xF << 28), 124),
     ("8-8-0 bits", 16, (0xFF00, 0xFF, 0), 40),
@@ -456,7 +456,7 @@ def goldens() -> dict[str, Golden]:
     truth = shows(*(through(colours.SRGB, power(1.6), colour) for colour in CARD))
     add("PNG with palette and gAMA", png(64, 48, 8, 3, rows(five), gama(1.6), chunk(b"PLTE", palette)), truth)
     too_late = (chunk(b"PLTE", palette), gama(1.6), iccp(colours.P3_PROFILE), cicp(9, 16))
-    add("PNG with palette and colours behind it", png(64, 48, 8, 3, rows(five), *too_late), shows())
+    add("PNG with palette and colours after it", png(64, 48, 8, 3, rows(five), *too_late), shows())
     tone = [round(255 * colours.encoded((value / 255) ** colours.GREY_GAMMA)) for value in grey]
     truth = shows(*((value,) * 3 for value in tone))
     add("grey PNG with alpha and profile", png(64, 48, 8, 4, rows(ghost), iccp(colours.GREY_PROFILE)), truth)
@@ -503,7 +503,7 @@ def goldens() -> dict[str, Golden]:
         pack = lambda row, masks=masks, bits=bits: masked(row, masks, bits)  # noqa: E731
         compression = 6 if size == 40 and len(masks) == 4 else 3
         add(f"BMP of {name}", bmp(image, bits, pack, (), compression, masks, size=size), shows(*truth))
-    content = {"space": embedded(colours.P3_PROFILE, 48 * 192), "behind": colours.P3_PROFILE}
+    content = {"space": embedded(colours.P3_PROFILE, 48 * 192), "after": colours.P3_PROFILE}
     truth = shows(*(through(colours.P3, colours.linear, colour) for colour in CARD))
     add("BMP with Display P3", bmp(small, 24, blue_first, masks=(0,) * 4, size=124, **content), truth)
     masks = (0xFF0000, 0xFF00, 0xFF, 0xFF << 24)
@@ -519,7 +519,7 @@ def goldens() -> dict[str, Golden]:
         ("a link to a profile", b"c:\\profile.icm\0", 0x4C494E4B),
         ("half a profile", colours.P3_PROFILE[:100], 0x4D424544),
     ):
-        content = {"space": embedded(profile.ljust(300, b"\0"), 48 * 192, kind), "behind": profile}
+        content = {"space": embedded(profile.ljust(300, b"\0"), 48 * 192, kind), "after": profile}
         add(f"BMP with {name}", bmp(small, 24, blue_first, masks=(0,) * 4, size=124, **content), shows())
     for size in (108, 124):
         own = calibrated(P3_POINTS[1:], 1.6)

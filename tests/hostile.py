@@ -98,7 +98,7 @@ def mutated(data: bytes, chance) -> bytes:
 
 
 def with_zip(data: bytes) -> bytes:
-    """The file with a ZIP archive behind it."""
+    """The file with a ZIP archive after it."""
     archive = BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("autorun.inf", "[autorun]")
@@ -138,10 +138,10 @@ def hostiles() -> dict[str, tuple[bytes, set[str]]]:
         "JPEG of 1,000 scans": (many_scans(10_000, 10_000, 1_000), {"too_many_scans"}),
         "JPEG of 1,000 scans over few pixels": (many_scans(100, 100, 1_000), {"too_many_scans"}),
         "JPEG of 100 scans": (many_scans(3000, 3000, 100), fine),
-        "JPEG with another of 1,000 scans behind it": (progressive + many_scans(100, 100, 1_000), fine),
-        "PNG with a ZIP behind it": (with_zip(small), fine),
+        "JPEG with another of 1,000 scans after it": (progressive + many_scans(100, 100, 1_000), fine),
+        "PNG with a ZIP after it": (with_zip(small), fine),
         "JPEG with HTML in it": (jpeg[:2] + segment(0xFE, b"<html><script>alert(1)</script>") + jpeg[2:], fine),
-        "HTML with a PNG behind it": (b"<html>" + small, {"wrong_format"}),
+        "HTML with a PNG after it": (b"<html>" + small, {"wrong_format"}),
         "GIF": (b"GIF89a\1\0\1\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\0;", {"wrong_format"}),
         "nothing": (b"", {"wrong_format"}),
         "BM and no more": (b"BM", truncated),

@@ -64,7 +64,7 @@ def test_a_hostile_image_ends_as_expected_within_20_seconds(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "detail"),
     {
-        "HTML with a PNG behind it": "the file is not a PNG, JPEG or BMP image",
+        "HTML with a PNG after it": "the file is not a PNG, JPEG or BMP image",
         "PNG of 30,001 x 1": "the image has 30001 x 1 pixels; at most 100 million pixels and 30000 pixels a side are "
         "accepted",
         "JPEG of 1,000 scans": "the JPEG has 1000 scans; at most 100 are accepted",

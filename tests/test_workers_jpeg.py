@@ -87,7 +87,7 @@ def flat(factors: tuple[int, ...], frame=0xC0, precision=8, height=480, after=b"
     """A grey card of 640x480 in sequential Huffman coding (ITU T.81, annex F). Each block is two bits: no coefficient.
 
     `factors`: the sampling of each component; 0x21 is two horizontal and one vertical. `frame`: the code of the SOF
-    marker. `height`: what the frame header states. `after`: bytes behind the scan.
+    marker. `height`: what the frame header states. `after`: bytes after the scan.
     """
     samplings = [divmod(factor, 16) for factor in factors]
     unit_width, unit_height = (8 * max(direction) for direction in zip(*samplings, strict=True))
@@ -141,30 +141,30 @@ HEADS = {  # a file whose header libjpeg warns about, and the same file with a u
     "unused scan parameters": (overwritten(PLAIN, scan_start(PLAIN) - 3, 0, 0, 0), PLAIN),  # as some phones write them
 }
 ENDS = {  # a file with an unusual end, and the same file with a usual end
-    "bytes behind the end": (PLAIN + b"\xff\xd8 and more", PLAIN),
+    "bytes after the end": (PLAIN + b"\xff\xd8 and more", PLAIN),
     "bytes before the end": (inserted(PLAIN, len(PLAIN) - 2, b"\1\2\3"), PLAIN),
-    "bytes behind a scan": (inserted(PROGRESSIVE, scan_end(PROGRESSIVE), b"\1\2\3"), PROGRESSIVE),
+    "bytes after a scan": (inserted(PROGRESSIVE, scan_end(PROGRESSIVE), b"\1\2\3"), PROGRESSIVE),
     "no end": (PLAIN[:-2], PLAIN),
     "half an end": (PLAIN[:-1], PLAIN),
 }
 DAMAGED = {
     **{f"bytes lost, {kind}": with_gap(data) for kind, data in KINDS.items()},
-    **{f"bytes lost behind a harmless fault, {name}": with_gap(odd) for name, (odd, _) in HEADS.items()},
+    **{f"bytes lost after a harmless fault, {name}": with_gap(odd) for name, (odd, _) in HEADS.items()},
     "random bytes": with_random_bytes(PROGRESSIVE),
     "a missing restart interval": without_interval(KINDS["with restarts"]),
     "an end in the middle": PLAIN[: middle(PLAIN)] + EOI,
     "a missing table": PLAIN.replace(b"\xff\xdb", b"\xff\xef", 1),
     "no scan where libjpeg looks for one": inserted(PLAIN, 2, b"\xff\xf0\xff\xff")[: 2 + 60_000],
-    "no height, and none behind the scan": flat((0x11,), height=0),
+    "no height, and none after the scan": flat((0x11,), height=0),
     "no component": flat((0x11,)).replace(b"\1\0\x11\0\xff", b"\0\0\x11\0\xff"),
 }
 CUT = {
     **{f"in the middle, {kind}": data[: middle(data)] for kind, data in KINDS.items()},
-    **{f"in the middle, behind a harmless fault, {name}": odd[: middle(odd)] for name, (odd, _) in HEADS.items()},
+    **{f"in the middle, after a harmless fault, {name}": odd[: middle(odd)] for name, (odd, _) in HEADS.items()},
     "before the scan": PLAIN[: scan_start(PLAIN)],
     "in a table": PLAIN[: PLAIN.index(b"\xff\xdb") + 20],
     "between scans": PROGRESSIVE[: scan_end(PROGRESSIVE)],
-    "between scans, behind a harmless fault": ENDS["bytes behind a scan"][0][:-2],
+    "between scans, after a harmless fault": ENDS["bytes after a scan"][0][:-2],
 }
 UNSUPPORTED = {
     "a JPEG of 12 bits a sample": flat((0x22, 0x11, 0x11), 0xC1, precision=12),
@@ -250,7 +250,7 @@ def test_a_file_that_libjpeg_has_no_memory_for_is_too_costly_and_not_undecodable
 
 
 def test_decoding_starts_no_thread():
-    """simplejpeg loads numpy, which would start a thread for each further core. A fork beside threads can lock up."""
+    """simplejpeg loads numpy, which would start threads. A fork of a process with threads can lock up."""
     program = "import os, workers.sandbox; print(len(os.listdir('/proc/self/task')))"
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True, env=sandbox.ENVIRONMENT).stdout == b"1\n"

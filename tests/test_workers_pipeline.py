@@ -189,7 +189,7 @@ def test_headers_of_all_sizes_and_palettes_of_any_length_show_the_same():
 
 
 def bmp_of(bits: int, compression: int = 0, size: int = 40, width: int = 64, masks=(), more=bytes(9000)) -> bytes:
-    """A BMP of 48 rows with a header of `size` bytes, `masks` in or behind it, and then the bytes `more`."""
+    """A BMP of 48 rows with a header of `size` bytes, `masks` in or after it, and then the bytes `more`."""
     head = struct.pack("<IiiHH6I", size, width, 48, 1, bits, compression, 0, 0, 0, 0, 0)
     head = (head + struct.pack(f"<{len(masks)}I", *masks)).ljust(size, b"\0")
     return struct.pack("<2sIHHI", b"BM", 0, 0, 0, 0) + head + more
@@ -314,7 +314,7 @@ def with_wrong_checksum(data: bytes, name: bytes) -> bytes:
 IDAT = chunk(b"IDAT", zlib.compress(rows(card(64, 48))))
 REFUSED_PNGS = {
     "no palette": (indexed(), "undecodable: a PNG with palette colours, and without a palette"),
-    "palette behind the pixels": (indexed()[:-12] + PLTE + indexed()[-12:], "undecodable: a PNG with palette colours"),
+    "palette after the pixels": (indexed()[:-12] + PLTE + indexed()[-12:], "undecodable: a PNG with palette colours"),
     "palette of 10 bytes": (indexed(chunk(b"PLTE", bytes(10))), "undecodable: a palette of 10 bytes; it has 3 for"),
     "palette of 257": (indexed(chunk(b"PLTE", bytes(771))), "undecodable: a palette of 771 bytes; it has 3 for each"),
     "two palettes": (indexed(PLTE, PLTE), "undecodable: a PNG with two PLTE chunks"),

@@ -225,7 +225,7 @@ def test_a_decoder_has_a_clean_environment_two_descriptors_and_no_rights(in_deco
         in_decoder("while True: pass")
     thread.join()
     environment, links, status = seen[0]
-    # glibc overwrites the colon behind each of its settings with a zero byte.
+    # glibc overwrites the colon after each of its settings with a zero byte.
     expected = ":".join(f"{name}={value}" for name, value in sandbox.ENVIRONMENT.items())
     assert environment.strip(b"\0").replace(b"\0", b":") == expected.encode()
     kinds = sorted(re.sub(r"[\d\[\]]", "", link) for number, link in links.items() if number > 2)

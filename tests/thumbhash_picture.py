@@ -1,4 +1,4 @@
-"""Writes docs/images/thumbhash.png: a photograph as it is served, and beside it its decoded thumbhash.
+"""Writes docs/images/thumbhash.png: a photograph as it is served, and next to it its decoded thumbhash.
 
     python tests/thumbhash_picture.py
 

@@ -122,7 +122,7 @@ class Bmp(ImageFile.ImageFile):
     def _read_masks(self, head: bytes, size: int, bits: int, compression: int) -> tuple[tuple[int, ...], int]:
         """Returns the masks of red, green, blue and alpha, and the byte of the file where header and masks end.
 
-        The masks are in the header, or behind a header of 40 bytes. Raises Unusable with truncated or undecodable.
+        The masks are in the header, or after a header of 40 bytes. Raises Unusable with truncated or undecodable.
         """
         end = FILE_HEADER + size
         if compression == RAW:
@@ -159,7 +159,7 @@ class Bmp(ImageFile.ImageFile):
             if len(profile) == length and colour.fits(profile, b"RGB "):
                 self.info["icc_profile"] = profile
         elif size >= 108 and kind == LCS_CALIBRATED_RGB:
-            # Fixed-point numbers: X, Y and Z of each primary with 30 bits behind the point, exponents with 16 bits. The
+            # Fixed-point numbers: X, Y and Z of each primary with 30 fractional bits, exponents with 16. The
             # header does not state the white; programs take D65.
             ends = [part / 2**30 for part in struct.unpack_from("<9I", header, 60)]
             gammas = [part / 2**16 for part in struct.unpack_from("<3I", header, 96)]

@@ -126,7 +126,7 @@ def _xyz_tag(xyz: Sequence[float]) -> bytes:
 
 
 def _fixed_point(values: Sequence[float]) -> bytes:
-    """s15Fixed16Number: signed, with 16 bits behind the point."""
+    """s15Fixed16Number: signed, with 16 fractional bits."""
     return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
 
 

@@ -115,7 +115,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
         with watchdog.working("handing out image work"):
             try:
                 capacity = await asyncio.to_thread(queue_capacity, hints, chosen.converters)
-                # Each round begins behind the partition that was served last.
+                # Each round begins after the partition that was served last.
                 for partition in [*range(first, chosen.partitions), *range(first)]:
                     watchdog.step()
                     name = f"image work of partition {partition}"

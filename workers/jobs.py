@@ -7,7 +7,7 @@
 | published | job: `outbox.publish` | ready, none | removed | the upload's chunks are erased |
 | failed | job: `outbox.fail` | failed, n + 1 | removed | a late JPEG is erased |
 | returned | job: `outbox.return_image` | processing, n | unchanged | leased again at that time |
-| died | nobody: job or decoder was killed | processing, n + 1 | unchanged | leased again at that time |
+| died | nothing: job or decoder was killed | processing, n + 1 | unchanged | leased again at that time |
 | exhausted | `outbox.start_image`, if n is ATTEMPTS | failed, n | removed | a late JPEG is erased |
 
 The score is a time, in ms since 1970. It is the end of the lease and also names the lease. If no job starts until then,

@@ -119,7 +119,7 @@ class Jpeg(JpegImageFile):
 
 
 def _segments(data: bytes | mmap) -> Iterator[tuple[int, int, int]]:
-    """Yields code, start and end of each marker segment (B.1.1.4), from behind SOI to EOI or the end of the data.
+    """Yields code, start and end of each marker segment (B.1.1.4), from SOI (excluded) to EOI or the end of the data.
 
     The coded bytes of a scan begin at the end of its SOS segment. Bytes between other segments are skipped, as libjpeg
     skips them.
@@ -170,7 +170,7 @@ def _check_scans(data: bytes | mmap) -> None:
 
     The limit of CPU time would stop such a file too, but only after that time, and only in the sandbox.
     """
-    # This count is too high where thumbnails or data behind the picture hold scans. But it is fast.
+    # This count is too high where thumbnails or data after the picture hold scans. But it is fast.
     if sum(1 for _ in re.finditer(rb"\xff\xda", data)) <= MAX_SCANS:
         return
     scans = sum(1 for code, _, _ in _segments(data) if code == SOS)
@@ -179,7 +179,7 @@ def _check_scans(data: bytes | mmap) -> None:
 
 
 def _check_scan_ends(data: bytes, warning: str) -> None:
-    """Finds what libjpeg would report behind its first `warning`: no EOI, and restarts out of order (B.2.1).
+    """Finds what libjpeg would report after its first `warning`: no EOI, and restarts out of order (B.2.1).
 
     Raises Unusable with truncated or undecodable.
     """

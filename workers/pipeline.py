@@ -76,7 +76,7 @@ class Picture:
 
 
 class Metadata(NamedTuple):
-    """What the steps need to know about the original beside its pixels."""
+    """What the steps need to know about the original apart from its pixels."""
 
     orientation: int  # of EXIF, 1 to 8
     profile: bytes | None  # ICC profile; None: the file states no colour space

@@ -199,7 +199,7 @@ class Png(ImageFile.ImageFile):
             parts.append(part)
             size -= len(part)
             self._left -= len(part)
-            self._at += len(part) + (0 if self._left else 4)  # behind a chunk's data are 4 bytes of CRC
+            self._at += len(part) + (0 if self._left else 4)  # after a chunk's data are 4 bytes of CRC
         if not any(parts):
             raise unusable("truncated", what="the compressed pixels end before the last row")
         return b"".join(parts)

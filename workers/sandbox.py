@@ -65,7 +65,7 @@ from workers.pipeline import Picture
 
 # Seconds of CPU. The slowest files of 100 megapixels took 30 where this was measured, photographs of that size 3.
 CPU_SECONDS = 50
-# Bytes a pixel. A progressive CMYK JPEG takes 8 for its coefficients; beside them a quarter of its pixels is decoded.
+# Bytes a pixel. A progressive CMYK JPEG takes 8 for its coefficients, and a quarter of its pixels is decoded as well.
 BYTES_PER_PIXEL = 10
 EXTRA_BYTES = 128 * MIB  # bytes: strips of the image, buffers of the decoders
 MAX_DESCRIPTORS = 16  # open descriptors; the image and the pipe are two of them
@@ -78,7 +78,8 @@ ENVIRONMENT = {  # all environment variables of the fork server
     # 46 ms, and 1 ms with huge pages. glibc asks for huge pages from 2.35 on. For that, large blocks must not get
     # mappings of their own.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.top_pad=67108864",
-    # simplejpeg loads numpy. Its OpenBLAS would start a thread for each core, and a fork beside threads can lock up.
+    # simplejpeg loads numpy, whose OpenBLAS would start a thread for each core. A fork of a process with threads can
+    # lock up.
     "OPENBLAS_NUM_THREADS": "1",
 }
 PROGRAM = "from workers import sandbox; sandbox.serve()"  # what the fork server runs
