@@ -9,6 +9,7 @@
 | ALIKE | usual | Pillow's pixels |
 """
 
+import os
 import random
 import re
 import struct
@@ -249,8 +250,24 @@ def test_a_file_that_libjpeg_has_no_memory_for_is_too_costly_and_not_undecodable
     assert caught.value.code == "too_costly" and "memory" in caught.value.cause.lower()
 
 
-def test_decoding_starts_no_thread():
+COUNT_THREADS = """
+import os, sys
+from workers import pipeline, sandbox
+with open(sys.argv[1], "rb") as file:
+    pipeline.convert(file, 100, 30_000)
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_decoding_starts_no_thread(tmp_path):
     """simplejpeg loads numpy, which would start threads. A fork of a process with threads can lock up."""
-    program = "import os, workers.sandbox; print(len(os.listdir('/proc/self/task')))"
-    command = [sys.executable, "-c", program]
-    assert subprocess.run(command, cwd=ROOT, stdout=-1, check=True, env=sandbox.ENVIRONMENT).stdout == b"1\n"
+    path = tmp_path / "original"
+    path.write_bytes(PLAIN)
+
+    def threads(environment: dict[str, str]) -> int:
+        command = [sys.executable, "-c", COUNT_THREADS, path]
+        return int(subprocess.run(command, cwd=ROOT, stdout=-1, check=True, env=environment).stdout)
+
+    assert threads(sandbox.ENVIRONMENT) == 1
+    if len(os.sched_getaffinity(0)) > 1:
+        assert threads({}) > 1, "the environment of the fork server is the reason"
