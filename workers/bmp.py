@@ -119,7 +119,7 @@ class Bmp(ImageFile.ImageFile):
             self.palette = ImagePalette.raw("BGR" if entry == 3 else "BGRX", values.ljust(256 * entry, b"\0"))
         return offset
 
-    def _read_masks(self, head: bytes, size: int, bits: int, compression: int) -> tuple[tuple[int, ...], int]:
+    def _read_masks(self, head: bytes, size: int, bits: int, compression: int) -> tuple[tuple[int, int, int, int], int]:
         """Returns the masks of red, green, blue and alpha, and the byte of the file where header and masks end.
 
         The masks are in the header, or after a header of 40 bytes. Raises Unusable with truncated or undecodable.
@@ -129,12 +129,12 @@ class Bmp(ImageFile.ImageFile):
             return DEFAULT_MASKS[bits], end
         count = 4 if size >= 56 or (size == 40 and compression == ALPHABITFIELDS) else 3
         try:
-            masks = struct.unpack_from(f"<{count}I", head, FILE_HEADER + 40)
+            red, green, blue, *alpha = struct.unpack_from(f"<{count}I", head, FILE_HEADER + 40)
         except struct.error:
             raise unusable("truncated", what=f"a BMP of {len(head)} bytes ends in its colour masks") from None
         if size == 40:
             end += 4 * count
-        masks = (*masks, 0)[:4]
+        masks = red, green, blue, alpha[0] if alpha else 0
         if not any(masks):  # some programs write zeros, which make no sense as masks
             masks = DEFAULT_MASKS[bits]
         masks_text = " ".join(f"{mask:x}" for mask in masks)

@@ -164,7 +164,7 @@ def _orientation(exif: bytes) -> int:
 # Steps of pixels: each takes the image of the step before and the original's metadata, and returns the next image
 
 
-def decode(image: ImageFile.ImageFile, _metadata: Metadata) -> Image.Image:
+def decode(image: Image.Image, _metadata: Metadata) -> Image.Image:
     """Decodes all pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves REDUCING_GAP * SIDE pixels a side.
 
     Raises Unusable with too_many_scans, truncated or undecodable.
@@ -283,7 +283,13 @@ def lay_on_white(image: Image.Image, _metadata: Metadata) -> Image.Image:
     return white
 
 
-STEPS = (decode, crop_and_shrink, turn_upright, convert_to_srgb, lay_on_white)
+STEPS: tuple[Callable[[Image.Image, Metadata], Image.Image], ...] = (
+    decode,
+    crop_and_shrink,
+    turn_upright,
+    convert_to_srgb,
+    lay_on_white,
+)
 
 
 # Results

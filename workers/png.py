@@ -83,7 +83,7 @@ class Png(ImageFile.ImageFile):
                 raise unusable("undecodable", what=f"a PNG of {field} method {method}, which is unknown")
         self._size = width, height
         self._mode, raw_mode = MODES[colour_type, depth]
-        self._wide_key = None
+        self._wide_key: bytes | None = None
         self._passes = ADAM7 if interlace else ((0, 0, 1, 1),)
         self._pixel_bits = depth * SAMPLES[colour_type]
         if interlace:
@@ -323,4 +323,4 @@ def _profile_of_gama_and_chrm(chunks: dict[bytes, bytes], grey: bool) -> bytes |
         space = list(zip(values[::2], values[1::2], strict=True))
     if not exponent and not space:
         return None
-    return colour.described(space, exponent and [exponent] * 3, grey)
+    return colour.described(space, [exponent] * 3 if exponent else None, grey)

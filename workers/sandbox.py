@@ -336,7 +336,7 @@ def _run_decoder(
             deny(rules, required)
             picture = pipeline.convert(file, megapixels, side)
             jpeg, thumbhash = b64encode(picture.jpeg).decode(), b64encode(picture.thumbhash).decode()
-            output = {"picture": [jpeg, thumbhash, picture.width, picture.height, picture.format]}
+            output: dict[str, object] = {"picture": [jpeg, thumbhash, picture.width, picture.height, picture.format]}
         except NoSandbox as missing:
             output = {"no sandbox": str(missing)}
         except Unusable as fault:
