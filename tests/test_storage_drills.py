@@ -8,7 +8,7 @@ SHORT = {
     "kill": lambda server: crashes.kill(server, rounds=3),
     "machine": lambda server: crashes.machine(server, rounds=1),
     "cut": lambda server: faults.cut(server, tail=2048, anywhere=5),
-    "scale": lambda server: faults.scale(server, posts=20, made=2000),
+    "scale": lambda server: faults.scale(server, posts=20, comment_count=2000),
 }
 
 

@@ -1,23 +1,23 @@
-"""Two minutes of bad connections: a trickle of 1 KiB/s, and what a crowd costs those whose connections are good.
+"""Two minutes of bad connections: an upload at 1 KiB/s, and what a crowd of bad connections costs healthy ones.
 
     python -m pytest -s tests/drills/connections.py
 """
 
 import asyncio
-import time
 
 import pytest
-from conftest import connect
+from conftest import connect, until
 from making import make_post
-from test_api_protocol import crowd, healthy, open_files
+from test_api_protocol import Bad, crowd, healthy, open_files
 from uploading import BODY, begin, joined, offset, picture, stored
 from wire import head
 
-TRICKLE = 120  # seconds
+TRICKLE = 120  # seconds of the slow upload, which sends 1 KiB in each
+ACCEPTABLE = 50  # ms: a p99 up to this is fine, whatever it was without the crowd
 
 
 async def trickle(site, upload: str, image: bytes) -> bytes:
-    """A KiB a second; the answer."""
+    """Sends an image in one PATCH at 1 KiB a second. Returns the first line of the answer, up to the status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
     alice = f"Authorization: Bearer {site.token('alice')}"
     tus = (alice, "Tus-Resumable: 1.0.0", BODY, "Upload-Offset: 0", f"Content-Length: {len(image)}")
@@ -31,7 +31,15 @@ async def trickle(site, upload: str, image: bytes) -> bytes:
 
 
 def p99(times: list[float]) -> float:
+    """In ms, of seconds."""
     return sorted(times)[int(len(times) * 0.99)] * 1000
+
+
+def longest(connections: list[Bad]) -> float:
+    """Seconds until the server closed the last of them. Asserts that it closed all."""
+    still_open = sum(bad.lasted is None for bad in connections)
+    assert not still_open, f"{still_open} of {len(connections)} connections were never closed"
+    return max(bad.lasted for bad in connections)
 
 
 @pytest.mark.timeout(200)
@@ -44,22 +52,20 @@ async def test_a_crowd_and_a_trickle(serving):
     trickling = asyncio.create_task(trickle(serving, upload, image))
     files = open_files(serving)
 
-    idle, crowded = [], []
+    idle: list[float] = []
     await asyncio.gather(*(healthy(serving, 20, idle) for _ in range(4)))
-    people = [bad for sort in crowd(serving, post, 200).values() for bad in sort]
-    began = time.monotonic()
-    runs = [bad.run(serving.port, 40) for bad in people]
+    crowded: list[float] = []
+    kinds = crowd(serving, post, 200)
+    everyone = [bad for connections in kinds.values() for bad in connections]
+    runs = [bad.run(serving.port, 40) for bad in everyone]
     await asyncio.gather(*(healthy(serving, 38, crowded) for _ in range(4)), *runs)
-    lasted = {sort: max((bad.lasted or 0) for bad in people if bad.name == sort) for sort in ("header", "stalled")}
-    refused = max(bad.lasted for bad in people if bad.name == "refused")
-    await asyncio.sleep(max(0.0, 45 - (time.monotonic() - began)))
-    left = open_files(serving)
-    print(f"\np99 of healthy requests: {p99(idle):.1f} ms alone, {p99(crowded):.1f} ms in the crowd of {len(people)}")
-    print(f"closed: headers by {lasted['header']:.1f} s, stalled bodies by {lasted['stalled']:.1f} s, ", end="")
-    print(f"refused ones by {refused:.1f} s; open files {files} before, {left} after")
-    assert p99(crowded) <= 2 * p99(idle)
-    assert lasted["header"] < 15 and lasted["stalled"] < 35 and refused < 6
-    assert left <= files + 2
+    headers, stalled, refused = (longest(kinds[kind]) for kind in ("header", "stalled", "refused"))
+    print(f"\np99 of healthy requests: {p99(idle):.1f} ms alone, {p99(crowded):.1f} ms in the crowd of {len(everyone)}")
+    print(f"closed: headers by {headers:.1f} s, stalled bodies by {stalled:.1f} s, refused ones by {refused:.1f} s")
+    assert p99(crowded) <= max(ACCEPTABLE, 2 * p99(idle))
+    assert headers < 15 and stalled < 35 and refused < 6
+    await asyncio.to_thread(until, lambda: open_files(serving) <= files + 2, 20, "the API closes the sockets")
+    print(f"open files: {files} before, {open_files(serving)} after")
 
     assert await trickling == b"HTTP/1.1 204"
     print(f"{TRICKLE} KiB at 1 KiB/s: {stored(serving, upload)} objects")

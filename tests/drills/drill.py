@@ -1,9 +1,9 @@
-"""The long forms of the durability tests, with figures.
+"""Runs the long forms of the durability tests and prints their figures.
 
     PYTHONPATH=tests python -m tests.drills.drill [NAME [SERVER]]
 
-`crashes` and `faults` tell what each does. Bounded: `make drill` ends after ten minutes, each drill after its rounds
-or its share of them. One that is for Valkey and for Redis runs on both at the same time.
+The docstrings of `crashes` and `faults` describe each drill. A drill ends after its rounds or after its share of the
+ten minutes that `make drill` takes at most. A drill for Valkey and for Redis runs on both at the same time.
 """
 
 import asyncio
@@ -30,24 +30,27 @@ DRILLS = {
 
 
 def run(name: str, server: str) -> None:
-    for noisy in ("imagegram.ship", "werkzeug"):  # troubles that are wanted here, and S3's log of requests
+    """Runs one drill on one server in this process."""
+    for noisy in ("imagegram.ship", "werkzeug"):  # the failures that a drill causes, and S3's log of requests
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     begun = time.monotonic()
-    with redirect_stdout(None):  # what restores tell
-        told = asyncio.run(DRILLS[name][0](server))
-    print(f"{server}: {told}  ({time.monotonic() - begun:.0f} s)", flush=True)
+    with redirect_stdout(None):  # the progress that restores print
+        figures = asyncio.run(DRILLS[name][0](server))
+    print(f"{server}: {figures}  ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
 def main(names: list[str]) -> None:
-    """A process for each drill and server: a shipper in one must not wait for the writers of the other."""
+    """Runs drills one after the other. Each server has a process of its own: a process has one event loop, and a
+    shipper must not wait for the writers of the other server."""
     for name in names or DRILLS:
         command = [sys.executable, "-m", "tests.drills.drill", name]
-        parts = [subprocess.Popen([*command, server]) for server in DRILLS[name][1]]
-        if any([part.wait() for part in parts]):
+        processes = [subprocess.Popen([*command, server]) for server in DRILLS[name][1]]
+        if any([process.wait() for process in processes]):  # a list: waits for all of them
             sys.exit(f"{name} failed")
 
 
-if len(sys.argv) == 3:
-    run(*sys.argv[1:])
-else:
-    main(sys.argv[1:])
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        run(*sys.argv[1:])
+    else:
+        main(sys.argv[1:])

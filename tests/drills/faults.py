@@ -1,11 +1,13 @@
-"""What breaks without dying: a torn file, a store that fails, a disk or a memory that is full, much data.
+"""What breaks without dying: a torn file, a failing store, a full disk, a full memory. And a large data set.
 
-cut     the append-only file of comments made by the scripts, cut at each record's boundary in its last 16 KiB and at
-        random bytes; a server starts on it and has every comment that is whole, and no half of one.
-store   the store fails before or after it did as told; the shipper is killed in mid-put; two shippers at once; one
-        flipped bit in each object. Then S3 on a line that falls silent or is cut.
-full    a disk of 4 MiB under the append-only file, then a bounded memory, with the API's answers timed. Mounting the
-        disk needs root.
+cut     Cuts the append-only file at each record boundary in its last 16 KiB and at random bytes. The scripts wrote the
+        comments in it. After each cut a server starts on the file. It must have every comment that was complete before
+        the cut, and no part of another.
+store   A store that fails before or after it has done what was requested. Shippers that are killed during a put. Two
+        shippers at once: exactly one must stop. One flipped bit in each object. Then S3 on a connection that falls
+        silent or is cut. No answered write may be lost.
+full    A disk of 4 MiB under the append-only file, then a memory limit. Times the API's answers. Mounting the disk
+        needs root.
 scale   2 million comments: shipped and restored as commands, then as a base.
 """
 
@@ -14,7 +16,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -22,19 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RedisServer, Site, connect
+from conftest import RedisServer, Site, connect
 from conftest import until as wait
 from making import make_post
-from parts import (
-    redis_on,
-    restored,
-    s3_server,
-    s3_url,
-    shipped,
-    shipping,
-    until,
-    writing,
-)
+from parts import redis_on, restored, s3_server, s3_url, shipped, shipping, until, writing
 from proxy import Proxy
 from test_storage_ship import Faulty, begin, end, whole
 
@@ -44,9 +36,9 @@ from storage.backup.restore import restore, running
 from storage.db.client import Redis
 from storage.objects import open_store
 from tests.bench import fill
-from tests.drills.crashes import settings_in
+from tests.drills.crashes import settings_in, start_shipper
 
-TAIL = 16 * 1024  # bytes at the end of the file whose record boundaries are all tried
+TAIL = 16 * 1024  # bytes at the end of the file; the drill cuts at every record boundary in them
 MIB = 1024 * 1024
 
 
@@ -56,25 +48,27 @@ async def cut(server: str, tail: int = TAIL, anywhere: int = 200) -> str:
         async with redis_on(settings) as redis:
             db = Redis(settings.redis_url)
             post = await make_post(db, "alice")
-            file, sizes = redis.increment(), []
+            file = redis.increment()
+            sizes: list[int] = []  # of the file after each comment, bytes
             while not sizes or sizes[-1] < 2 * tail:
                 await comments.add(db, "bob", post, f"comment {len(sizes)} " + "x" * random.randrange(200))
                 sizes.append(file.stat().st_size)
             await db.close()
         data = file.read_bytes()
         last = len(data) - tail
-        cuts = [found.start() for found in re.finditer(rb"(?<=\r\n)[*#]", data) if found.start() >= last]
+        cuts = [match.start() for match in re.finditer(rb"(?<=\r\n)[*#]", data) if match.start() >= last]
         boundaries = len(cuts)
+        assert boundaries, "the end of the file has no record boundary"
         cuts += random.sample(range(last, len(data)), anywhere)
         for at in cuts:
             file.write_bytes(data[:at])
             async with running(settings, settings.data / "redis") as client:
-                kept = sum(size <= at for size in sizes)
+                complete = sum(size <= at for size in sizes)
                 stream = await client.xrange(keys.comments(post))
-                assert [int(fields[b"text"].split()[1]) for _, fields in stream] == list(range(kept))
-                assert await client.zscore(keys.feed(0), post) == kept
+                assert [int(fields[b"text"].split()[1]) for _, fields in stream] == list(range(complete))
+                assert await client.zscore(keys.feed(0), post) == complete
                 newest = [entry.split(b'"')[1] for entry in await client.lrange(keys.latest(post), 0, -1)]
-                assert newest == [id for id, _ in stream[:-3:-1]]
+                assert newest == [comment_id for comment_id, _ in stream[:-3:-1]]
     return f"file cut at {boundaries} boundaries and {anywhere} random bytes: {len(cuts)} starts, no comment half there"
 
 
@@ -82,14 +76,17 @@ async def store(server: str) -> str:
     return f"{await _failing(server)}; {await _cut_off(server)}"
 
 
-def _lost(writers, lists) -> str:
-    lost = sum(len(set(writer.answered) - set(found)) for writer, found in zip(writers, lists, strict=True))
-    return f"{lost} of {sum(len(writer.answered) for writer in writers)} answered writes lost"
+def _require_all(writers, lists) -> str:
+    """Asserts that no answered write is missing in the restored lists. Returns the figures."""
+    answers = sum(len(writer.answered) for writer in writers)
+    lost = sum(len(set(writer.answered) - set(numbers)) for writer, numbers in zip(writers, lists, strict=True))
+    assert answers and not lost, f"{lost} of {answers} answered writes lost"
+    return f"{lost} of {answers} answered writes lost"
 
 
 async def _cut_off(server: str) -> str:
-    """S3 behind a line that falls silent, is reset or ends while an answer is on its way."""
-    hows = 3 * ("silence", "rst", "fin")
+    """S3 behind a proxy whose connection falls silent, is reset or is closed while an answer is on its way."""
+    ways = 3 * ("silence", "rst", "fin")
     with (
         tempfile.TemporaryDirectory(prefix="ig-") as folder,
         pytest.MonkeyPatch.context() as patch,
@@ -101,17 +98,17 @@ async def _cut_off(server: str) -> str:
         real = open_store(url)
         async with redis_on(settings), shipping(settings, real) as shipper:
             async with writing(settings, 8) as writers:
-                for how in hows:
+                for way in ways:
                     await shipped(shipper)
-                    proxy.lose(how=how)
+                    proxy.lose(how=way)
                     assert await asyncio.to_thread(proxy.lost.wait, 20)
             await shipped(shipper)
         await whole(real)
         _, lists = await restored(settings, real, writers, Path(folder))
-    return f"S3 cut off or silent {len(hows)} times: {_lost(writers, lists)}"
+    return f"S3 cut off or silent {len(ways)} times: {_require_all(writers, lists)}"
 
 
-async def _failing(server: str, kills: int = 20) -> str:
+async def _failing(server: str, kills: int = 20, races: int = 5) -> str:
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = replace(settings_in(folder, server), ship_interval=0.2)
         real = open_store(settings.backup_store_url)
@@ -119,7 +116,7 @@ async def _failing(server: str, kills: int = 20) -> str:
         digests: dict[str, bytes] = {}
 
         async def unchanged() -> None:
-            """Nothing that was put has become something else."""
+            """Asserts that every object has the bytes that it had when it was first read."""
             for name in [entry.name async for entry in real.list()]:
                 if not name.startswith("verified"):
                     data = await real.get(name)
@@ -135,54 +132,59 @@ async def _failing(server: str, kills: int = 20) -> str:
                     await shipped(shipper)
                 await unchanged()
                 for _ in range(kills):
-                    await _killed(settings, real)
+                    await _kill_in_put(settings)
                     await unchanged()
-                stopped = 0
-                for _ in range(5):
-                    shippers = [begin(settings), begin(settings)]
-                    done, _ = await asyncio.wait(
-                        [one.task for one in shippers], return_when="FIRST_COMPLETED", timeout=20
-                    )
-                    stopped += sum(isinstance(task.exception(), ship.Stopped) for task in done)
-                    for one in shippers:
-                        if not one.task.done():
-                            await shipped(one)
-                            await end(one)
+                for _ in range(races):
+                    await _race(settings)
                     await unchanged()
             async with shipping(settings, real) as shipper:
                 await shipped(shipper)
         await unchanged()
         await whole(real)
         _, lists = await restored(settings, real, writers, Path(folder))
-        flipped = await _flipped(settings, real, Path(folder, "flipped"))
+        flipped = await _flip_bits(settings, real, Path(folder, "flipped"))
+    assert faulty.failed, "the store never failed"
     return (
-        f"store: {faulty.failed} puts and reads failed, {kills} shippers killed, {stopped} of 5 second ones stopped;"
-        f" {len(digests)} objects, 0 replaced; {_lost(writers, lists)}; {flipped} flipped bits, all found"
+        f"store: {faulty.failed} puts and reads failed, {kills} shippers killed in a put, {races} of {races} second"
+        f" ones stopped; {len(digests)} objects, 0 replaced; {_require_all(writers, lists)};"
+        f" {flipped} flipped bits, all detected"
     )
 
 
-async def _killed(settings, real) -> None:
-    """A shipper that is killed as soon as a put of its own has begun: the tmp file of the put is there."""
-    program = "from storage import settings; from storage.backup import ship; ship.main(settings.load())"
-    environ = {
-        **os.environ,
-        "IMAGEGRAM_DATA": str(settings.data),
-        "IMAGEGRAM_BACKUP_STORE": settings.backup_store_url,
-        "IMAGEGRAM_VERIFY_EVERY": "0",
-    }
+async def _race(settings) -> None:
+    """Starts two shippers at once. Asserts that exactly one of them stops and that the other ships everything."""
+    shippers = [begin(settings), begin(settings)]
+    ended, _ = await asyncio.wait([one.task for one in shippers], return_when="FIRST_COMPLETED", timeout=20)
+    assert len(ended) == 1, f"{len(ended)} of two shippers stopped"
+    with pytest.raises(ship.Stopped):
+        ended.pop().result()
+    (winner,) = [one for one in shippers if not one.task.done()]
+    await shipped(winner)  # raises Stopped if this one stops, too
+    await end(winner)
+
+
+async def _kill_in_put(settings) -> None:
+    """Starts a shipper and kills it as soon as a put of its own has begun: the temporary file of the put exists."""
     backup = Path(settings.backup_store_url.removeprefix("file://"))
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 10
-    while not list(backup.glob("*/*/.tmp-*")) and time.monotonic() < deadline:
-        await asyncio.sleep(0)
-    process.kill()
-    process.wait()
+    leftover = set(backup.glob("*/*/.tmp-*"))  # of shippers that were killed before
+    process = start_shipper(settings)
+    try:
+        deadline = time.monotonic() + 20
+        # Polls without a pause: the file exists for a few milliseconds only. The writers need the event loop.
+        while not set(backup.glob("*/*/.tmp-*")) - leftover:
+            assert process.poll() is None, f"the shipper ended with {process.returncode}"
+            assert time.monotonic() < deadline, "the shipper began no put"
+            await asyncio.sleep(0)
+    finally:
+        process.kill()
+        process.wait()
 
 
-async def _flipped(settings, real, to: Path) -> int:
-    """Flips a bit of each object of the newest generation in turn; a restore must refuse each time."""
+async def _flip_bits(settings, real, to: Path) -> int:
+    """Flips a bit in each object of the newest generation in turn. A restore must refuse each time."""
     newest = max(await chain.descriptions(real))
     names = [entry.name async for entry in real.list(f"{newest:08}/")]
+    assert names
     for name in names:
         good = await real.get(name)
         bad = bytearray(good)
@@ -197,14 +199,15 @@ async def _flipped(settings, real, to: Path) -> int:
     return len(names)
 
 
-class Asked:
-    """Comments sent one after the other, and how long each answer took."""
+class Caller:
+    """Sends comments one after the other and times the refusals."""
 
     def __init__(self, site: Site, post: str):
         self.client, self.post = site.client("bob"), post
-        self.slowest = 0.0  # seconds, of the answers that were no success
+        self.slowest = 0.0  # seconds until the slowest 503
 
     def write(self) -> bool:
+        """Sends a comment. Returns whether it was written. Any other answer must be 503 with Retry-After."""
         begun = time.monotonic()
         answer = self.client.post(f"/v1/posts/{self.post}/comments", json={"text": "x" * 2000})
         if answer.status_code != 201:
@@ -218,10 +221,11 @@ class Asked:
 
 @contextmanager
 def api_on(redis: RedisServer):
+    """Starts an API on a Redis. Yields a Caller that comments on a new post."""
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         site = Site(redis.url, Path(folder))
 
-        async def made() -> str:
+        async def create_post() -> str:
             db = connect(redis)
             post = await make_post(db, "alice")
             await db.close()
@@ -229,76 +233,78 @@ def api_on(redis: RedisServer):
 
         site.api()
         try:
-            yield Asked(site, asyncio.run(made()))
+            yield Caller(site, asyncio.run(create_post()))
         finally:
             site.close()
 
 
 async def full(server: str) -> str:
-    told = [await asyncio.to_thread(_disk, server, policy) for policy in ("always", "everysec")]
-    return "; ".join([*told, await asyncio.to_thread(_memory, server)])
+    figures = [await asyncio.to_thread(_disk, server, policy) for policy in ("always", "everysec")]
+    return "; ".join([*figures, await asyncio.to_thread(_memory, server)])
 
 
 def _disk(server: str, policy: str) -> str:
     if os.geteuid():
-        return f"disk full, {policy}: not tried, a mount needs root"
+        return f"disk full, {policy}: skipped, because a mount needs root"
     with tempfile.TemporaryDirectory(prefix="ig-") as disk:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
         redis = RedisServer(server, "--dir", disk, "--appendfsync", policy)
         try:
-            with api_on(redis) as asked:
+            with api_on(redis) as caller:
                 answered = 0
-                while asked.write():
+                while caller.write():
                     answered += 1
-                dead = policy == "always"
+                dead = policy == "always"  # a failed write ends Redis; with `everysec` Redis refuses writes
                 if dead:
                     redis.process.wait(10)
                 for _ in range(20):
-                    assert not asked.write()
-                    assert dead or asked.reads()
+                    assert not caller.write()
+                    assert dead or caller.reads()
                 subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
                 begun = time.monotonic()
                 if dead:
                     redis.start()
-                wait(asked.write, what="health")
-                healed = time.monotonic() - begun
-                kept = redis.client.xlen(keys.comments(asked.post))
-                assert answered + 1 <= kept <= answered + 2, (kept, answered)  # the one that is unknown may be there
+                wait(caller.write, what="a comment written")
+                recovery = (time.monotonic() - begun) * 1000
+                stored = redis.client.xlen(keys.comments(caller.post))
+                # Redis may have written the comment whose outcome was unknown to the API.
+                assert answered + 1 <= stored <= answered + 2, (stored, answered)
         finally:
             redis.close()
             subprocess.run(["umount", disk], check=True)
-    slowest, healed = asked.slowest * 1000, healed * 1000
-    return f"disk full, {policy}: 503 after {slowest:.0f} ms at most, health {healed:.0f} ms after there was room"
+    slowest = caller.slowest * 1000
+    return f"disk full, {policy}: 503 after {slowest:.0f} ms at most, health {recovery:.0f} ms after space was free"
 
 
 def _memory(server: str) -> str:
     redis = RedisServer(server)
     try:
-        with api_on(redis) as asked:
+        with api_on(redis) as caller:
             redis.client.config_set("maxmemory", redis.client.info("memory")["used_memory"] + 2 * MIB)
-            answered = 0
-            while asked.write():
-                answered += 1
+            while caller.write():
+                pass
             for _ in range(20):
-                assert not asked.write() and asked.reads()
-            alice = asked.client
-            page = alice.get(f"/v1/posts/{asked.post}/comments?limit=100").json()["items"]
-            deleted, begun = 0, time.monotonic()
-            while not asked.write():
-                gone = alice.delete(f"/v1/posts/{asked.post}/comments/{page[deleted]['id']}")
-                assert gone.status_code == 204
+                assert not caller.write() and caller.reads()
+            comments_path = f"/v1/posts/{caller.post}/comments"
+            page: list[dict] = []
+            deleted = 0
+            begun = time.monotonic()
+            while not caller.write():
+                page = page or caller.client.get(f"{comments_path}?limit=100").json()["items"]
+                answer = caller.client.delete(f"{comments_path}/{page.pop(0)['id']}")
+                assert answer.status_code == 204
                 deleted += 1
-            healed = time.monotonic() - begun
+            recovery = time.monotonic() - begun
     finally:
         redis.close()
     return (
-        f"memory full: 503 after {asked.slowest * 1000:.0f} ms at most,"
-        f" health after {deleted} deletes, {healed * 1000:.0f} ms"
+        f"memory full: 503 after {caller.slowest * 1000:.0f} ms at most,"
+        f" health after {deleted} deletes, {recovery * 1000:.0f} ms"
     )
 
 
-async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
-    told = []
+async def scale(server: str, posts: int = 20_000, comment_count: int = 2_000_000) -> str:
+    figures = []
     redis = RedisServer(server, "--auto-aof-rewrite-percentage", "0")
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         settings = settings_in(folder, server, redis_url=redis.url)
@@ -308,42 +314,44 @@ async def scale(server: str, posts: int = 20_000, made: int = 2_000_000) -> str:
         try:
             async with shipping(settings, real) as shipper:
                 await shipped(shipper)
-                packed = fill.commands(fill.rows(fill.counts(posts, made)), int(time.time() * 1000))
+                packed = fill.commands(fill.rows(fill.counts(posts, comment_count)), int(time.time() * 1000))
                 begun = time.monotonic()
                 await asyncio.to_thread(fill.send, redis, packed)
                 written = time.monotonic()
                 await shipped(shipper)
-                told.append(f"written in {written - begun:.0f} s, shipped {time.monotonic() - written:.1f} s later")
-                told.append(await _restored(settings, real, Path(folder, "commands"), made))
+                figures.append(f"written in {written - begun:.0f} s, shipped {time.monotonic() - written:.1f} s later")
+                figures.append(await _restored(settings, real, Path(folder, "commands"), comment_count))
                 begun = time.monotonic()
                 redis.client.bgrewriteaof()
-                await until(lambda: shipper.chain.generation == 2, "the base is shipped", 120)
-                told.append(f"rewritten and shipped in {time.monotonic() - begun:.1f} s")
-            told.append(await _restored(settings, real, Path(folder, "base"), made))
-            told.append(await asyncio.to_thread(_restarted, redis))
+                await until(lambda: shipper.chain.generation == 2, "the base is in the store", 120)
+                figures.append(f"rewritten and shipped in {time.monotonic() - begun:.1f} s")
+            figures.append(await _restored(settings, real, Path(folder, "base"), comment_count))
+            figures.append(await asyncio.to_thread(_restarted, redis))
         finally:
             redis.close()
-    return f"{made:,} comments, {posts:,} posts: " + "; ".join(told)
+    return f"{comment_count:,} comments, {posts:,} posts: " + "; ".join(figures)
 
 
-async def _restored(settings, real, to: Path, made: int) -> str:
-    begun, said = time.monotonic(), []
-    done = await restore(settings, real, to, report=said.append)
+async def _restored(settings, real, to: Path, comment_count: int) -> str:
+    """Restores everything into `to` and checks the number of comments. Returns the figures."""
+    lines: list[str] = []
+    begun = time.monotonic()
+    done = await restore(settings, real, to, report=lines.append)
     took = time.monotonic() - begun
-    size = float(re.search(r"([\d.]+) MiB read", " ".join(said))[1])
-    stored = sum([one.size async for one in real.list(f"{done.generation:08}/")]) / MIB
+    size = float(re.search(r"([\d.]+) MiB read", " ".join(lines))[1])
+    stored = sum([entry.size async for entry in real.list(f"{done.generation:08}/")]) / MIB
     async with running(settings, to) as client:
-        assert sum(int(count) for _, count in await client.zrange(keys.feed(0), 0, -1, withscores=True)) == made
+        counts = await client.zrange(keys.feed(0), 0, -1, withscores=True)
+        assert sum(int(count) for _, count in counts) == comment_count
     return f"restored in {took:.1f} s: {size:.0f} MiB ({stored:.0f} in the store), {size / took:.0f} MiB/s"
 
 
 def _restarted(redis: RedisServer) -> str:
-    """The API's answers while Redis loads it all."""
-    with api_on(redis) as asked:
-        assert asked.write()
+    """Times the API's answers while Redis loads its file."""
+    with api_on(redis) as caller:
+        assert caller.write()
         redis.kill()
         begun = time.monotonic()
-        redis.process = subprocess.Popen(redis.process.args)  # without waiting until it answers
-        while not asked.write():
-            pass
-        return f"killed and started: 503 within {asked.slowest:.2f} s, health after {time.monotonic() - begun:.1f} s"
+        redis.process = subprocess.Popen(redis.process.args)  # does not wait until Redis answers
+        wait(caller.write, 120, "a comment written after the restart")
+        return f"killed and started: 503 within {caller.slowest:.2f} s, health after {time.monotonic() - begun:.1f} s"

@@ -1,6 +1,6 @@
-"""`python -m tests.drills.standin` is `imagegram-worker` with a stand-in for decoding: it waits, and is counted.
+"""`python -m tests.drills.standin` is `imagegram-worker` with a stand-in for the decoder, which only waits.
 
-Each conversion that begins adds a line to the file STANDIN_COUNTED, and takes STANDIN_SECONDS.
+Each conversion that begins appends a line with its process id to the file STANDIN_COUNTED. It takes STANDIN_SECONDS.
 """
 
 import os
