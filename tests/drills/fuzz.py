@@ -1,11 +1,15 @@
-"""Random requests over all routes: `python -m tests.drills.fuzz [REQUESTS [SEED]]`, `make fuzz`.
+"""Sends random requests to all routes: `PYTHONPATH=tests python -m tests.drills.fuzz [REQUESTS [SEED]]`, `make fuzz`.
 
-Most requests begin as what a client may send and are then changed in one or more places: method, address, headers,
-body, single bytes, or the connection. The seed decides all of them. The addresses come from the application's own
-table of routes, so that a new route is attacked too.
+Most requests start as valid requests. The fuzzer then changes them in one or more places: method, URL, headers, body,
+single bytes, or the way in which they are sent. The seed determines all of this. The URLs come from the application's
+own table of routes, so the fuzzer also attacks a new route.
 
-Asserts: no status of 5xx but 503 and 507, no answer later than 2 s, every error a problem, no traceback in the log, the
-API's memory flat, all its processes alive, and data without a flaw.
+Asserts that
+
+- the handlers were reached: there are answers for things read, created, not found and not allowed;
+- no status is 5xx except 503 and 507, no answer takes more than 2 s, and every error is a problem (RFC 9457);
+- the log has no traceback, all processes of the API are alive and their memory does not grow;
+- `check` finds nothing wrong in the data.
 """
 
 import asyncio
@@ -29,9 +33,10 @@ from wire import Answer, form, hear, reset
 from storage import check, comments, outbox
 from storage.objects import open_store
 
-SLOW = 2.0  # seconds
-GROWTH = 16  # MiB that the API may grow by between the first quarter of the requests and the last: its caches fill
-USERS = [f"user{number}" for number in range(40)]  # each has a quota of uploads
+SLOW = 2.0  # seconds that an answer may take
+GROWTH = 16  # MiB that the API may grow by after the first quarter of the requests: its caches fill
+REACHED = {200, 201, 204, 400, 401, 404, 422}  # statuses that show that the requests reach the handlers
+USERS = [f"user{number}" for number in range(40)]  # many, because each may have few open uploads
 TUS = {"Tus-Resumable": "1.0.0"}
 WORDS = [
     "", "0", "1", "-1", "20", "100", "101", "1e3", "٣", " 7", "+7", "9" * 30, "null", "true", "%", "%00", "%ff", "..",
@@ -76,10 +81,15 @@ HEADERS = {
 
 
 class Fuzzer:
-    """Makes requests, and plays them against a site."""
+    """Makes random requests and sends them to a site.
+
+    `names` has the values for each parameter of a route, and cursors. Most of them name things that exist.
+    """
 
     def __init__(self, site: Site, names: dict[str, list[str]], seed: int):
-        self.site, self.names, self.chance = site, names, random.Random(seed)
+        self.site = site
+        self.names = names
+        self.chance = random.Random(seed)
         routes = application().router.routes
         self.routes = sorted({(method, f"/{route.path}") for route in routes for method in route.methods})
         self.tokens = {user: f"Bearer {site.token(user, exp=int(time.time()) + 3600)}" for user in USERS}
@@ -95,14 +105,16 @@ class Fuzzer:
         return self.chance.random() < share
 
     def target(self, template: str) -> str:
-        def filled(found: re.Match) -> str:
-            name = found[1]
-            known = self.names.get(name, ())
+        """A URL of a route, with values for its parameters and a random query."""
+
+        def value(parameter: re.Match) -> str:
+            known = self.names.get(parameter[1], ())
             return self.some(known) if known and self.likely(0.8) else self.some(WORDS)
 
-        path = re.sub(r"<(\w+)[^>]*>", filled, template)
+        path = re.sub(r"<(\w+)[^>]*>", value, template)
         if self.likely(0.05):
-            path = self.some([path + "/", path.upper(), path[1:], "//" + path, path + "%2e", "*", "x:443", "?a", "http:///"])
+            odd = [path + "/", path.upper(), path[1:], "//" + path, path + "%2e", "*", "x:443", "?a", "http:///"]
+            path = self.some(odd)
         names = ["limit", "cursor", "since", "status", "x"]
         query = [f"{self.some(names)}={self.some(WORDS)}" for _ in range(self.some([0, 0, 0, 1, 1, 2]))]
         query += [f"cursor={self.some(self.names['cursor'])}"] * self.likely(0.1)
@@ -110,7 +122,7 @@ class Fuzzer:
         return path + ("?" + "&".join(query) if query else "")
 
     def body(self, method: str, path: str) -> tuple[dict[str, str], bytes]:
-        """What the route wants, most of the time, with odd values in it."""
+        """Headers and a body, most of the time of the format that the route expects, with odd values in it."""
         if method in ("GET", "HEAD", "OPTIONS", "DELETE") and self.likely(0.9):
             return {}, b""
         data = self.some(self.images)
@@ -130,9 +142,9 @@ class Fuzzer:
             return {**TUS, **headers, "Upload-Length": length}, data
         text, caption = (self.some(TEXTS) if self.likely(0.4) else "Hello" for _ in range(2))
         fields = {"text": text, "caption": caption, "upload": self.some(self.names["upload"])}
-        told = {name: value for name, value in fields.items() if self.likely(0.8)}
+        chosen = {name: value for name, value in fields.items() if self.likely(0.8)}
         damaged = self.some(["", "[", "[" * 9000, "nul", '{"text": "\\ud83d"}', "7"])
-        body = json.dumps(told) if self.likely(0.9) else damaged
+        body = json.dumps(chosen) if self.likely(0.9) else damaged
         return {"Content-Type": "application/json"}, body.encode()
 
     def text(self) -> str:
@@ -140,7 +152,7 @@ class Fuzzer:
         return value if isinstance(value, str) else repr(value)
 
     def request(self) -> tuple[bytes, bool]:
-        """A request, and whether it is still one that HTTP allows, so that it must be answered."""
+        """The bytes of a request, and whether it is still valid HTTP, so that the API must answer it."""
         method, template = self.some(self.routes)
         target = self.target(template)
         headers, body = self.body(method, template)
@@ -170,12 +182,15 @@ class Fuzzer:
             changed = bytearray(data)
             for _ in range(self.some([1, 1, 3, 10])):
                 place = self.chance.randrange(len(changed))
-                self.some([changed.pop, lambda at, to=changed: to.insert(at, self.chance.randrange(256))])(place)
+                if self.likely(0.5):
+                    changed.pop(place)
+                else:
+                    changed.insert(place, self.chance.randrange(256))
             data = bytes(changed)
         return data, valid
 
     def play(self) -> None:
-        """Send one request, in one of several ways, and look at the answer."""
+        """Sends one request in one of several ways and checks the answer."""
         data, valid = self.request()
         how = self.some(["whole"] * 6 + ["pieces", "pieces", "cut", "reset"])
         with socket.create_connection(("127.0.0.1", self.site.port), timeout=20) as line:
@@ -192,20 +207,21 @@ class Fuzzer:
                 if how == "reset":
                     reset(line)
                     return
-                # What is no whole request need not be answered, or only by 100: the server waits for the rest.
+                # The server need not answer an incomplete request, or only with 100: it waits for the rest.
                 line.settimeout(20 if whole else 0.1)
                 answer = hear(line, data.split(b" ", 1)[0].decode("latin-1"))
             except (OSError, http.client.HTTPException) as error:
-                # A request that is refused early is answered before all of it was sent, and then its connection ends.
-                ended = isinstance(error, ConnectionError) and not isinstance(error, http.client.RemoteDisconnected)
-                assert ended or not whole, (repr(error), how, data[:500])
+                # The server may refuse a request before it has read all of it, and then closes the connection.
+                closed = isinstance(error, ConnectionError) and not isinstance(error, http.client.RemoteDisconnected)
+                assert closed or not whole, (repr(error), how, data[:500])
                 return
         took = time.monotonic() - began
         self.slowest = max(self.slowest, took)
         assert took < SLOW, (took, data[:500])
-        self.look(data, answer)
+        self.inspect(data, answer)
 
-    def look(self, data: bytes, answer: Answer) -> None:
+    def inspect(self, data: bytes, answer: Answer) -> None:
+        """Asserts what holds for every answer. Remembers the id of what was created."""
         self.statuses[answer.status] += 1
         assert answer.status < 500 or answer.status in (503, 507), (answer, data[:1000])
         if answer.status >= 400 and answer.body:
@@ -213,55 +229,64 @@ class Fuzzer:
             problem = answer.json()
             assert problem["status"] == answer.status and problem["code"] and problem["detail"], problem
         if answer.status == 201 and answer.body[:1] == b"{":
-            made = answer.json()
-            self.remember("comment" if "text" in made else "post", made["id"])
+            created = answer.json()
+            self.remember("comment" if "text" in created else "post", created["id"])
         elif answer.status == 201:
             self.remember("upload", answer.headers["location"].rpartition("/")[2])
 
     def remember(self, kind: str, name: str) -> None:
-        """The fuzzer goes on with what it has made."""
+        """Adds an id to those that later requests name. Keeps 60 of each kind."""
         self.names[kind].append(name)
         if len(self.names[kind]) > 60:
             self.names[kind].pop(self.chance.randrange(60))
 
 
 async def furnish(server: RedisServer) -> dict[str, list[str]]:
-    """What addresses name: things that exist, of several users, and some that do not."""
+    """Creates posts and comments of several users. Returns values for the parameters of routes, by parameter.
+
+    Some of the values name nothing that exists.
+    """
     db = connect(server)
     posts = [await make_post(db, user, caption="Hello") for user in USERS[:10]]
     posts += [await make_processing(db, user) for user in USERS[:5]]
     failed = await make_processing(db, USERS[0])
     await outbox.fail(db, failed, 0, "undecodable", "it is damaged")
-    made = [(await comments.add(db, user, posts[0], "First!"))[0].id for user in USERS[:10]]
+    comment_ids = [(await comments.add(db, user, posts[0], "First!"))[0].id for user in USERS[:10]]
     await db.close()
-    places = f"3:{posts[0]}", made[0], "x", f"-1:{NOBODY}", f"1:u{NOBODY}"
+    cursors = [f"3:{posts[0]}", comment_ids[0], "x", f"-1:{NOBODY}", f"1:u{NOBODY}"]
     return {
         "post": [*posts, failed, NOBODY],
         "name": [f"{posts[0]}.jpg", f"{posts[12]}.jpg", f"{NOBODY}.jpg", "x.jpg", ".jpg", "..jpg"],
-        "comment": [*made, "1-0", "0-0", "99999999999999999-1"],
+        "comment": [*comment_ids, "1-0", "0-0", "99999999999999999-1"],
         "upload": ["u" + NOBODY],
         "user": [*USERS, "a b", "é"],
-        "cursor": [b64encode(text.encode()).decode() for text in places],
+        "cursor": [b64encode(text.encode()).decode() for text in cursors],
         "since": ["", "490000,0.5", "490000", "1,0.1", "0.1", "490000,0." + "9" * 17, ",".join(["1"] + ["0.1"] * 9)],
     }
 
 
-def resident(site: Site) -> float:
-    """MiB of the API's processes."""
+def api_processes(site: Site) -> list[psutil.Process]:
+    """The API's parent process and all processes that it has started."""
     parent = psutil.Process(site.processes[0].pid)
-    return sum(process.memory_info().rss for process in (parent, *parent.children(recursive=True))) / 2**20
+    return [parent, *parent.children(recursive=True)]
+
+
+def resident(site: Site) -> float:
+    """Resident memory of the API's processes, MiB."""
+    return sum(process.memory_info().rss for process in api_processes(site)) / 2**20
 
 
 async def flaws(site: Site, server: RedisServer) -> list[str]:
-    """What `check` finds, but for the images of the furniture, which nobody has put."""
+    """What `check` reports, except missing images: `furnish` puts none."""
     db, store = connect(server), open_store((site.folder / "store").as_uri())
-    found = await check.check(db, store)
+    report = await check.check(db, store)
     await db.close()
-    return [flaw for flaw in found.lines if "its original is missing" not in flaw and "its JPEG is missing" not in flaw]
+    missing = ("its original is missing", "its JPEG is missing")
+    return [line for line in report.lines if not any(text in line for text in missing)]
 
 
 def fuzz(requests: int = 10_000, seed: int = 1) -> str:
-    """Play so many requests. The figures, as a sentence."""
+    """Sends `requests` random requests. Returns the figures as a sentence."""
     with tempfile.TemporaryDirectory(prefix="ig-") as folder:
         server = RedisServer("valkey")
         site = Site(server.url, Path(folder))
@@ -270,26 +295,28 @@ def fuzz(requests: int = 10_000, seed: int = 1) -> str:
             with log.open("wb") as out:
                 site.api(stderr=out, stdout=out)
             fuzzer = Fuzzer(site, asyncio.run(furnish(server)), seed)
-            began, early = time.monotonic(), 0.0
+            early, processes = 0.0, set(api_processes(site))
+            began = time.monotonic()
             for number in range(requests):
                 if number == requests // 4:
                     early = resident(site)
                 fuzzer.play()
-            took, late = time.monotonic() - began, resident(site)
-            assert site.processes[0].poll() is None
+            took = time.monotonic() - began
+            late = resident(site)
+            assert set(api_processes(site)) == processes, "a process of the API died"
             until(lambda: site.client().get("/readyz").status_code == 200, what="an answer")
-            said = log.read_text(errors="replace")
-            assert "Traceback" not in said and "ERROR" not in said, said[-3000:]
-            assert "died" not in said
+            logged = log.read_text(errors="replace")
+            assert "Traceback" not in logged and "ERROR" not in logged, logged[-3000:]
             assert late < early + GROWTH, (early, late)
+            assert fuzzer.statuses.keys() >= REACHED, fuzzer.statuses
             assert asyncio.run(flaws(site, server)) == []
         finally:
             site.close()
             server.close()
-    told = ", ".join(f"{status}: {count}" for status, count in sorted(fuzzer.statuses.items()))
+    statuses = ", ".join(f"{status}: {count}" for status, count in sorted(fuzzer.statuses.items()))
     return (
-        f"{requests} requests of seed {seed} in {took:.0f} s: {told}; the slowest took {fuzzer.slowest * 1000:.0f} ms;"
-        f" the API had {early:.0f} MiB after a quarter of them and {late:.0f} MiB at the end"
+        f"{requests} requests of seed {seed} in {took:.0f} s: {statuses};"
+        f" the slowest took {fuzzer.slowest * 1000:.0f} ms; the API had {early:.0f} MiB after a quarter of them and {late:.0f} MiB at the end"
     )
 
 
