@@ -1,6 +1,6 @@
-"""`python -m tests.bench` prints tables, puts them into docs/performance.md and draws its plots.
+"""Measures the system, prints tables, puts them into docs/performance.md and draws the pictures of that page.
 
-`--quick` is a smoke test of the bench itself, which keeps its plots in a folder of its own and its tables nowhere.
+With `--quick` or `--only` the page stays as it is, and the pictures go to tests/bench/out/.
 """
 
 import argparse
@@ -13,48 +13,60 @@ from tests.conftest import ROOT
 PAGE = ROOT / "docs" / "performance.md"
 PARTS = ("requests", "growth", "memory", "transfers", "shipping", "forecast")
 FORECAST = 300  # seconds of each load
-
-parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-parser.add_argument("--quick", action="store_true", help="one short round of each")
-parser.add_argument("--rounds", type=int, default=5)
-parser.add_argument("--seconds", type=float, default=4)
-parser.add_argument("--part", choices=PARTS, action="append", help="only these; more than one may be given")
-parser.add_argument("--only", default="", help="of the requests only those whose name contains this")
-asked = parser.parse_args()
-if asked.quick:
-    asked.rounds, asked.seconds = 1, 2
-out = Path(__file__).with_name("out") if asked.quick else PAGE.with_suffix("")
-rounds, seconds = asked.rounds, asked.seconds
+QUICK_SIZES = (1000, 10_000)  # posts
 
 
-def measured(part: str) -> list[table.Row]:
-    """Measure one part and draw what it saw."""
+def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[table.Row]:
+    """Measures one part and draws its picture. Returns the rows of its table."""
+    rounds, seconds = options.rounds, options.seconds
     match part:
         case "requests":
-            rows = requests.measure(rounds, seconds, asked.only)
-            plots.latency(rows, out / "latency.png")
+            rows, latencies = requests.measure(rounds, seconds, options.only)
+            plots.latency(latencies, pictures / "latency.png")
         case "growth":
-            rows, grown = growth.times(rounds, seconds, (1000, 10_000) if asked.quick else growth.SIZES)
-            plots.growth(grown, out / "growth.png")
+            rows, grown = growth.times(rounds, seconds, QUICK_SIZES if options.quick else growth.SIZES)
+            plots.growth(grown, pictures / "growth.png")
         case "memory":
-            found = {kind: growth.memory(kind, asked.quick) for kind in ("valkey", "redis")}
-            rows = [row for kind in found for row in found[kind][0]]
-            plots.memory({kind: lengths for kind, (_, lengths) in found.items()}, out / "memory.png")
+            rows, by_server = [], {}
+            for kind in ("valkey", "redis"):
+                more, by_server[kind] = growth.memory(kind, options.quick)
+                rows += more
+            plots.memory(by_server, pictures / "memory.png")
         case "transfers":
             rows = transfers.measure(rounds)
         case "shipping":
             rows = shipping.measure(rounds, seconds)
         case "forecast":
-            rows, seen = forecast.measure(10 if asked.quick else FORECAST)
-            plots.forecast(seen, out / "forecast.png")
+            rows, results = forecast.measure(10 if options.quick else FORECAST)
+            plots.forecast(results, forecast.TARGET, pictures / "forecast.png")
     return rows
 
 
-out.mkdir(parents=True, exist_ok=True)
-for part in asked.part or PARTS:
-    began = time.monotonic()
-    text = table.markdown(measured(part))
-    print(f"{part}, {time.monotonic() - began:.0f} s\n\n{text}", flush=True)
-    if not asked.quick and not asked.only:
-        before, _, rest = PAGE.read_text().partition(f"<!-- {part} -->\n")
-        PAGE.write_text(f"{before}<!-- {part} -->\n{text}{rest[rest.index('<!-- end -->') :]}")
+def insert(part: str, text: str) -> None:
+    """Replaces the table of a part in the page."""
+    before, _, rest = PAGE.read_text().partition(f"<!-- {part} -->\n")
+    PAGE.write_text(f"{before}<!-- {part} -->\n{text}{rest[rest.index('<!-- end -->') :]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short round of each, to try the bench itself")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement of a round")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part; may be repeated")
+    parser.add_argument("--only", default="", help="measure only the requests whose name contains this")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds = 1, 2
+    trial = options.quick or options.only
+    pictures = Path(__file__).with_name("out") if trial else PAGE.with_suffix("")
+    for part in options.part or PARTS:
+        began = time.monotonic()
+        text = table.markdown(measure(part, options, pictures))
+        print(f"{part}, {time.monotonic() - began:.0f} s\n\n{text}", flush=True)
+        if not trial:
+            insert(part, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,8 @@
-"""Bare Sanic with the API's server settings: answers given bytes, parses a JSON body, writes a stream to a file."""
+"""Bare Sanic with the API's server settings: `python -m tests.bench.bare PORT ANSWERS FOLDER`.
+
+ANSWERS is a file with JSON: for each name an answer (see `fixed_answer` in parts.py), which `/NAME` gives. An answer
+with status 201 is for POST; the server parses the JSON body first. `PUT /file` writes its body to a file in FOLDER.
+"""
 
 import json
 import os
@@ -14,26 +18,28 @@ from api.app import create
 from storage import settings
 
 port, answers, folder = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-config = create(settings.load({"IMAGEGRAM_DATA": str(folder), "IMAGEGRAM_JWT_SECRET": "unused"})).config
+unused = "a signing secret that nothing is signed with"
+config = create(settings.load({"IMAGEGRAM_DATA": str(folder), "IMAGEGRAM_JWT_SECRET": unused})).config
 app = Sanic("bare", config=config, configure_logging=False, dumps=orjson.dumps, loads=orjson.loads)
 
 
-def answering(status: int, type: str | None, headers: dict[str, str], body: str):
+def handler(status: int, content_type: str | None, headers: dict[str, str], body: str):
+    """A handler that gives a fixed answer."""
     data = body.encode("latin-1")
 
     async def answer(request):
-        return HTTPResponse(data, status, headers, type) if type else empty(status, headers)
+        return HTTPResponse(data, status, headers, content_type) if content_type else empty(status, headers)
 
-    async def parse(request):
+    async def parse_and_answer(request):
         if not isinstance(orjson.loads(request.body)["text"], str):
             raise ValueError
-        return HTTPResponse(data, status, headers, type)
+        return HTTPResponse(data, status, headers, content_type)
 
-    return parse if status == 201 else answer
+    return parse_and_answer if status == 201 else answer
 
 
 for name, answer in answers.items():
-    app.add_route(answering(**answer), f"/{name}", methods=["POST" if answer["status"] == 201 else "GET"], name=name)
+    app.add_route(handler(**answer), f"/{name}", methods=["POST" if answer["status"] == 201 else "GET"], name=name)
 
 
 @app.get("/healthz")
@@ -43,11 +49,11 @@ async def healthz(request):
 
 @app.put("/file", stream=True)
 async def file(request):
-    with open(folder / "bare.upload", "wb") as written:
+    with open(folder / "bare.upload", "wb") as upload:
         async for data in request.stream:
-            written.write(data)
-        written.flush()
-        os.fsync(written.fileno())
+            upload.write(data)
+        upload.flush()
+        os.fsync(upload.fileno())
     return empty()
 
 

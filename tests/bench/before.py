@@ -1,7 +1,9 @@
-"""`python -m tests.bench.before REVISION`: the rates of this checkout ÷ those of an earlier revision, in turns.
+"""Compares the rates of this checkout with those of an earlier revision, in turns.
 
-Each has a Redis of its own with the same posts, and an API process. Both share one core, and neither works while the
-other is measured. `make bench-before` runs it.
+    python -m tests.bench.before REVISION
+
+Each has an API process, and a Redis of its own with the same posts. Both APIs share one core. Neither has work while
+the other is measured. `make bench-before REVISION=…` runs it.
 """
 
 import argparse
@@ -29,7 +31,10 @@ BODY = orjson.dumps({"text": fill.TEXT})
 
 
 def site(stack: contextlib.ExitStack, root: Path) -> dict:
-    """Starts the API of the checkout at `root`. Returns for each call a function that measures it for some seconds."""
+    """Starts the API of the checkout at `root`. Returns for each call a function that measures it for some seconds.
+
+    The rate of an upload is in MiB/s.
+    """
     redis = Redis()
     stack.callback(redis.close)
     ids = fill.fill(redis, fill.counts(POSTS, COMMENTS))
@@ -37,12 +42,13 @@ def site(stack: contextlib.ExitStack, root: Path) -> dict:
     fill.images(folder / "store", ids)
     api = Api(redis, folder, root=root)
     stack.callback(api.close)
-    writer, data = api.bearer("commenter1"), memoryview(PNG + secrets.token_bytes(SIZE))
+    commenter = api.bearer("commenter1")
+    data = memoryview(PNG + secrets.token_bytes(SIZE))
 
-    def sent(way):
+    def upload(send):
         def run(_: float) -> Run:
             began = time.monotonic()
-            way(api, api.bearer(f"uploader{secrets.token_hex(4)}"), data)
+            send(api, api.bearer(f"uploader{secrets.token_hex(4)}"), data)
             return Run(SIZE / (time.monotonic() - began) / 2**20, {50: 0.0}, 0.0, 0)
 
         return run
@@ -52,10 +58,10 @@ def site(stack: contextlib.ExitStack, root: Path) -> dict:
         "feed, first page of 10": Load(api.url, [FEED]).run,
         "feed, 100 cursors at random": Load(api.url, cursors).run,
         "one post, 10,000 at random": Load(api.url, [f"/v1/posts/{post}" for post in ids]).run,
-        "comment": Load(api.url, [f"/v1/posts/{post}/comments" for post in ids], "POST", writer, BODY).run,
+        "comment": Load(api.url, [f"/v1/posts/{post}/comments" for post in ids], "POST", commenter, BODY).run,
         "image of 60 kB": Load(api.url, [f"/v1/images/{post}.jpg" for post in ids]).run,
-        "form of 32 MiB": sent(by_form),
-        "tus, 32 MiB": sent(by_tus),
+        "form of 32 MiB": upload(by_form),
+        "tus, 32 MiB": upload(by_tus),
     }
 
 
@@ -64,26 +70,29 @@ def main() -> None:
     parser.add_argument("revision")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--only", default="", help="only the calls whose name contains this")
-    asked = parser.parse_args()
+    parser.add_argument("--only", default="", help="measure only the calls whose name contains this")
+    options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         earlier = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")), "earlier")
-        subprocess.run(["git", "worktree", "add", "-q", "--detach", earlier, asked.revision], cwd=ROOT, check=True)
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", earlier, options.revision], cwd=ROOT, check=True)
         stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", earlier], cwd=ROOT, check=True)
         before = site(stack, earlier)
         after = site(stack, ROOT)
         print("| call | before | after | after ÷ before | lowest and highest |\n|---|---|---|---|---|")
-        for name in (name for name in after if asked.only in name):
-            for run in (before[name], after[name]):
-                run(1)  # warms what remembers
-            subjects = {"before": partial(before[name], asked.seconds), "after": partial(after[name], asked.seconds)}
-            runs = in_turns(subjects, asked.rounds)
+        for name in (name for name in after if options.only in name):
+            for measure in (before[name], after[name]):
+                measure(1)  # warms the caches
+            subjects = {
+                "before": partial(before[name], options.seconds),
+                "after": partial(after[name], options.seconds),
+            }
+            runs = in_turns(subjects, options.rounds)
             assert not sum(run.errors for some in runs.values() for run in some), name
-            each = sorted(a.rate / b.rate for a, b in zip(runs["after"], runs["before"], strict=True))
-            rates = [f"{middle(runs[who], lambda run: run.rate):,.0f}" for who in ("before", "after")]
+            ratios = sorted(a.rate / b.rate for a, b in zip(runs["after"], runs["before"], strict=True))
             unit = "MiB/s" if "MiB" in name else "/s"
-            told = f"{rates[0]} {unit} | {rates[1]} {unit} | {median(each):.2f} | {each[0]:.2f} to {each[-1]:.2f}"
-            print(f"| {name} | {told} |", flush=True)
+            rates = [f"{middle(runs[who], lambda run: run.rate):,.0f} {unit}" for who in ("before", "after")]
+            extremes = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            print(f"| {name} | {rates[0]} | {rates[1]} | {median(ratios):.2f} | {extremes} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Fills data sets in by pipelines, without scripts and HTTP: what is there afterwards is what they would have made.
+"""Writes data sets directly into Redis, in pipelines, without scripts and HTTP.
 
-`verify` proves it on a sample, by the invariants and by making the same post with the scripts.
+The result is what the scripts would have written. `verify` checks this by the counts and, on a sample, by the
+invariants.
 """
 
 import random
@@ -18,7 +19,7 @@ from tests.conftest import RedisServer
 AUTHOR = "user-%05d"  # 10 bytes
 CAPTION = "A photograph of number %08d, taken on the way, in colour"
 TEXT = "What a place! I would go there at once if only it were nearer."  # 62 bytes
-GAP_MS = 600_000  # between two comments of a post
+GAP_MS = 600_000  # mean time between two comments of a post
 IMAGE_BYTES = 60_000
 
 
@@ -34,47 +35,51 @@ class Row:
 
 
 def counts(posts: int, comments: int) -> list[int]:
-    """How many comments each post has: few have many."""
+    """The number of comments of each post. Exponentially distributed: few posts have many."""
     chance = random.Random(5)
     weights = [chance.expovariate(1) for _ in range(posts)]
-    made = [int(weight * comments / sum(weights)) for weight in weights]
-    for number in range(comments - sum(made)):
-        made[number % posts] += 1
-    return made
+    comment_counts = [int(weight * comments / sum(weights)) for weight in weights]
+    for number in range(comments - sum(comment_counts)):
+        comment_counts[number % posts] += 1
+    return comment_counts
 
 
 def tied(posts: int) -> list[int]:
-    """600 of 1,000 posts have as many comments as the feed shows, 395 have none, 5 have more."""
-    made = [LATEST_COMMENTS] * (posts * 600 // 1000) + [0] * (posts * 395 // 1000)
-    made += [3 + number % 98 for number in range(posts - len(made))]
-    random.Random(5).shuffle(made)
-    return made
+    """The number of comments of each post, with many ties.
+
+    Of 1,000 posts 600 have as many comments as the feed shows, 395 have none and 5 have more.
+    """
+    comment_counts = [LATEST_COMMENTS] * (posts * 600 // 1000) + [0] * (posts * 395 // 1000)
+    comment_counts += [3 + number % 98 for number in range(posts - len(comment_counts))]
+    random.Random(5).shuffle(comment_counts)
+    return comment_counts
 
 
-def rows(made: list[int]) -> Iterator[Row]:
-    """Posts with so many comments each, a second apart, the last one a moment ago."""
+def rows(comment_counts: list[int]) -> Iterator[Row]:
+    """Posts with so many comments each. Their times are one second apart; the last is a moment ago."""
     chance, now = random.Random(7), int(time.time() * 1000)
-    start = now - 1000 * len(made) - GAP_MS * (max(made) + 1)
-    for number, comments in enumerate(made):
-        made_at = start + 1000 * number
-        ulid = made_at << 80 | chance.getrandbits(80)
-        said = made_at
-        written = []
-        for _ in range(comments):
-            said += chance.randrange(1, 2 * GAP_MS)
-            comment = f"{min(said, now)}-{len(written) if said > now else 0}"
-            written.append((comment, AUTHOR % chance.randrange(100_000)))
+    start = now - 1000 * len(comment_counts) - GAP_MS * (max(comment_counts) + 1)
+    for number, count in enumerate(comment_counts):
+        post_ms = start + 1000 * number
+        ulid = post_ms << 80 | chance.getrandbits(80)
+        comment_ms = post_ms
+        comments = []
+        for _ in range(count):
+            comment_ms += chance.randrange(1, 2 * GAP_MS)
+            # A time in the future becomes now; the second part of the id keeps the ids increasing.
+            comment = f"{min(comment_ms, now)}-{len(comments) if comment_ms > now else 0}"
+            comments.append((comment, AUTHOR % chance.randrange(100_000)))
         yield Row(
             "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + "-0",
             AUTHOR % (number % 100_000),
             CAPTION % number,
             b64encode(chance.randbytes(21)).decode(),
-            written,
+            comments,
         )
 
 
 def pack(*words: str) -> bytes:
-    """A command in RESP. Made by hand: redis-py's packer takes most of a big fill's time."""
+    """A command in RESP. redis-py's packer would take most of the time of a large fill."""
     parts = [b"*%d\r\n" % len(words)]
     for word in words:
         data = word.encode()
@@ -83,6 +88,7 @@ def pack(*words: str) -> bytes:
 
 
 def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
+    """Packed commands that write the posts. `now` is in unix milliseconds."""
     feed, changes = ["ZADD", keys.feed(0)], ["ZADD", keys.changes(0)]
     revision = now - 30 * 24 * 3_600_000
     for post in posts:
@@ -106,38 +112,38 @@ def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
 
 
 def send(server: RedisServer, packed: Iterable[bytes]) -> None:
-    """Commands, without replies until the end: a reply nobody wants costs as much as a command."""
+    """Sends packed commands. Switches replies off until the end, because a reply costs as much as a command."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(server.socket)
         line.sendall(pack("CLIENT", "REPLY", "OFF"))
-        held = bytearray()
+        buffer = bytearray()
         for command in packed:
-            held += command
-            if len(held) > 1 << 20:
-                line.sendall(held)
-                held.clear()
-        line.sendall(bytes(held) + pack("CLIENT", "REPLY", "ON"))
+            buffer += command
+            if len(buffer) > 1 << 20:
+                line.sendall(buffer)
+                buffer.clear()
+        line.sendall(bytes(buffer) + pack("CLIENT", "REPLY", "ON"))
         assert line.recv(100) == b"+OK\r\n"
 
 
-def fill(server: RedisServer, made: list[int]) -> list[str]:
-    """Posts with so many comments each. Returns their ids. Nothing of it is fsynced before the end."""
-    server.filling(True)
+def fill(server: RedisServer, comment_counts: list[int]) -> list[str]:
+    """Writes posts with so many comments each and verifies them. Returns their ids. Fsyncs only at the end."""
     ids = []
 
-    def noted():
-        for row in rows(made):
+    def noting_ids():
+        for row in rows(comment_counts):
             ids.append(row.id)
             yield row
 
-    send(server, commands(noted(), int(time.time() * 1000)))
-    verify(server, random.Random(3).sample(ids, min(200, len(ids))), len(made), sum(made))
-    server.filling(False)
+    with server.filling():
+        send(server, commands(noting_ids(), int(time.time() * 1000)))
+        sample = random.Random(3).sample(ids, min(200, len(ids)))
+        verify(server, sample, len(comment_counts), sum(comment_counts))
     return ids
 
 
 def verify(server: RedisServer, sample: list[str], posts: int, comments: int) -> None:
-    """Counts of all, and the invariants on a sample."""
+    """Asserts the number of posts and of comments, and the invariants on a sample of posts."""
     client = server.client
     assert client.zcard(keys.feed(0)) == client.zcard(keys.changes(0)) == posts
     total = 0
@@ -146,26 +152,31 @@ def verify(server: RedisServer, sample: list[str], posts: int, comments: int) ->
     assert total == comments
     for post in sample:
         stream = client.xrevrange(keys.comments(post), count=LATEST_COMMENTS)
-        shown = [f'["{comment}","{said["author"]}","{said["text"]}"]' for comment, said in stream]
+        latest = [f'["{comment}","{fields["author"]}","{fields["text"]}"]' for comment, fields in stream]
         assert client.zscore(keys.feed(0), post) == client.xlen(keys.comments(post))
-        assert client.lrange(keys.latest(post), 0, -1) == shown
+        assert client.lrange(keys.latest(post), 0, -1) == latest
         assert client.hget(keys.post(post), "status") == "ready"
 
 
 def images(folder: Path, ids: Iterable[str]) -> None:
-    """A file of 60 kB for each, as the worker would have put it."""
+    """Writes a file of 60 kB for each post, where the worker would have put its picture."""
     noise = random.Random(11).randbytes(IMAGE_BYTES + 4096)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, post in enumerate(ids):
         (folder / keys.image(post)).write_bytes(noise[number % 4096 :][:IMAGE_BYTES])
 
 
+def cursor(comments: float, post: str) -> str:
+    """The feed's cursor of a post with so many comments."""
+    return urlsafe_b64encode(f"{comments:.0f}:{post}".encode()).decode().rstrip("=")
+
+
 def cursors(server: RedisServer, number: int) -> list[str]:
-    """Places spread evenly over the feed."""
+    """Cursors spread evenly over the feed."""
     total = server.client.zcard(keys.feed(0))
-    found = []
+    result = []
     for part in range(number):
-        place = part * (total - 100) // number
-        ((post, count),) = server.client.zrange(keys.feed(0), place, place, desc=True, withscores=True)
-        found.append(urlsafe_b64encode(f"{count:.0f}:{post}".encode()).decode().rstrip("="))
-    return found
+        rank = part * (total - 100) // number
+        ((post, comments),) = server.client.zrange(keys.feed(0), rank, rank, desc=True, withscores=True)
+        result.append(cursor(comments, post))
+    return result

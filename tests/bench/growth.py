@@ -1,4 +1,4 @@
-"""What grows with the data and what must not: Redis' own time for a page and a comment, and its memory."""
+"""How time and memory grow with the data: Redis' own time for a page and a comment, requests per second, and memory."""
 
 import contextlib
 import random
@@ -16,31 +16,43 @@ from tests.bench.drive import Load, in_turns, middle, ratio
 from tests.bench.parts import Api, Redis
 from tests.bench.table import Row, of_runs
 
-SIZES = (10_000, 100_000, 1_000_000)
+SIZES = (10_000, 100_000, 1_000_000)  # posts
+LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # comments of a post
 CALLS = 300  # in one pipeline, whose time Redis counts
 PAGE = 10
 FEED = f"/v1/posts?limit={PAGE}"
 
+# The calls whose time Redis counts. The ties are the posts that have as many comments as the feed shows.
+FIRST = "feed, first page"
+TIES = "feed, at the start of the ties"
+MIDDLE = "feed, in the middle of the ties"
+MOVED = "the same, the cursor's post has moved"
+COMMENT = "add a comment"
+# The requests to the API.
+FIRST_REQUEST = "feed, first page"
+CURSORS = "feed, 100 cursors at random"
 
-def page(place: str = "") -> tuple:
-    """A feed page behind a cursor, as storage.posts asks for it."""
-    count, _, post = urlsafe_b64decode(place + "==").decode().partition(":")
-    named = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
+
+def page(cursor: str = "") -> tuple:
+    """The command for a feed page after a cursor, as `storage.posts` sends it."""
+    count, _, post = urlsafe_b64decode(cursor + "==").decode().partition(":")
+    key_names = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
     arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0)]
-    return "EVALSHA", SCRIPTS["feed_page"].sha, len(named), *named, *arguments
+    return "EVALSHA", SCRIPTS["feed_page"].sha, len(key_names), *key_names, *arguments
 
 
 def comment(post: str) -> tuple:
-    named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
+    """The command that adds a comment, as `storage.comments` sends it."""
+    key_names = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
     arguments = ["", post, "user-00001", fill.TEXT, LATEST_COMMENTS, "-", DAY_MS]
-    return "EVALSHA", SCRIPTS["add_comment"].sha, len(named), *named, *arguments
+    return "EVALSHA", SCRIPTS["add_comment"].sha, len(key_names), *key_names, *arguments
 
 
-def spent(server: Redis, calls: list[tuple]) -> float:
-    """Redis' own microseconds a call (INFO commandstats)."""
+def redis_time(server: Redis, calls: list[tuple]) -> float:
+    """Microseconds that Redis itself takes for a call (INFO commandstats)."""
     client = server.client
-    for known in SCRIPTS.values():
-        client.script_load(known.text)
+    for script in SCRIPTS.values():
+        client.script_load(script.text)
     client.config_resetstat()
     with client.pipeline(transaction=False) as pipeline:
         for call in calls:
@@ -49,78 +61,96 @@ def spent(server: Redis, calls: list[tuple]) -> float:
     return client.info("commandstats")["cmdstat_evalsha"]["usec_per_call"]
 
 
-def place(server: Redis, rank: int, moved: bool) -> str:
-    """The cursor of a post in the feed; `moved`: of one that does not stand there any more."""
+def cursor_at(server: Redis, rank: int, moved: bool = False) -> str:
+    """The cursor of the post at a rank of the feed. `moved`: of a post that is no longer at this place."""
     ((post, count),) = server.client.zrange(keys.feed(0), rank, rank, desc=True, withscores=True)
     if moved:
         post = post[:20] + ("0" if post[20] != "0" else "1") + post[21:]
-    return fill.urlsafe_b64encode(f"{count:.0f}:{post}".encode()).decode().rstrip("=")
+    return fill.cursor(count, post)
 
 
-def times(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], list[dict]]:
-    """Rows of the table, and for each size what the plots show."""
+def calls_on(server: Redis, ids: list[str]) -> dict[str, Callable[[], tuple]]:
+    """For each kind of call a function that returns a command, on a server filled by `fill.tied`."""
+    above = len(ids) * 5 // 1000  # posts with more comments than the ties
+    half = len(ids) * 300 // 1000  # half of the ties
+    spread = min(1000, half // 2)
+
+    def in_the_middle(moved: bool) -> tuple:
+        return page(cursor_at(server, above + half + random.randrange(spread), moved))
+
+    return {
+        FIRST: page,
+        TIES: lambda: page(cursor_at(server, above + 1)),
+        MIDDLE: lambda: in_the_middle(moved=False),
+        MOVED: lambda: in_the_middle(moved=True),
+        COMMENT: lambda: comment(random.choice(ids)),
+    }
+
+
+def times(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> tuple[list[Row], dict]:
+    """Measures data sets of each size. Returns the rows of the table and what the plots show.
+
+    The latter has `posts`, `memory` (bytes), `redis` (µs by call) and `rates` (requests per second by request). Each
+    list has a value for each size.
+    """
     with contextlib.ExitStack() as stack:
-        servers, calls, loads, grown = {}, {}, {}, []
+        servers: dict[int, Redis] = {}
+        calls: dict[int, dict[str, Callable[[], tuple]]] = {}
+        memory: list[int] = []
         for size in sizes:
             server = servers[size] = Redis()
             stack.callback(server.close)
-            ids = fill.fill(server, fill.tied(size))
-            more = size * 5 // 1000  # posts above the run of ties
-            tie, half = more + 1, more + size * 300 // 1000
-            calls[size] = {
-                "first page": lambda: page(),
-                "first page of the ties": lambda server=server, tie=tie: page(place(server, tie, False)),
-                "middle, its post stands there": lambda server=server, half=half: page(
-                    place(server, half + random.randrange(1000), False)
-                ),
-                "middle, its post has moved": lambda server=server, half=half: page(
-                    place(server, half + random.randrange(1000), True)
-                ),
-                "comment": lambda ids=ids: comment(random.choice(ids)),
-            }
-            memory = server.client.info("memory")["used_memory"]
-            grown.append({"posts": size, "memory": memory, "comments": sum(fill.tied(size))})
-        found = {size: {name: [] for name in calls[size]} for size in sizes}
-        for _ in range(rounds + 1):
+            calls[size] = calls_on(server, fill.fill(server, fill.tied(size)))
+            memory.append(server.client.info("memory")["used_memory"])
+        spent = {size: {name: [] for name in calls[size]} for size in sizes}
+        for number in range(rounds + 1):
             for name in calls[sizes[0]]:
                 for size in sizes:
-                    asked = [calls[size][name]() for _ in range(CALLS)]
-                    found[size][name].append(spent(servers[size], asked))
+                    microseconds = redis_time(servers[size], [calls[size][name]() for _ in range(CALLS)])
+                    if number:  # the first round warms the caches
+                        spent[size][name].append(microseconds)
+        loads: dict[tuple[str, int], Load] = {}
         for size, server in servers.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
             api = Api(server, folder)
             stack.callback(api.close)
-            cursors = fill.cursors(server, 100)
-            for name, paths in (("first", [FEED]), ("cursors", [f"{FEED}&cursor={cursor}" for cursor in cursors])):
-                loads[name, size] = Load(api.url, paths)
+            loads[FIRST_REQUEST, size] = Load(api.url, [FEED])
+            loads[CURSORS, size] = Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(server, 100)])
         runs = in_turns({who: lambda load=load: load.run(seconds) for who, load in loads.items()}, rounds)
-    for said in grown:
-        said |= {name: middle(runs[name, said["posts"]], lambda run: run.rate) for name in ("first", "cursors")}
-        said |= {name: median(values[1:]) for name, values in found[said["posts"]].items()}  # the first one warms
-    small, large = found[sizes[0]], found[sizes[-1]]
+    def rates(name: str) -> list[float]:
+        return [middle(runs[name, size], lambda run: run.rate) for size in sizes]
+
+    grown = {
+        "posts": list(sizes),
+        "memory": memory,
+        "redis": {name: [median(spent[size][name]) for size in sizes] for name in calls[sizes[0]]},
+        "rates": {name: rates(name) for name in (FIRST_REQUEST, CURSORS)},
+    }
+    return growth_rows(sizes, spent, runs), grown
+
+
+def growth_rows(sizes: tuple[int, ...], spent: dict[int, dict[str, list[float]]], runs: dict) -> list[Row]:
+    """The rows of the table. They compare the smallest with the largest data set."""
+    small, large = spent[sizes[0]], spent[sizes[-1]]
+    fewest, most = f"{sizes[0]:,}", f"{sizes[-1]:,}"
+    ties = f"{sizes[-1] * 600 // 1000:,}"
 
     def row(what: str, one: list[float], other: list[float], target: float | None) -> Row:
-        ratio = median(a / b for a, b in zip(one[1:], other[1:], strict=True))
-        return Row(what, ratio, target, note=f"{median(one[1:]):.1f} and {median(other[1:]):.1f} µs of Redis a page")
+        quotient = median(a / b for a, b in zip(one, other, strict=True))
+        return Row(what, quotient, target, note=f"{median(one):.1f} and {median(other):.1f} µs of Redis a call")
 
-    ties = large["first page of the ties"]
-    name = f"{sizes[-1]:,}"
+    first = [runs[FIRST_REQUEST, size] for size in (sizes[-1], sizes[0])]
     return [
-        row(f"first page, Redis' time, 10,000 posts ÷ {name}", small["first page"], large["first page"], 0.95),
-        of_runs(
-            f"first page with {name} posts ÷ with 10,000",
-            runs["first", sizes[-1]],
-            ratio(runs["first", sizes[-1]], runs["first", sizes[0]]),
-            0.95,
-        ),
-        row("first page of 600,000 ties ÷ middle", ties, large["middle, its post stands there"], 0.60),
-        row("the same, its post has moved", ties, large["middle, its post has moved"], 0.60),
-        Row("a comment, 10,000 posts ÷ " + name, median(small["comment"]) / median(large["comment"])),
-    ], grown
+        row(f"first page, Redis' time: {fewest} posts ÷ {most}", small[FIRST], large[FIRST], 0.95),
+        of_runs(f"first page, requests/s: {most} posts ÷ {fewest}", first[0], ratio(*first), 0.95),
+        row(f"page in {ties} ties, Redis' time: start ÷ middle", large[TIES], large[MIDDLE], 0.60),
+        row("the same, the cursor's post has moved", large[TIES], large[MOVED], 0.60),
+        row(f"add a comment, Redis' time: {fewest} posts ÷ {most}", small[COMMENT], large[COMMENT], None),
+    ]
 
 
 def used(kind: str, filling: Callable[[Redis], object]) -> int:
-    """Bytes by which a server grows. A new one each time: what a flushed one gives back is not all that it took."""
+    """Bytes by which the memory of a server grows. Starts a new server: FLUSHALL does not return all memory."""
     server = Redis(kind)
     try:
         empty = server.client.info("memory")["used_memory"]
@@ -130,32 +160,28 @@ def used(kind: str, filling: Callable[[Redis], object]) -> int:
         server.close()
 
 
-def remember(server: Redis, number: int) -> None:
-    """Idempotency-Keys of comments."""
-    server.filling(True)
+def fill_keys(server: Redis, number: int) -> None:
+    """Writes so many Idempotency-Keys of comments."""
     value = f"{keys.digest(b'body')} 1790000000000-0"
     names = (keys.once(0, fill.AUTHOR % (each % 100_000), f"POST /v1/posts {each}") for each in range(number))
-    fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in names))
-    server.filling(False)
+    with server.filling():
+        fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in names))
 
 
-def memory(kind: str, quick: bool) -> tuple[list[Row], list[dict]]:
-    """Redis' memory, all keys counted; and what a comment takes in posts of different lengths."""
+def memory(kind: str, quick: bool) -> tuple[list[Row], dict[int, float]]:
+    """Measures Redis' memory, with all its keys. Returns the rows of the table, and bytes a comment by post length."""
 
-    def comment(length: int, posts: int) -> float:
+    def bytes_a_comment(length: int, posts: int) -> float:
         without = used(kind, lambda server: fill.fill(server, [0] * posts))
         return (used(kind, lambda server: fill.fill(server, [length] * posts)) - without) / (length * posts)
 
-    kept, posts, many = (10_000, 1000, 100) if quick else (100_000, 10_000, 100)
-    post = used(kind, lambda server: fill.fill(server, [0] * kept)) / kept
-    key = used(kind, lambda server: remember(server, kept)) / kept
-    lengths = [
-        {"comments": length, "bytes": comment(length, max(20, 20_000 // length))}
-        for length in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-    ]
+    entries, posts, length = (10_000, 1000, 100) if quick else (100_000, 10_000, 100)
+    post = used(kind, lambda server: fill.fill(server, [0] * entries)) / entries
+    key = used(kind, lambda server: fill_keys(server, entries)) / entries
+    by_length = {each: bytes_a_comment(each, max(20, 20_000 // each)) for each in LENGTHS}
     rows = [
-        Row(f"memory a comment, {many} a post ({kind})", comment(many, posts), 125, most=True, unit="B"),
+        Row(f"memory a comment, {length} a post ({kind})", bytes_a_comment(length, posts), 125, most=True, unit="B"),
         Row(f"memory a post without comments ({kind})", post, 700, most=True, unit="B"),
         Row(f"memory an Idempotency-Key ({kind})", key, 220, most=True, unit="B"),
     ]
-    return rows, lengths
+    return rows, by_length

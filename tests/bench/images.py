@@ -1,9 +1,14 @@
-"""What making a picture costs, beside libvips doing the same work, in one run; then what a worker adds to it.
+"""Measures what converting an image costs, compared with libvips doing the same work. Then what a worker adds to it.
 
-`make bench-images`. Rounds are interleaved, so that what else the machine does meets all alike; figures are medians.
-Both are held to one core and write the same JPEG: 600x600 of the centre, quality 80, 4:2:0, progressive, optimised.
-libvips and the pipeline run in this process, again and again in memory they know; the pipeline in its child, as in a
-worker, is a decoder in its sandbox, new each time; the CPU time is that of requester, fork server and decoder.
+    python -m tests.bench.images [ROUNDS]
+
+`make bench-images` runs it. Rounds are interleaved, so that other load on the machine affects all alike. Figures are
+medians. All run on one core and write the same JPEG: 600x600 of the centre, quality 80, 4:2:0, progressive, optimised.
+
+libvips    runs in this process, which reuses its memory.
+pipeline   The same, with the worker's pipeline.
+child      The pipeline as in a worker: in a decoder in its sandbox, a new process for each image. Its CPU time is that
+           of requester, fork server and decoder.
 """
 
 import io
@@ -17,20 +22,19 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["VIPS_CONCURRENCY"] = "1"
-
-from colours import ciede2000, to_lab  # noqa: E402
-from conftest import photograph as portrait  # noqa: E402
-from conftest import until  # noqa: E402
-from drills.images import working  # noqa: E402
-from PIL import BmpImagePlugin, Image, PngImagePlugin, features  # noqa: E402, F401  the pipeline loads neither
+from colours import ciede2000, to_lab
+from conftest import photograph as portrait
+from conftest import until
+from drills.images import working
+from PIL import BmpImagePlugin, Image, PngImagePlugin, features  # noqa: F401  so that PNG and BMP can be written
 
 from storage import settings
-from workers import pipeline  # noqa: E402
+from workers import pipeline
 
+os.environ["VIPS_CONCURRENCY"] = "1"  # read when libvips is loaded
 ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 15
 CHOSEN = settings.load({})
-FILES = {
+FILES = {  # width, height, kind
     "12 MP JPEG": (4000, 3000, "jpg"),
     "48 MP JPEG": (8000, 6000, "jpg"),
     "12 MP PNG": (4000, 3000, "png"),
@@ -39,7 +43,7 @@ FILES = {
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Clouds of four sizes over each other and the grain of a sensor: compresses about as photographs do."""
+    """Clouds of three sizes over each other, and grain as of a sensor. Compresses about as well as a photograph."""
     chance, image = random.Random(1), Image.new("RGB", (width, height), "grey")
     for step, share in ((500, 0.7), (60, 0.3), (8, 0.12), (1, 0.03)):
         size = (width // step, height // step)
@@ -53,7 +57,8 @@ def with_pipeline(path: Path) -> bytes:
         return pipeline.convert(file, CHOSEN.image_megapixels, CHOSEN.image_side).jpeg
 
 
-# The fork server writes its CPU time and that of its decoders to a file: they are not the converter's children.
+# A program that converts each file whose path comes on standard input and prints wall time, CPU time and size. The fork
+# server writes its CPU time and that of its decoders to a file, because they are not children of this program.
 CONVERTER = """
 import resource, sys, time
 from pathlib import Path
@@ -83,9 +88,9 @@ Path(sys.argv[1]).write_text("0")
 for line in sys.stdin:
     sandbox.fork_server()
     wall, used = time.perf_counter(), cpu() + float(Path(sys.argv[1]).read_text())
-    made = sandbox.convert(Path(line.strip()), settings.load({}))
+    picture = sandbox.convert(Path(line.strip()), settings.load({}))
     wall, used = time.perf_counter() - wall, cpu() + float(Path(sys.argv[1]).read_text()) - used
-    print(wall, used, len(made.jpeg), flush=True)
+    print(wall, used, len(picture.jpeg), flush=True)
 """
 
 
@@ -95,13 +100,15 @@ def start_converter(folder: Path) -> subprocess.Popen:
 
 
 def with_sandbox(path: Path, converter: subprocess.Popen) -> tuple[float, float, int]:
+    """Converts a file in a decoder. Returns wall time and CPU time in seconds, and the JPEG's bytes."""
     print(path, file=converter.stdin, flush=True)
     wall, used, size = converter.stdout.readline().split()
     return float(wall), float(used), int(size)
 
 
 def with_libvips(path: Path) -> bytes:
-    import pyvips  # here, as a part of the bench that makes no pictures needs none
+    import pyvips  # here, because other parts of the bench import this module and do not need it
+
     image = pyvips.Image.thumbnail(str(path), 600, height=600, crop="centre", fail_on="truncated")
     if image.hasalpha():
         image = image.flatten(background=255)
@@ -109,38 +116,42 @@ def with_libvips(path: Path) -> bytes:
 
 
 def cpu() -> float:
+    """CPU seconds of this process and of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def here(way, path: Path) -> tuple[float, float, int]:
+def in_process(convert, path: Path) -> tuple[float, float, int]:
+    """Converts a file in this process. Returns wall time and CPU time in seconds, and the JPEG's bytes."""
     wall, used = time.perf_counter(), cpu()
-    made = way(path)
-    return time.perf_counter() - wall, cpu() - used, len(made)
+    jpeg = convert(path)
+    return time.perf_counter() - wall, cpu() - used, len(jpeg)
 
 
-def beside_libvips(folder: Path) -> None:
+def compare_with_libvips(folder: Path) -> None:
+    """Prints a table: the cost of each file of FILES each way, and the ratios of the CPU times."""
     import pyvips
+
     pyvips.cache_set_max(0)
     print(f"Pillow {pipeline.Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}, ", end="")
     print(f"libvips {pyvips.version(0)}.{pyvips.version(1)}.{pyvips.version(2)}; {ROUNDS} rounds, ms of wall (CPU)\n")
-    print("| image | bytes | libvips | pipeline | : libvips | in its child | : libvips | picture's bytes |")
+    print("| image | bytes | libvips | pipeline | ÷ libvips | in its child | ÷ libvips | picture's bytes |")
     print("|-|-|-|-|-|-|-|-|")
     converter = start_converter(folder)
     for name, (width, height, kind) in FILES.items():
         path = folder / f"image.{kind}"
         photograph(width, height).save(path, **({"quality": 90} if kind == "jpg" else {}))
         ways = {
-            "libvips": lambda path: here(with_libvips, path),
-            "pipeline": lambda path: here(with_pipeline, path),
+            "libvips": lambda path: in_process(with_libvips, path),
+            "pipeline": lambda path: in_process(with_pipeline, path),
             "child": lambda path: with_sandbox(path, converter),
         }
         if kind == "bmp":
-            del ways["libvips"]  # it reads none
-        taken = {way: [] for way in ways}
+            del ways["libvips"]  # it cannot read BMP
+        results = {way: [] for way in ways}
         for _ in range(ROUNDS):
-            for way, make in ways.items():
-                taken[way].append(make(path))
-        middle = {way: list(map(statistics.median, zip(*rows, strict=True))) for way, rows in taken.items()}
+            for way, convert in ways.items():
+                results[way].append(convert(path))
+        middle = {way: list(map(statistics.median, zip(*rows, strict=True))) for way, rows in results.items()}
         cells = {way: f"{wall * 1000:.0f} ({used * 1000:.0f})" for way, (wall, used, _) in middle.items()}
         peer = middle.get("libvips")
         ratio = {way: f"{middle[way][1] / peer[1]:.2f}" if peer else "-" for way in ("pipeline", "child")}
@@ -153,18 +164,19 @@ def beside_libvips(folder: Path) -> None:
 
 
 def by_a_worker(count: int, size: tuple[int, int], quality: int = 90) -> str:
-    """Real workers on a folder store: what a job adds, and how many images are made in a second on all cores."""
+    """Measures real workers on a folder store: what a job adds to a conversion, and images a second on all cores."""
     with working(converters=len(os.sched_getaffinity(0))) as site:
         path = site.folder / "image.jpg"
         photograph(*size).save(path, quality=quality)
-        made = site.publish([path.read_bytes()] * count)
+        ids = site.publish([path.read_bytes()] * count)
         timed = site.folder / "timed"
         timed.touch()
         site.environment.update(TIMED=str(timed), PYTHONPATH="tests")
         site.start("tests.bench.timed")
         until(lambda: timed.read_text().count("\n") > 4, what="the first images")
-        first, began = timed.read_text().count("\n"), time.perf_counter()
-        until(lambda: "processing" not in site.statuses(made), 300, "all images")
+        first = timed.read_text().count("\n")
+        began = time.perf_counter()
+        until(lambda: "processing" not in site.statuses(ids), 300, "all images")
         rate = (count - first) / (time.perf_counter() - began)
         rows = [tuple(map(float, line.split())) for line in timed.read_text().splitlines()]
     added = [total - conversion for total, conversion in rows]
@@ -176,8 +188,8 @@ def by_a_worker(count: int, size: tuple[int, int], quality: int = 90) -> str:
     )
 
 
-def chosen_quality() -> None:
-    """What other choices than the picture's would cost and bring, of a real photograph."""
+def compare_qualities() -> None:
+    """Prints a table: size and colour error of a real photograph with other JPEG options than the pipeline's."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(portrait())
         file.flush()
@@ -190,22 +202,22 @@ def chosen_quality() -> None:
         *((80, "4:4:4", True), (80, "4:2:0", False)),
     ):
         out = io.BytesIO()
-        how = {"quality": quality, "subsampling": subsampling, "progressive": progressive, "optimize": progressive}
-        picture.save(out, "JPEG", **how)
+        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive, "optimize": progressive}
+        picture.save(out, "JPEG", **options)
         after = Image.open(out).convert("RGB")
-        apart = [ciede2000(lab, to_lab(after.getpixel(place))) for lab, place in zip(before, places, strict=True)]
+        errors = [ciede2000(lab, to_lab(after.getpixel(place))) for lab, place in zip(before, places, strict=True)]
         kind = "progressive, optimised" if progressive else "baseline"
         print(f"| quality {quality}, {subsampling}, {kind} | {out.tell()} | ", end="")
-        print(f"{statistics.mean(apart):.2f} | {sorted(apart)[-len(apart) // 20]:.2f} |")
+        print(f"{statistics.mean(errors):.2f} | {sorted(errors)[-len(errors) // 20]:.2f} |")
 
 
 def main() -> None:
-    chosen_quality()
+    compare_qualities()
     print()
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     with tempfile.TemporaryDirectory() as folder:
-        beside_libvips(Path(folder))
+        compare_with_libvips(Path(folder))
     os.sched_setaffinity(0, cores)
     print()
     for size in ((4000, 3000), (1600, 1200)):

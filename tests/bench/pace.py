@@ -1,10 +1,12 @@
-"""Asks at steady rates, whatever the answers take: `python -m tests.bench.pace PLAN`.
+"""Sends requests at steady rates, however long the answers take: `python -m tests.bench.pace PLAN`.
 
-PLAN is a file with JSON: `port`, and `streams`, each with `name`, `rate` a second, `method`, `paths` of which one is
-drawn, `headers`, `body` and the `status` that is wanted. Says `begins`; at a line on its input it ends and prints as
-JSON what it saw. A call's time runs from the moment it was due, so that none is spared by those before it that hang.
+PLAN is a file with JSON: `port` and `streams`. A stream has `name`, `rate` (requests a second), `method`, `paths` (each
+request takes one at random), `headers`, `body` and `status`, which the answers must have.
 
-Plain sockets: an HTTP library would take the core that it shares with what it asks.
+Prints `begins`. When a line comes on standard input it stops and prints its results as JSON. A request's time counts
+from the moment at which it was due. So a request that waits behind slow ones counts as slow, too.
+
+Uses plain sockets: an HTTP library would take too much of the core that the driver shares with the servers.
 """
 
 import asyncio
@@ -19,81 +21,87 @@ import orjson
 import uvloop
 
 CONNECTIONS = 32  # of each stream
-SHARES = (50, 90, 99, 99.9, 99.99, 100)
-WORST = 5
-LATE = 0.010  # seconds a timer of this process may be late before that is told: then the machine had no core for it
+SHARES = (50, 75, 90, 95, 99, 99.5, 99.9, 99.99, 100)  # percent
+WORST = 5  # slowest requests that the results name
+TICK = 0.002  # seconds between two looks at what is due
+LATE = 0.010  # seconds by which a tick may be late. If it is later, this process had no core: the results name it.
 
 
 class Stream:
+    """Requests of one kind. `due` is a queue of the times (monotonic) at which they are due; None ends a connection."""
+
     def __init__(self, port: int, plan: dict):
-        self.name, self.rate, self.method = plan["name"], plan["rate"], plan["method"].encode()
-        self.paths, status = [path.encode() for path in plan["paths"]], plan["status"]
-        data = plan["body"].encode("latin-1")
-        fields = {"Host": f"127.0.0.1:{port}", **plan["headers"], **({"Content-Length": len(data)} if data else {})}
-        head = "".join(f"{field}: {value}\r\n" for field, value in fields.items())
-        self.rest, self.port, self.wanted = head.encode() + b"\r\n" + data, port, b"HTTP/1.1 %d" % status
-        self.waiting: asyncio.Queue = asyncio.Queue()
-        self.taken: list[float] = []  # seconds
-        self.worst: list[tuple[float, float]] = []  # ms, and when it was due, unix time
-        self.errors = Counter()
+        self.name, self.rate, self.port = plan["name"], plan["rate"], port
+        self.method = plan["method"].encode()
+        self.paths = [path.encode() for path in plan["paths"]]
+        body = plan["body"].encode("latin-1")
+        fields = {"Host": f"127.0.0.1:{port}", **plan["headers"], **({"Content-Length": len(body)} if body else {})}
+        headers = "".join(f"{field}: {value}\r\n" for field, value in fields.items())
+        self.headers_and_body = headers.encode() + b"\r\n" + body
+        self.expected = b"HTTP/1.1 %d" % plan["status"]
+        self.due: asyncio.Queue = asyncio.Queue()
+        self.durations: list[float] = []  # seconds
+        self.worst: list[tuple[float, float]] = []  # ms, and the unix time at which it was due
+        self.errors: Counter[str] = Counter()  # by status line
 
     async def connection(self) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        while due := await self.waiting.get():
-            writer.write(b"%b %b HTTP/1.1\r\n%b" % (self.method, random.choice(self.paths), self.rest))
+        while due := await self.due.get():
+            writer.write(b"%b %b HTTP/1.1\r\n%b" % (self.method, random.choice(self.paths), self.headers_and_body))
             answer = await reader.readuntil(b"\r\n\r\n")
             await reader.readexactly(int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
-            taken = time.monotonic() - due
-            self.taken.append(taken)
-            heapq.heappush(self.worst, (taken * 1000, time.time() - taken))
+            took = time.monotonic() - due
+            self.durations.append(took)
+            heapq.heappush(self.worst, (took * 1000, time.time() - took))
             if len(self.worst) > WORST:
                 heapq.heappop(self.worst)
-            if not answer.startswith(self.wanted):
+            if not answer.startswith(self.expected):
                 self.errors[answer.split(b"\r\n")[0].decode()] += 1
         writer.close()
 
-    def told(self, seconds: float) -> dict:
-        self.taken.sort()
-        count = len(self.taken)
-        at = [self.taken[min(count - 1, int(count * share / 100))] * 1000 for share in SHARES]
-        bins = Counter(f"{taken * 1000:.2g}" for taken in self.taken)
+    def results(self, seconds: float) -> dict:
+        """Figures of a stream that ran for so many seconds. Percentiles are pairs of percent and ms."""
+        self.durations.sort()
+        count = len(self.durations)
+        values = [self.durations[min(count - 1, int(count * share / 100))] * 1000 for share in SHARES]
         return {
             "count": count,
             "rate": count / seconds,
             "errors": dict(self.errors),
-            "percentiles": list(zip(SHARES, at, strict=True)),
+            "percentiles": list(zip(SHARES, values, strict=True)),
             "worst": sorted(self.worst, reverse=True),
-            "histogram": sorted((float(ms), number) for ms, number in bins.items()),
         }
 
 
-async def keep(streams: list[Stream]) -> dict:
-    late: list[tuple[float, float]] = []  # ms, unix time
+async def run(streams: list[Stream]) -> dict:
+    """Sends the requests of all streams until a line comes on standard input. Returns the results."""
+    late: list[tuple[float, float]] = []  # ms between two ticks, and unix time
     async with asyncio.TaskGroup() as tasks:
         for stream in streams:
             for _ in range(CONNECTIONS):
                 tasks.create_task(stream.connection())
-        ended = tasks.create_task(asyncio.to_thread(sys.stdin.readline))
-        began, sent, before = time.monotonic(), [0] * len(streams), time.monotonic()
+        line = tasks.create_task(asyncio.to_thread(sys.stdin.readline))
+        sent = [0] * len(streams)
+        began = before = time.monotonic()
         print("begins", flush=True)
-        while not ended.done():
+        while not line.done():
             now = time.monotonic()
-            if now - before > 0.002 + LATE:
+            if now - before > TICK + LATE:
                 late.append(((now - before) * 1000, time.time()))
             before = now
             for number, stream in enumerate(streams):
                 while sent[number] < (now - began) * stream.rate:
-                    stream.waiting.put_nowait(began + sent[number] / stream.rate)
+                    stream.due.put_nowait(began + sent[number] / stream.rate)
                     sent[number] += 1
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(TICK)
         seconds = time.monotonic() - began
         for stream in streams:
             for _ in range(CONNECTIONS):
-                stream.waiting.put_nowait(None)
-    return {"late": late, "streams": {stream.name: stream.told(seconds) for stream in streams}}
+                stream.due.put_nowait(None)
+    return {"late": late, "streams": {stream.name: stream.results(seconds) for stream in streams}}
 
 
 if __name__ == "__main__":
     plan = orjson.loads(Path(sys.argv[1]).read_bytes())
-    made = [Stream(plan["port"], stream) for stream in plan["streams"]]
-    sys.stdout.buffer.write(orjson.dumps(uvloop.run(keep(made))) + b"\n")
+    results = uvloop.run(run([Stream(plan["port"], stream) for stream in plan["streams"]]))
+    sys.stdout.buffer.write(orjson.dumps(results) + b"\n")

@@ -1,12 +1,15 @@
-"""The parts that are measured: processes of their own, on loopback, free ports and temporary folders.
+"""The servers that are measured: processes of their own, on loopback, with free ports and temporary folders.
 
-The API, bare Sanic and the peer's application have one core; Redis, wrk and other drivers have the other.
+The API, bare Sanic and the peer's application share one core. Redis, wrk and the other drivers share the other core.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,35 +17,40 @@ import httpx
 from tests.conftest import ROOT, RedisServer, Site, free_port, until
 
 SERVER, DRIVER = 0, 1  # cores
-DAY = 24 * 3600
+DAY = 24 * 3600  # seconds
 
 
 def pin(pid: int, *cores: int) -> None:
-    """Also what the process starts afterwards."""
+    """Restricts a process to cores, and also what it starts afterwards."""
     os.sched_setaffinity(pid, cores)
 
 
 class Filling:
-    """A server whose append-only file is off while a data set is filled in."""
+    """A mixin for a server that can switch its append-only file off while a data set is written."""
 
-    def filling(self, off: bool) -> None:
-        self.client.config_set("appendonly", "no" if off else "yes")
-        if not off:
-            until(self.rested, 120, "the rewritten file")
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Switches the append-only file off during the `with`. Afterwards waits until it holds all data."""
+        self.client.config_set("appendonly", "no")
+        yield
+        self.client.config_set("appendonly", "yes")
+        until(self.rewrite_done, 120, "the append-only file is rewritten")
 
-    def rested(self) -> bool:
-        said = self.client.info("persistence")
-        return not said["aof_rewrite_in_progress"] and not said["aof_rewrite_scheduled"]
+    def rewrite_done(self) -> bool:
+        info = self.client.info("persistence")
+        return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
 
 
 class Redis(Filling, RedisServer):
+    """A Redis on the drivers' core."""
+
     def __init__(self, kind: str = "valkey", *options: str):
         super().__init__(kind, *options)
         pin(self.process.pid, DRIVER)
 
 
 class Api(Site):
-    """Our API: one process on one core, of the checkout at `root`."""
+    """Our API: one process on one core. `root` is the checkout whose code runs."""
 
     def __init__(self, redis: RedisServer, folder: Path, root: Path = ROOT, **settings):
         super().__init__(redis.url, folder, **settings)
@@ -53,26 +61,24 @@ class Api(Site):
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
 
     def bearer(self, user: str) -> dict[str, str]:
-        import time
-
         return {"Authorization": f"Bearer {self.token(user, exp=int(time.time()) + DAY)}"}
 
     def pids(self) -> list[int]:
-        """The serving processes."""
+        """The processes that serve requests."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
 
 class Bare:
-    """Bare Sanic with the API's server settings, which answers given bytes."""
+    """Bare Sanic with the API's server settings. Answers each name in `answers` with fixed bytes."""
 
     def __init__(self, folder: Path, answers: dict[str, dict]):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        given = folder / "bare.json"
-        given.write_text(json.dumps(answers))
+        file = folder / "bare.json"
+        file.write_text(json.dumps(answers))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.bare", str(self.port), str(given), str(folder)], cwd=ROOT
+            [sys.executable, "-m", "tests.bench.bare", str(self.port), str(file), str(folder)], cwd=ROOT
         )
         pin(self.process.pid, SERVER)
         until(lambda: httpx.get(f"{self.url}/healthz").status_code == 200, what="bare Sanic")
@@ -82,12 +88,12 @@ class Bare:
         self.process.wait()
 
 
-def given(answer: httpx.Response) -> dict:
-    """An answer of the API, for bare Sanic to give. What it sets by itself is left out."""
-    own = ("content-length", "connection", "content-type", "keep-alive")
+def fixed_answer(answer: httpx.Response) -> dict:
+    """An answer of the API as JSON from which bare Sanic can give the same. Leaves out the headers that Sanic sets."""
+    by_sanic = ("content-length", "connection", "content-type", "keep-alive")
     return {
         "status": answer.status_code,
-        "type": answer.headers.get("content-type"),
-        "headers": {name.title(): value for name, value in answer.headers.items() if name not in own},
+        "content_type": answer.headers.get("content-type"),
+        "headers": {name.title(): value for name, value in answer.headers.items() if name not in by_sanic},
         "body": answer.content.decode("latin-1"),
     }

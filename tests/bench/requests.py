@@ -1,9 +1,8 @@
-"""Requests: ours, bare Sanic's and the peer's, in turns, 32 connections."""
+"""Measures requests to our API, to bare Sanic and to the peer, in turns, with 32 connections each."""
 
 import contextlib
-import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -11,137 +10,154 @@ import httpx
 import orjson
 
 from tests.bench import fill
-from tests.bench.drive import Load, in_turns, middle, ratio
-from tests.bench.parts import DRIVER, Api, Bare, Redis, given, pin
+from tests.bench.drive import Load, Run, in_turns, middle, percentiles, ratio, steady
+from tests.bench.parts import DRIVER, Api, Bare, Redis, fixed_answer
 from tests.bench.peer.server import Peer
 from tests.bench.table import Row, of_runs
-from tests.conftest import ROOT
 
 POSTS, COMMENTS = 10_000, 100_000
-WRITTEN = 1400  # comments a second beside the feed: 50 times the forecast
+WRITTEN = 1400  # comments a second during the feed: 50 times the forecast
 FEED = "/v1/posts?limit=10"
 BODY = orjson.dumps({"text": fill.TEXT})
+PLAIN = {"Accept-Encoding": "identity"}
 
 
-def p99(run):
+@dataclass
+class Call:
+    """A call that is measured, and its targets."""
+
+    title: str  # in the plot
+    what: str  # in the table
+    bare: float  # our rate ÷ bare Sanic's must reach this
+    peer: float | None = None  # our rate ÷ the peer's must reach this
+    p99_bare: float | None = None  # our p99 ÷ bare Sanic's must not exceed this
+    p99_ms: float | None = None  # our p99 must not exceed this
+
+
+CALLS = {
+    "feed": Call("Feed: first page of 10", "feed, first page of 10", 0.90, peer=6, p99_bare=1.5),
+    "cursors": Call("Feed: 100 cursors at random", "feed, 100 cursors at random", 0.45),
+    "304": Call("Feed: 304 for a fresh page", "304 for a fresh page", 0.95),
+    "post": Call("One post of 10,000", "one post, 10,000 at random", 0.50),
+    "image": Call("Image of 60 kB", "image of 60 kB, 10,000 at random", 0.50),
+    "written": Call("", f"feed, while {WRITTEN:,} comments/s are written", 0.70),
+    "comment": Call("Add a comment, fsynced", "comment, fsynced, 10,000 posts at random", 0.45, peer=2.5, p99_ms=20),
+}
+
+
+def p99(run: Run) -> float:
     return run.percentiles[99]
 
 
-@contextlib.contextmanager
-def beside(api: Api, ids: list[str], rate: int):
-    """Comments written at a steady rate meanwhile. Yields a list that then has how many a second were answered."""
-    answered: list[float] = []
+def comments_plan(api: Api, ids: list[str]) -> dict:
+    """A plan for `steady`: comments at a steady rate, for posts at random."""
     paths = [f"/v1/posts/{post}/comments" for post in ids]
-    stream = {"name": "comment", "rate": rate, "method": "POST", "paths": paths, "headers": api.bearer("writer")}
-    plan = {"port": api.port, "streams": [{**stream, "body": BODY.decode(), "status": 201}]}
-    with tempfile.NamedTemporaryFile("wb") as kept:
-        kept.write(orjson.dumps(plan))
-        kept.flush()
-        command = [sys.executable, "-m", "tests.bench.pace", kept.name]
-        writer = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        pin(writer.pid, DRIVER)
-        assert writer.stdout.readline() == "begins\n"
-        try:
-            yield answered
-        finally:
-            said, _ = writer.communicate("end\n")
-        seen = orjson.loads(said)["streams"]["comment"]
-        assert not seen["errors"], seen["errors"]
-        answered.append(seen["rate"])
+    stream = {"name": "comment", "rate": WRITTEN, "method": "POST", "paths": paths, "headers": api.bearer("writer")}
+    return {"port": api.port, "streams": [{**stream, "body": BODY.decode(), "status": 201}]}
 
 
-def measure(rounds: int, seconds: float, only: str = "") -> list[Row]:
-    """The rows whose names contain `only`."""
+def our_loads(api: Api, redis: Redis, ids: list[str]) -> dict[str, Load]:
+    etag = httpx.get(api.url + FEED, headers=PLAIN).headers["etag"]
+    bearer = api.bearer("commenter1")
+    return {
+        "feed": Load(api.url, [FEED]),
+        "cursors": Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, 100)]),
+        "304": Load(api.url, [FEED], headers={"If-None-Match": etag}),
+        "post": Load(api.url, [f"/v1/posts/{post}" for post in ids]),
+        "image": Load(api.url, [f"/v1/images/{post}.jpg" for post in ids]),
+        "comment": Load(api.url, [f"/v1/posts/{post}/comments" for post in ids], "POST", bearer, BODY),
+    }
+
+
+def peer_loads(peer: Peer, bearer: dict[str, str]) -> dict[str, Load]:
+    return {
+        "feed": Load(peer.url, [FEED]),
+        "cursors": Load(peer.url, [f"{FEED}&cursor={cursor}" for cursor in peer.cursors(100)]),
+        "post": Load(peer.url, [f"/v1/posts/{post}" for post in peer.ids]),
+        "comment": Load(peer.url, [f"/v1/posts/{post}/comments" for post in peer.ids], "POST", bearer, BODY),
+    }
+
+
+def first_answer(load: Load) -> httpx.Response:
+    headers = {**PLAIN, **(load.headers or {})}
+    return httpx.request(load.method, load.url + load.paths[0], headers=headers, content=load.body)
+
+
+def measure(rounds: int, seconds: float, only: str = "") -> tuple[list[Row], dict]:
+    """Measures the calls of CALLS whose names contain `only`.
+
+    Returns the rows of the table and what `plots.latency` draws: percentiles by title and server.
+    """
+    names = [name for name in CALLS if only in name]
     rows: list[Row] = []
+    latencies: dict[str, dict[str, dict[float, float]]] = {}
     counts = fill.counts(POSTS, COMMENTS)
     with contextlib.ExitStack() as stack:
 
-        def started(part):
-            stack.callback(part.close)
-            return part
+        def closing(server):
+            stack.callback(server.close)
+            return server
 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
-        redis = started(Redis())
+        redis = closing(Redis())
         ids = fill.fill(redis, counts)
-        if only in "image":
+        if "image" in names:
             fill.images(folder / "store", ids)
-        api = started(Api(redis, folder))
-        peer = started(Peer(counts, api.environment["IMAGEGRAM_JWT_SECRET"]))
-        fresh = {"If-None-Match": httpx.get(api.url + FEED, headers={"Accept-Encoding": "identity"}).headers["etag"]}
-        bearer = api.bearer("commenter1")
-        loads = {
-            "feed": Load(api.url, [FEED]),
-            "cursors": Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, 100)]),
-            "304": Load(api.url, [FEED], headers=fresh),
-            "post": Load(api.url, [f"/v1/posts/{post}" for post in ids]),
-            "image": Load(api.url, [f"/v1/images/{post}.jpg" for post in ids]),
-            "comment": Load(api.url, [f"/v1/posts/{post}/comments" for post in ids], "POST", bearer, BODY),
-        }
-        plain = {"Accept-Encoding": "identity"}
-        answers = {
-            name: given(
-                httpx.request(
-                    load.method,
-                    load.url + load.paths[0],
-                    headers={**plain, **(load.headers or {})},
-                    content=load.body,
-                )
-            )
-            for name, load in loads.items()
-            if name != "image" or only in "image"
-        }
-        bare = started(Bare(folder, answers))
-        peers = {
-            "feed": Load(peer.url, [FEED]),
-            "cursors": Load(peer.url, [f"{FEED}&cursor={cursor}" for cursor in peer.cursors(100)]),
-            "post": Load(peer.url, [f"/v1/posts/{post}" for post in peer.ids]),
-            "comment": Load(peer.url, [f"/v1/posts/{post}/comments" for post in peer.ids], "POST", bearer, BODY),
-        }
+        api = closing(Api(redis, folder))
+        peer = closing(Peer(counts, api.environment["IMAGEGRAM_JWT_SECRET"]))
+        ours = our_loads(api, redis, ids)
+        theirs = peer_loads(peer, ours["comment"].headers)
+        answers = {name: fixed_answer(first_answer(ours[name])) for name in names if name in ours}
+        bare = closing(Bare(folder, answers))
 
-        def turns(name: str) -> dict:
-            ours = loads[name]
-            subjects = {"ours": ours, "bare": Load(bare.url, [f"/{name}"], ours.method, None, ours.body)}
-            if name in peers:
-                subjects["peer"] = peers[name]
-            for load in subjects.values():
-                load.run(1)  # warms what remembers
+        def runs_of(name: str) -> dict[str, list[Run]]:
+            load = ours[name]
+            subjects = {"ours": load, "bare": Load(bare.url, [f"/{name}"], load.method, None, load.body)}
+            if name in theirs:
+                subjects["peer"] = theirs[name]
+            for subject in subjects.values():
+                subject.run(1)  # warms the caches
             return in_turns({who: lambda load=load: load.run(seconds) for who, load in subjects.items()}, rounds)
 
-        def add(name: str, what: str, target: float, times: float | None = None, worst: float | None = None) -> None:
-            """`times` is what ours must be of the peer's rate, `worst` what p99 may be of bare's."""
-            if only not in name:
-                return
-            runs = turns(name)
-            rows.append(of_runs(f"{what}: bare Sanic, the same bytes", runs["bare"]))
-            rows.append(of_runs(what, runs["ours"], ratio(runs["ours"], runs["bare"]), target))
-            if worst:
-                rows.append(Row(f"{what}: p99 ÷ bare", ratio(runs["ours"], runs["bare"], p99), worst, most=True))
-            if "peer" in runs:
-                rows.append(of_runs(f"{what}: the peer", runs["peer"], ratio(runs["ours"], runs["peer"]), times))
-                rows[-1].note = "value: our rate ÷ its"
-            if name == "comment":
-                value = middle(runs["ours"], p99)
-                rows.append(Row(f"{what}: p99", value, 20, most=True, unit="ms"))
+        def measure_feed_during_writes(call: Call) -> None:
+            written: list[float] = []  # comments a second that were answered
 
-        add("feed", "feed, first page of 10", 0.90, times=6, worst=1.5)
-        add("cursors", "feed, 100 cursors at random", 0.45)
-        add("304", "304 for a fresh page", 0.95)
-        add("post", "one post, 10,000 at random", 0.50)
-        add("image", "image of 60 kB, 10,000 at random", 0.50)
-        if only in "written":
-
-            written = []
-
-            def feed_beside():
-                with beside(api, ids, WRITTEN) as answered:
-                    run = loads["feed"].run(seconds)
-                written.extend(answered)
+            def feed_during_writes() -> Run:
+                with steady(comments_plan(api, ids), DRIVER) as results:
+                    run = ours["feed"].run(seconds)
+                stream = results["streams"]["comment"]
+                assert not stream["errors"], stream["errors"]
+                written.append(stream["rate"])
                 return run
 
-            runs = in_turns({"alone": lambda: loads["feed"].run(seconds), "beside": feed_beside}, rounds)
-            value = ratio(runs["beside"], runs["alone"])
-            rows.append(of_runs(f"feed, while {WRITTEN:,} comments/s are written", runs["beside"], value, 0.70))
-            rows[-1].note = f"value: ÷ feed alone; {median(written):,.0f} comments/s were answered"
-        add("comment", "comment, fsynced, 10,000 posts at random", 0.45, times=2.5)
+            runs = in_turns({"alone": lambda: ours["feed"].run(seconds), "busy": feed_during_writes}, rounds)
+            note = f"value: ÷ feed alone; {median(written):,.0f} comments/s were answered"
+            rows.append(of_runs(call.what, runs["busy"], ratio(runs["busy"], runs["alone"]), call.bare, note))
+            latencies.setdefault(CALLS["feed"].title, {})["busy"] = percentiles(runs["busy"])
+
+        for name in names:
+            call = CALLS[name]
+            if name == "written":
+                measure_feed_during_writes(call)
+                continue
+            runs = runs_of(name)
+            latencies[call.title] = {who: percentiles(measured) for who, measured in runs.items()}
+            rows += call_rows(call, runs)
         fill.verify(redis, ids[:200], POSTS, sum(redis.client.xlen(f"comments:{{0}}:{post}") for post in ids))
+    return rows, latencies
+
+
+def call_rows(call: Call, runs: dict[str, list[Run]]) -> list[Row]:
+    """The rows of a call, from the runs of `ours`, `bare` and perhaps `peer`."""
+    rows = [
+        of_runs(f"{call.what}: bare Sanic, the same bytes", runs["bare"]),
+        of_runs(call.what, runs["ours"], ratio(runs["ours"], runs["bare"]), call.bare),
+    ]
+    if call.p99_bare:
+        rows.append(Row(f"{call.what}: p99 ÷ bare", ratio(runs["ours"], runs["bare"], p99), call.p99_bare, most=True))
+    if "peer" in runs:
+        value = ratio(runs["ours"], runs["peer"])
+        rows.append(of_runs(f"{call.what}: the peer", runs["peer"], value, call.peer, "value: our rate ÷ its"))
+    if call.p99_ms:
+        rows.append(Row(f"{call.what}: p99", middle(runs["ours"], p99), call.p99_ms, most=True, unit="ms"))
     return rows

@@ -1,4 +1,4 @@
-"""What shipping the append-only file costs: comments by the API, with the shipper at work and with it stopped."""
+"""Measures what shipping the append-only file costs: comments to the API with the shipper running and stopped."""
 
 import contextlib
 import signal
@@ -27,27 +27,30 @@ def measure(rounds: int, seconds: float) -> list[Row]:
         paths = [f"/v1/posts/{post}/comments" for post in ids]
         load = Load(api.url, paths, "POST", api.bearer("commenter1"), BODY)
         shipper = api.start("storage", "ship")
-        known, lags = settings.load(api.environment), []
+        chosen = settings.load(api.environment)
+        lags: list[float] = []  # seconds, at the end of each run with the shipper
 
-        def behind() -> float:
-            lag = shipper_state.read(known)["lag"]
-            return float("inf") if lag is None else lag
+        def lag() -> float:
+            value = shipper_state.read(chosen)["lag"]
+            return float("inf") if value is None else value
 
-        def shipped() -> Run:
+        def with_shipper() -> Run:
             shipper.send_signal(signal.SIGCONT)
-            until(lambda: behind() < 2, 60, "what was written meanwhile is shipped")
+            until(lambda: lag() < 2, 60, "the shipper has caught up")
             run = load.run(seconds)
-            lags.append(behind())
+            lags.append(lag())
             return run
 
-        def stopped() -> Run:
+        def without_shipper() -> Run:
             shipper.send_signal(signal.SIGSTOP)
             return load.run(seconds)
 
-        shipped()  # warms what remembers
-        runs = in_turns({"stopped": stopped, "shipped": shipped}, rounds)
-        shipper.send_signal(signal.SIGCONT)  # so that it can be ended
-        value = ratio(runs["shipped"], runs["stopped"])
-        note = f"value: ÷ with the shipper stopped, which was at most {max(lags):.1f} s behind"
-        shipping = of_runs("comment, while the file is shipped", runs["shipped"], value, 0.95, note)
-        return [of_runs("comment, the shipper stopped", runs["stopped"]), shipping]
+        with_shipper()  # warms the caches
+        runs = in_turns({"without": without_shipper, "with": with_shipper}, rounds)
+        shipper.send_signal(signal.SIGCONT)  # so that it can end
+        value = ratio(runs["with"], runs["without"])
+        note = f"value: ÷ with the shipper stopped; the shipper was at most {max(lags):.1f} s behind"
+        return [
+            of_runs("comment, the shipper stopped", runs["without"]),
+            of_runs("comment, while the file is shipped", runs["with"], value, 0.95, note),
+        ]

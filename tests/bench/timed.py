@@ -1,5 +1,8 @@
-"""`python -m tests.bench.timed` is `imagegram-worker` that adds a line to the file TIMED for each image it has made:
-seconds from the beginning of its attempt to its being shown, and of them those of the conversion."""
+"""`python -m tests.bench.timed` is `imagegram-worker` that times each image.
+
+For each image it appends a line to the file TIMED: the seconds from the start of the attempt until the post is shown,
+and how many of them the conversion took.
+"""
 
 import os
 import time
@@ -7,31 +10,28 @@ import time
 from workers import __main__ as workers
 from workers import jobs
 
-taken = {}
+times: dict[str, float] = {}  # of the attempt that runs in this process
 
 
-def timed(name: str, function):
-    def called(*given):
-        began = time.perf_counter()
-        try:
-            return function(*given)
-        finally:
-            taken[name] = time.perf_counter() - began
-
-    return called
+def timed_convert(*arguments, convert=jobs.convert):
+    began = time.perf_counter()
+    try:
+        return convert(*arguments)
+    finally:
+        times["conversion"] = time.perf_counter() - began
 
 
-async def start(*given, begin=jobs.outbox.start_image):
-    taken["began"] = time.perf_counter()
-    return await begin(*given)
+async def timed_start(*arguments, start=jobs.outbox.start_image):
+    times["began"] = time.perf_counter()
+    return await start(*arguments)
 
 
-async def publish(*given, show=jobs.outbox.publish):
-    await show(*given)
+async def timed_publish(*arguments, publish=jobs.outbox.publish):
+    await publish(*arguments)
     with open(os.environ["TIMED"], "a") as file:
-        file.write(f"{time.perf_counter() - taken['began']} {taken['conversion']}\n")
+        file.write(f"{time.perf_counter() - times['began']} {times['conversion']}\n")
 
 
-jobs.convert = timed("conversion", jobs.convert)
-jobs.outbox.start_image, jobs.outbox.publish = start, publish
+jobs.convert = timed_convert
+jobs.outbox.start_image, jobs.outbox.publish = timed_start, timed_publish
 workers.main()

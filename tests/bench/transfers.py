@@ -1,4 +1,4 @@
-"""100 MiB sent by form and by tus, beside bare Sanic that writes the same stream to a file with one fsync."""
+"""Sends 100 MiB by form and by tus, and to bare Sanic, which writes the same stream to a file with one fsync."""
 
 import contextlib
 import secrets
@@ -12,46 +12,46 @@ from statistics import median
 from tests.bench.parts import Api, Bare, Redis
 from tests.bench.table import Row
 
-SIZE = 100 * 1024 * 1024
-PNG = b"\x89PNG\r\n\x1a\n"
+SIZE = 100 * 1024 * 1024  # bytes
+PNG = b"\x89PNG\r\n\x1a\n"  # its signature
 BOUNDARY = "a-boundary-that-does-not-occur"
 
 
-def ask(port: int, head: str, body: memoryview | bytes = b"", *more: bytes) -> str:
-    """One request, on a connection of its own; the answer's header. Raises where it is no success."""
+def send(port: int, *parts: str | bytes | memoryview) -> str:
+    """Sends the parts of a request on a new connection. Returns the answer's header. Raises ValueError if not 2xx."""
     with socket.create_connection(("127.0.0.1", port)) as line:
-        line.sendall(head.encode())
-        line.sendall(body)
-        for part in more:
-            line.sendall(part)
-        said = b""
-        while b"\r\n\r\n" not in said:
+        for part in parts:
+            line.sendall(part.encode() if isinstance(part, str) else part)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
             received = line.recv(65536)
             if not received:
-                raise ConnectionError(said)
-            said += received
-    if not said.startswith(b"HTTP/1.1 2"):
-        raise ValueError(said)
-    return said.decode()
+                raise ConnectionError(answer)
+            answer += received
+    if not answer.startswith(b"HTTP/1.1 2"):
+        raise ValueError(answer)
+    return answer.decode()
 
 
 def header(method: str, path: str, **fields: object) -> str:
-    named = {"Host": "127.0.0.1", "Connection": "close", **{k.replace("_", "-"): v for k, v in fields.items()}}
-    return f"{method} {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in named.items()) + "\r\n"
+    """The header of a request. In the names of fields _ stands for -."""
+    fields = {"Host": "127.0.0.1", "Connection": "close", **fields}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n"
 
 
-def peak(pid: int) -> int:
-    """The largest memory a process has had since `forget`, bytes."""
+def peak_memory(pid: int) -> int:
+    """The largest memory in bytes that a process has had since `reset_peak`."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def forget(pid: int) -> None:
+def reset_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def by_form(api: Api, token: dict[str, str], data: memoryview) -> None:
-    """Send an image as a form."""
+    """Sends an image as a multipart form."""
     begin = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n'
         "Content-Type: image/png\r\n\r\n"
@@ -59,19 +59,20 @@ def by_form(api: Api, token: dict[str, str], data: memoryview) -> None:
     end = f"\r\n--{BOUNDARY}--\r\n".encode()
     fields = {"Content_Type": f"multipart/form-data; boundary={BOUNDARY}", **token}
     length = len(begin) + len(data) + len(end)
-    ask(api.port, header("POST", "/v1/posts", Content_Length=length, **fields), begin, data, end)
+    send(api.port, header("POST", "/v1/posts", Content_Length=length, **fields), begin, data, end)
 
 
 def by_tus(api: Api, token: dict[str, str], data: memoryview) -> None:
-    """Send an image as a resumable upload, in one PATCH."""
+    """Sends an image as a resumable upload, in one PATCH."""
     fields = {"Tus_Resumable": "1.0.0", **token}
-    made = ask(api.port, header("POST", "/v1/uploads", Upload_Length=len(data), Content_Length=0, **fields))
-    where = next(line.split(": ")[1] for line in made.split("\r\n") if line.lower().startswith("location"))
+    answer = send(api.port, header("POST", "/v1/uploads", Upload_Length=len(data), Content_Length=0, **fields))
+    location = next(line.split(": ")[1] for line in answer.split("\r\n") if line.lower().startswith("location"))
     fields |= {"Upload_Offset": 0, "Content_Type": "application/offset+octet-stream"}
-    ask(api.port, header("PATCH", where, Content_Length=len(data), **fields), data)
+    send(api.port, header("PATCH", location, Content_Length=len(data), **fields), data)
 
 
 def measure(rounds: int, size: int = SIZE) -> list[Row]:
+    """Sends `size` bytes each way in each round. Memory is that of the API's serving process."""
     data = memoryview(PNG + secrets.token_bytes(1 << 20) * (size >> 20))[:size]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
@@ -82,31 +83,32 @@ def measure(rounds: int, size: int = SIZE) -> list[Row]:
         stack.callback(bare.close)
         token = api.bearer("uploader")
         (pid,) = api.pids()
-        taken = {"bare": [], "form": [], "tus": []}
-        grew = {"form": 0, "tus": 0}
+        rates: dict[str, list[float]] = {"bare": [], "form": [], "tus": []}  # MiB/s
+        growth = {"form": 0, "tus": 0}  # bytes
 
         ways = {
-            "bare": lambda: ask(bare.port, header("PUT", "/file", Content_Length=size), data),
+            "bare": lambda: send(bare.port, header("PUT", "/file", Content_Length=size), data),
             "form": lambda: by_form(api, token, data),
             "tus": lambda: by_tus(api, token, data),
         }
         for number in range(rounds + 1):
-            for name, send in ways.items():
-                forget(pid)
-                before, began = peak(pid), time.monotonic()
-                send()
+            for name, transfer in ways.items():
+                reset_peak(pid)
+                before = peak_memory(pid)
+                began = time.monotonic()
+                transfer()
                 seconds = time.monotonic() - began
-                if number:  # the first of each warms
-                    taken[name].append(size / seconds / (1 << 20))
-                    if name in grew:
-                        grew[name] = max(grew[name], peak(pid) - before)
-                # As bare Sanic writes its one file again: on some machines memory that was never used costs more.
+                if number:  # the first round warms the caches
+                    rates[name].append(size / seconds / (1 << 20))
+                    if name in growth:
+                        growth[name] = max(growth[name], peak_memory(pid) - before)
+                # Bare Sanic overwrites one file. On some machines memory that was never used before costs more.
                 shutil.rmtree(folder / "store" / "chunks", ignore_errors=True)
     mib = size >> 20
-    rows = [Row(f"{mib} MiB to a file, bare Sanic, one fsync", median(taken["bare"]), unit="MiB/s")]
+    rows = [Row(f"{mib} MiB to a file, bare Sanic, one fsync", median(rates["bare"]), unit="MiB/s")]
     for name in ("form", "tus"):
-        ratio = median(a / b for a, b in zip(taken[name], taken["bare"], strict=True))
-        note = f"{median(taken[name]):.0f} MiB/s"
+        ratio = median(a / b for a, b in zip(rates[name], rates["bare"], strict=True))
+        note = f"{median(rates[name]):.0f} MiB/s"
         rows.append(Row(f"{mib} MiB by {name}", ratio, 0.85, note=note))
-        rows.append(Row(f"{mib} MiB by {name}: memory of the API grows by", grew[name] / (1 << 20), 16, True, "MiB"))
+        rows.append(Row(f"{mib} MiB by {name}: memory of the API grows by", growth[name] / (1 << 20), 16, True, "MiB"))
     return rows

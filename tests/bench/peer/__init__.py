@@ -1,1 +1,1 @@
-"""What one would write instead: FastAPI, asyncpg and PostgreSQL, as its own users would tune it."""
+"""The peer: the same API as it is usually written, with FastAPI, asyncpg and PostgreSQL, tuned as their users do."""

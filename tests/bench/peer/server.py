@@ -1,11 +1,13 @@
-"""Starts the peer: a PostgreSQL of its own in a temporary folder, filled with the same posts, and its application."""
+"""Starts the peer: its application, and a PostgreSQL of its own in a temporary folder with the same posts."""
 
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tests.conftest import ROOT, free_port, until
 
 PROGRAMS = Path("/usr/lib/postgresql/15/bin")
 HERE = Path(__file__).parent
-CONNECTIONS = 10  # measured: 10 and 20 alike, 5 slower with comments, 32 slower with the feed
+CONNECTIONS = 10  # measured: 20 are no faster, 5 are slower with comments, 32 are slower with the feed
 OPTIONS = {
     "listen_addresses": "",
     "shared_buffers": "1GB",
@@ -34,18 +36,21 @@ OPTIONS = {
 
 
 class Peer:
+    """Posts with so many comments each as `counts` says. `secret` signs the tokens that it accepts."""
+
     def __init__(self, counts: list[int], secret: str):
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
         # PostgreSQL refuses to run as root.
-        self._as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
-        if self._as:
+        run_as: list[str] = []
+        if os.geteuid() == 0:
+            run_as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
             shutil.chown(self.folder, "postgres", "postgres")
         data = self.folder / "data"
-        initdb = [*self._as, str(PROGRAMS / "initdb"), "-D", str(data), "-U", "peer", "-A", "trust", "-E", "UTF8"]
+        initdb = [*run_as, str(PROGRAMS / "initdb"), "-D", str(data), "-U", "peer", "-A", "trust", "-E", "UTF8"]
         subprocess.run([*initdb, "--no-locale"], check=True, stdout=subprocess.DEVNULL, cwd="/")
         options = [word for name, value in OPTIONS.items() for word in ("-c", f"{name}={value}")]
         self.database = subprocess.Popen(
-            [*self._as, str(PROGRAMS / "postgres"), "-D", str(data), "-k", str(self.folder), *options],
+            [*run_as, str(PROGRAMS / "postgres"), "-D", str(data), "-k", str(self.folder), *options],
             cwd="/",
             stderr=(self.folder / "log").open("w"),
         )
@@ -59,17 +64,19 @@ class Peer:
         command = [sys.executable, "-m", "uvicorn", "tests.bench.peer.app:app", "--port", str(self.port)]
         command += ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
         self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
-        pin(self.process.pid, SERVER)  # PostgreSQL itself may use both cores: pinned to the other it was slower
+        pin(self.process.pid, SERVER)  # not PostgreSQL: it may use both cores, because it was slower on one
         until(lambda: httpx.get(f"{self.url}/v1/posts?limit=1").status_code == 200, what="the peer")
 
     async def fill(self, counts: list[int]) -> None:
-        import asyncpg  # here, as --help and the parts without a peer need none
+        import asyncpg  # here, because --help and the parts without a peer do not need it
 
-        for _ in range(50):
+        deadline = time.monotonic() + 20
+        while True:
             try:
                 connection = await asyncpg.connect(self.dsn)
                 break
-            except asyncpg.CannotConnectNowError:
+            except asyncpg.CannotConnectNowError:  # PostgreSQL is starting
+                assert time.monotonic() < deadline, "PostgreSQL does not start"
                 await asyncio.sleep(0.1)
         await connection.execute((HERE / "schema.sql").read_text())
         posts, comments = [], []
@@ -91,22 +98,23 @@ class Peer:
         await connection.close()
 
     def cursors(self, number: int) -> list[str]:
-        """Places spread evenly over the feed."""
+        """Cursors spread evenly over the feed."""
         import asyncpg
 
-        async def found():
+        async def fetch() -> list:
             connection = await asyncpg.connect(self.dsn)
             order = "SELECT comment_count, id FROM posts ORDER BY comment_count DESC, id DESC"
-            places = await connection.fetch(order)
+            posts = await connection.fetch(order)
             await connection.close()
-            step = (len(places) - 100) // number
-            return [f"{places[part * step][0]}:{places[part * step][1]}" for part in range(number)]
+            return posts
 
-        return asyncio.run(found())
+        posts = asyncio.run(fetch())
+        step = (len(posts) - 100) // number
+        return [f"{posts[part * step][0]}:{posts[part * step][1]}" for part in range(number)]
 
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
-        self.database.send_signal(2)  # SIGINT: a fast shutdown
+        self.database.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
         self.database.wait(60)
         shutil.rmtree(self.folder)
