@@ -1,6 +1,6 @@
-"""`make test-compose`: the shipped Dockerfile and docker-compose.yml, started by a real engine and walked through.
+"""`make test-compose`: starts the Dockerfile and docker-compose.yml with a real engine and tests them from outside.
 
-Exit status 0 also where no engine can run; then it says why.
+The exit status is also 0 if no engine can run on this machine. Then it prints the reason.
 """
 
 import os
@@ -20,19 +20,19 @@ MODULE = [sys.executable, "-m", "tests.compose"]
 
 
 def main() -> int:
-    """Chooses the engine, and leaves no trace of an own one."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what stands under `finally` happens
+    """Chooses the engine. Removes all traces of an engine of our own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the `finally` blocks run
     os.chdir(engine.ROOT)
-    # Resolved: dockerd and the control groups are found again by this name.
+    # Resolved, because the control groups of dockerd are found by this name.
     folder = Path(tempfile.mkdtemp(prefix="imagegram-compose-")).resolve()
     began = time.monotonic()
     try:
         if engine.pulls():
-            print("The engine of this machine, with the real images.")
+            print("Uses the engine of this machine, with the real images.")
             return walk.main(folder)
         engine.require_own()
-        print("An engine of our own, with stand-in images.", flush=True)
-        return engine.own(folder, *MODULE, "build", str(folder))
+        print("Starts an engine of our own, with stand-in images.", flush=True)
+        return engine.run_isolated(folder, *MODULE, "build", str(folder))
     except engine.CannotRun as reason:
         print(f"test-compose is skipped: {reason}")
         return 0
@@ -42,14 +42,14 @@ def main() -> int:
 
 
 def build(folder: Path) -> int:
-    """Makes all images on this machine's network, then walks in a network that has no way out."""
+    """Builds all images on this machine's network. Then runs the walk in a network namespace without a way out."""
     base = engine.bootstrap()
     with walk.step("the engine"):
         engine.install_compose(folder)
         builder = engine.Engine(folder, bridges=False)
     try:
         with walk.step("stand-in images"):
-            engine.finish(base)
+            engine.finish_bootstrap(base)
             engine.build_standins(folder)
         with walk.step("the image"):
             services = yaml.safe_load((engine.ROOT / "docker-compose.yml").read_text())["services"].values()
@@ -61,7 +61,8 @@ def build(folder: Path) -> int:
     return subprocess.run(["unshare", "--net", *MODULE, "walk", str(folder)]).returncode
 
 
-def inside(folder: Path) -> int:
+def walk_isolated(folder: Path) -> int:
+    """Starts the engine in the network namespace of this process, and runs the walk."""
     engine.run("ip", "link", "set", "lo", "up")
     running = engine.Engine(folder, bridges=True)
     try:
@@ -75,6 +76,6 @@ if __name__ == "__main__":
         case ["build", folder]:
             sys.exit(build(Path(folder)))
         case ["walk", folder]:
-            sys.exit(inside(Path(folder)))
+            sys.exit(walk_isolated(Path(folder)))
         case _:
             sys.exit(main())

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Does what the entrypoint of the valkey image does: as root it takes the folder and drops to the user valkey.
+# Like the entrypoint of the valkey image: as root it makes valkey the owner of the folder and continues as that user.
 set -e
 case "$1" in -* | *.conf) set -- valkey-server "$@" ;; esac
 if [ "$1" = valkey-server ] && [ "$(id -u)" = 0 ]; then

@@ -1,4 +1,4 @@
-"""The walk: a fresh clone, the README's words, kills under writers, another address, TLS, and the restore drill."""
+"""The walk: a fresh clone, the README's commands, kills under writers, a new address, TLS, and the restore drill."""
 
 import contextlib
 import http.client
@@ -17,18 +17,23 @@ from PIL import Image
 
 from tests.compose.engine import ROOT, run
 
-PORT, TLS_PORT = 8000, 8443
-# All that a reader of the README may need: Docker, curl, openssl, and what every Linux has.
-TOOLS = ["docker", "curl", "openssl", "sh", "cat", "cp", "chmod", "chown", "mkdir", "head", "base64", "sleep"]
-TOOLS += ["grep", "cut", "sed", "date", "dirname"]
+PORT = 8000
+# The commands of the README and the docs may use only these: Docker, curl, openssl, and what every Linux has.
+TOOLS = [
+    *("docker", "curl", "openssl"),
+    *("sh", "cat", "cp", "chmod", "chown", "mkdir", "head", "base64", "sleep", "grep", "cut", "sed", "date", "dirname"),
+]
 PARTS = ["redis", "api", "worker", "ship", "front"]
+# `up --wait` waits until these are healthy. The worker has no health check.
+HEALTH = {**dict.fromkeys(PARTS, "healthy"), "worker": ""}
 WATCHDOG = 5  # seconds; 30 by default
 RETRY = 0.1  # seconds between two tries of a writer
-STEPS: list[tuple[str, float]] = []
+STEPS: list[tuple[str, float]] = []  # those that passed: name, seconds
 
 
 @contextlib.contextmanager
 def step(name: str):
+    """Prints the name and the time of a step when it has passed."""
     began = time.monotonic()
     yield
     STEPS.append((name, time.monotonic() - began))
@@ -39,17 +44,17 @@ def clone(target: Path) -> None:
     run("git", "clone", "-q", ROOT, target)
 
 
-def until(true, seconds: float, what: str):
-    """Returns the first true result. Raises AssertionError after so many seconds."""
+def until(condition, seconds: float, what: str):
+    """Calls `condition` until its result is true, and returns that. Raises AssertionError after so many seconds."""
     end = time.monotonic() + seconds
-    while not (found := true()):
+    while not (result := condition()):
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.05)
-    return found
+    return result
 
 
 class Project:
-    """A clone, and the shell of somebody who follows the docs in it."""
+    """A clone of the repository, and a shell in it that has only TOOLS, for the commands of the docs."""
 
     def __init__(self, folder: Path, tools: Path, name: str | None = None):
         self.folder = folder
@@ -59,12 +64,22 @@ class Project:
             self.env["COMPOSE_PROJECT_NAME"] = name
 
     def shell(self, script: str) -> str:
+        """Returns the output of a script. Raises AssertionError with the output if the script fails."""
         return run(shutil.which("bash"), "-euo", "pipefail", "-c", script, cwd=self.folder, env=self.env)
 
-    def tries(self, script: str) -> bool:
+    def succeeds(self, script: str) -> bool:
+        """Whether a script ends with status 0 and prints something."""
         with contextlib.suppress(AssertionError):
             return bool(self.shell(script))
         return False
+
+    def fails(self, script: str) -> str:
+        """Asserts that a script fails. Returns the end of its output."""
+        try:
+            self.shell(script)
+        except AssertionError as error:
+            return str(error)
+        raise AssertionError(f"{script} did not fail")
 
     def compose(self, *words: str) -> str:
         return run("docker", "compose", *words, cwd=self.folder, env=os.environ | self.env)
@@ -76,30 +91,36 @@ class Project:
         return json.loads(run("docker", "inspect", self.container(service)))[0]
 
     def pid(self, service: str) -> int:
-        """The container's first process; 0 while there is none."""
+        """The container's first process; 0 if it does not run."""
         return self.inspect(service)["State"]["Pid"]
 
 
 def blocks(page: str, word: str) -> list[str]:
-    """The code blocks of a page, indented or fenced: the first with a word in it, and those behind it up to a ##."""
-    for part in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
-        found = re.findall(r"^```sh\n([\s\S]*?)^```|((?:^    .*\n)+)", part, re.MULTILINE)
-        found = ["\n".join(line.removeprefix("    ") for line in (a or b).splitlines()) for a, b in found]
-        for index, block in enumerate(found):
-            if word in block:
-                return found[index:]
+    """The code blocks of a page from the first block that contains a word to the end of its section.
+
+    A block is indented or fenced. A section ends at `## `.
+    """
+    for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        matches = re.findall(r"^```sh\n([\s\S]*?)^```|((?:^    .*\n)+)", section, re.MULTILINE)
+        texts = ["\n".join(line.removeprefix("    ") for line in (a or b).splitlines()) for a, b in matches]
+        for index, text in enumerate(texts):
+            if word in text:
+                return texts[index:]
     raise AssertionError(f"{page} has no block of commands with {word!r}")
 
 
 def call(method: str, path: str, token: str = "", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    line = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
+    """Sends a request to the front. In the names of headers _ stands for -. Returns status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
     try:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        line.request(method, path, body, named | ({"Authorization": f"Bearer {token}"} if token else {}))
-        answer = line.getresponse()
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token:
+            fields["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, body, fields)
+        answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
-        line.close()
+        connection.close()
 
 
 def get(path: str) -> dict:
@@ -108,7 +129,8 @@ def get(path: str) -> dict:
     return json.loads(body)
 
 
-def pages(path: str):
+def items(path: str):
+    """All items of a list, page by page."""
     cursor = ""
     while cursor is not None:
         page = get(f"{path}?limit=100{cursor and '&cursor=' + cursor}")
@@ -123,36 +145,43 @@ def jpeg() -> bytes:
 
 
 class Writers:
-    """Users who repeat each call under its Idempotency-Key until it succeeds, and what they were told."""
+    """Users who repeat each call with its Idempotency-Key until it succeeds. Records all tries and answers."""
 
     def __init__(self, tokens: list[str]):
         self.tries: list[tuple[str, float, float, bool]] = []  # kind, began, ended, whether it succeeded
-        self.comments: dict[str, str] = {}  # acknowledged: id and text
-        self.posts: dict[str, str] = {}  # acknowledged: id and caption
-        self.pending: dict[str, float] = {}  # posts without an image yet: id, and when the first try began
-        self.faults: list[str] = []
+        self.comments: dict[str, str] = {}  # those acknowledged: id and text
+        self.posts: dict[str, str] = {}  # those acknowledged: id and caption
+        self.pending: dict[str, float] = {}  # posts without a picture yet: id, and when the first try began
+        self.faults: list[str] = []  # what ended a writer
         self.ended = threading.Event()
         self.image = jpeg()
         self.publish(tokens[0], "the first")
         (self.post,) = self.pending
-        until(lambda: self.look("", "") or not self.pending, 30, "the first image")
-        turns = [(self.comment, tokens[0]), (self.comment, tokens[1]), (self.feed, ""), (self.publish, tokens[2])]
-        self.threads = [threading.Thread(target=self.repeat, args=turn) for turn in [*turns, (self.look, "")]]
+        self.wait_for_images(30, "the first image")
+        turns = [
+            (self.comment, tokens[0]),
+            (self.comment, tokens[1]),
+            (self.feed, ""),
+            (self.publish, tokens[2]),
+            (self.read_pending, ""),
+        ]
+        self.threads = [threading.Thread(target=self.repeat, args=turn) for turn in turns]
         for thread in self.threads:
             thread.start()
 
     def repeat(self, turn, token: str) -> None:
+        """Takes turns until `close`. Each has a text of its own."""
         number = 0
         try:
             while not self.ended.is_set():
                 turn(token, f"{turn.__name__} {token[-8:]} {number}")
                 number += 1
-                time.sleep(0.02)  # a second of all of them stays below the front's 200 requests
+                time.sleep(0.02)  # so that all writers together stay below the front's 200 requests a second
         except Exception as error:
             self.faults.append(f"{turn.__name__}: {error!r}")
 
-    def insist(self, kind: str, *request, **headers) -> dict:
-        """Sends a request until it succeeds. A 4xx is a fault, except too many requests."""
+    def send_until_success(self, kind: str, *request, **headers) -> dict:
+        """Repeats a request until it succeeds. Raises AssertionError if the answer is a 4xx other than 429."""
         for _ in range(600):
             began = time.monotonic()
             try:
@@ -168,49 +197,68 @@ class Writers:
 
     def comment(self, token: str, text: str) -> None:
         body = json.dumps({"text": text}).encode()
-        keyed = {"Idempotency_Key": text.replace(" ", "-"), "Content_Type": "application/json"}
-        made = self.insist("comment", "POST", f"/v1/posts/{self.post}/comments", token, body, **keyed)
-        self.comments[made["id"]] = text
+        headers = {"Idempotency_Key": text.replace(" ", "-"), "Content_Type": "application/json"}
+        path = f"/v1/posts/{self.post}/comments"
+        created = self.send_until_success("comment", "POST", path, token, body, **headers)
+        self.comments[created["id"]] = text
 
     def feed(self, token: str, _: str) -> None:
-        self.insist("feed", "GET", "/v1/posts")
+        self.send_until_success("feed", "GET", "/v1/posts")
 
     def publish(self, token: str, caption: str) -> None:
-        parts = f'--frontier\r\nContent-Disposition: form-data; name="caption"\r\n\r\n{caption}\r\n--frontier\r\n'
-        parts += 'Content-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
-        body = parts.encode() + self.image + b"\r\n--frontier--\r\n"
-        kind = {"Idempotency_Key": caption.replace(" ", "-"), "Content_Type": "multipart/form-data; boundary=frontier"}
+        before_image = (
+            f'--frontier\r\nContent-Disposition: form-data; name="caption"\r\n\r\n{caption}\r\n--frontier\r\n'
+            'Content-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
+        )
+        body = before_image.encode() + self.image + b"\r\n--frontier--\r\n"
+        headers = {
+            "Idempotency_Key": caption.replace(" ", "-"),
+            "Content_Type": "multipart/form-data; boundary=frontier",
+        }
         began = time.monotonic()
-        made = self.insist("post", "POST", "/v1/posts", token, body, **kind)
-        self.posts[made["id"]] = caption
-        self.pending[made["id"]] = began
+        created = self.send_until_success("post", "POST", "/v1/posts", token, body, **headers)
+        self.posts[created["id"]] = caption
+        self.pending[created["id"]] = began
         self.ended.wait(0.5)
 
-    def look(self, token: str, _: str) -> None:
-        """Looks which images are ready."""
+    def read_pending(self, token: str, _: str) -> None:
+        """Reads the posts without a picture, and records which are ready now."""
         for post, began in list(self.pending.items()):
-            if self.insist("look", "GET", f"/v1/posts/{post}")["status"] == "ready":
+            if self.send_until_success("read", "GET", f"/v1/posts/{post}")["status"] == "ready":
                 self.tries.append(("image", began, time.monotonic(), True))
                 del self.pending[post]
 
-    def settled(self, since: float) -> bool:
-        """Whether each kind of call that began after a moment has succeeded; or a fault ended one."""
+    def wait_for_images(self, seconds: float, what: str) -> None:
+        """Waits until no post is without a picture."""
+
+        def none_pending() -> bool:
+            self.read_pending("", "")
+            return not self.pending
+
+        until(none_pending, seconds, what)
+
+    def all_succeed(self, since: float) -> bool:
+        """Whether a call of each kind that began after `since` has succeeded. Also true if a fault ended a writer."""
         return bool(self.faults) or {"comment", "feed", "post", "image"} <= {
             kind for kind, began, _, good in self.tries[:] if good and began > since
         }
 
     def failed(self, kind: str, since: float, end: float) -> str:
-        """How many seconds a kind of call failed: from the first failing one to the first success behind the last."""
-        mine = sorted(tried for tried in self.tries if tried[0] == kind and tried[2] >= since)
-        during = [tried for tried in mine if tried[1] <= end]
-        failures = [began for _, began, _, good in during if not good]
+        """How long a kind of call failed, in seconds: from the first failure to the next success after the last one."""
+        tries = sorted(tried[1:] for tried in self.tries if tried[0] == kind and tried[2] >= since)
+        during = [tried for tried in tries if tried[0] <= end]
+        failures = [began for began, _, success in during if not success]
         if not failures:
-            return f"no, slowest {max(ended - began for _, began, ended, _ in during):.2f}"
-        return f"{min(ended for _, began, ended, good in mine if good and began > failures[-1]) - failures[0]:.1f}"
+            return f"no, slowest {max(ended - began for began, ended, _ in during):.2f}"
+        return f"{min(ended for began, ended, success in tries if success and began > failures[-1]) - failures[0]:.1f}"
 
     def table(self, events: list[tuple[str, float, float, float]]) -> list[tuple[str, ...]]:
-        """A row for each event (name, when it happened, when the part ran again, when all calls had succeeded)."""
-        rows, before = [("what", "runs again", "comment fails", "post fails", "feed fails", "slowest image")], 0.0
+        """A heading, and a row for each event.
+
+        An event has a name and three times: when it happened, when the part ran again, when all calls had succeeded.
+        """
+        rows = [("what", "runs again", "comment fails", "post fails", "feed fails", "slowest image")]
+        before = 0.0
         for name, since, back, end in events:
             failed = [self.failed(kind, since, end) for kind in ("comment", "post", "feed")]
             images = [tried for tried in self.tries if tried[0] == "image" and before < tried[1] <= end]
@@ -222,16 +270,16 @@ class Writers:
         self.ended.set()
         for thread in self.threads:
             thread.join()
-        # An image that was being made when the worker was killed is made again after a minute.
-        until(lambda: self.look("", "") or not self.pending, 90, "the last image")
+        # The image that was converted when the worker was killed is converted again after a minute.
+        self.wait_for_images(90, "the last image")
 
     def compare(self) -> str:
-        """Asserts that all that was acknowledged is there once."""
-        comments = list(pages(f"/v1/posts/{self.post}/comments"))
-        posts = list(pages("/v1/posts"))
-        there = {found["id"]: found["text"] for found in comments} | {found["id"]: found["caption"] for found in posts}
-        lost = (self.comments | self.posts).items() - there.items()
-        texts = Counter(found["text"] for found in comments) + Counter(found["caption"] for found in posts)
+        """Asserts that every acknowledged comment and post is there exactly once. Returns the figures."""
+        comments = list(items(f"/v1/posts/{self.post}/comments"))
+        posts = list(items("/v1/posts"))
+        stored = {item["id"]: item["text"] for item in comments} | {item["id"]: item["caption"] for item in posts}
+        lost = (self.comments | self.posts).items() - stored.items()
+        texts = Counter(item["text"] for item in comments) + Counter(item["caption"] for item in posts)
         double = [text for text, times in texts.items() if times > 1]
         assert not lost and not double, f"lost: {len(lost)} {sorted(lost)[:3]}, double: {len(double)} {double[:3]}"
         return f"{len(self.comments)} comments, {len(self.posts)} posts acknowledged: 0 lost, 0 double"
@@ -242,24 +290,24 @@ def main(folder: Path) -> int:
     tools.mkdir()
     for name in TOOLS:
         (tools / name).symlink_to(shutil.which(name))
-    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')  # root has nothing to ask for, and often no sudo
+    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')  # the test is root already, and sudo is often missing
     (tools / "sudo").chmod(0o755)
     project = Project(folder / "imagegram", tools)
     again = Project(folder / "new-machine", tools, "again")
     try:
         walk(project, again)
     except BaseException as error:
-        for one in (again, project):
-            if one.folder.exists():
+        for each in (again, project):
+            if each.folder.exists():
                 with contextlib.suppress(AssertionError):
-                    print(one.compose("ps", "-a"), one.compose("logs", "--tail", "20"))
+                    print(each.compose("ps", "-a"), each.compose("logs", "--tail", "20"))
         print(f"\n{len(STEPS)} passed, 1 failed\n{type(error).__name__}: {error}")
         return 1
     finally:
-        for one in (again, project):
-            if one.folder.exists():
+        for each in (again, project):
+            if each.folder.exists():
                 with contextlib.suppress(AssertionError):
-                    one.compose("down", "-v", "-t", "1")
+                    each.compose("down", "-v", "-t", "1")
     print(f"\n{len(STEPS)} passed, 0 failed")
     return 0
 
@@ -278,8 +326,8 @@ def walk(project: Project, again: Project) -> None:
         with step("the last image"):
             writers.close()
     assert not writers.faults, writers.faults
-    with step("all that was acknowledged is there"):
-        compared = writers.compare()
+    with step("everything acknowledged is there"):
+        figures = writers.compare()
     with step("TLS"):
         tls(project)
     with step("restores refused and interrupted"):
@@ -301,7 +349,7 @@ def walk(project: Project, again: Project) -> None:
     print()
     for row in writers.table(events):
         print("{:<24}{:<12}{:<20}{:<20}{:<20}{}".format(*row))
-    print(f"(seconds)  {compared}")
+    print(f"(seconds)  {figures}")
 
 
 def first_calls(project: Project) -> None:
@@ -314,23 +362,22 @@ def first_calls(project: Project) -> None:
     project.shell(up)
     status, _ = call("GET", "/healthz")
     assert status == 200, "the front answers as soon as the command has returned"
-    # With containers the first line of these is left out, and the token is got by a command in the text.
+    # With containers a reader omits the first line of these calls and gets the token by a command in the text.
     calls = "\n".join(blocks("README.md", "TOKEN=")).replace(". .venv/bin/activate\n", "")
     token = re.search(r"`(TOKEN=\$\(docker .*?\))`", (ROOT / "README.md").read_text())[1]
     calls, changed = re.subn(r"^TOKEN=.*$", lambda _: token, calls, flags=re.MULTILINE)
     assert changed == 1 and "First!" in project.shell(calls), "the last call shows the comment in the feed"
-    look = re.search(r"`(docker compose exec redis .*?)`", (ROOT / "README.md").read_text())[1]
-    assert project.shell(look.replace("exec", "exec -T") + " ping") == "PONG\n"
+    redis_cli = re.search(r"`(docker compose exec redis .*?)`", (ROOT / "README.md").read_text())[1]
+    assert project.shell(redis_cli.replace("exec", "exec -T") + " ping") == "PONG\n"
     services = [json.loads(line) for line in project.compose("ps", "--format", "json").splitlines()]
-    assert {service["Service"] for service in services} == set(PARTS)
-    for service in services:
-        assert service["State"] == "running" and service["Health"] in ("healthy", ""), service
+    assert {service["Service"]: service["Health"] for service in services} == HEALTH
+    assert {service["State"] for service in services} == {"running"}
     anonymous = [name for name in run("docker", "volume", "ls", "-q").split() if re.fullmatch("[0-9a-f]{64}", name)]
     assert not anonymous, f"anonymous volumes: {anonymous}"
 
 
 def kill(project: Project, writers: Writers, part: str) -> tuple:
-    """Ends a container's first process, as a crash does: `docker kill` would count as a stop by hand."""
+    """Kills a container's first process, as in a crash. After `docker kill` Docker would not restart the container."""
     with step(f"{part} killed"):
         pid, killed = project.pid(part), time.monotonic()
         os.kill(pid, signal.SIGKILL)
@@ -338,10 +385,11 @@ def kill(project: Project, writers: Writers, part: str) -> tuple:
 
 
 def freeze(project: Project, writers: Writers, part: str) -> tuple:
-    """Stops a part's main process: its watchdog must end it, and Docker start the container again."""
+    """Stops a part's main process. Its watchdog must end it, and Docker must restart the container."""
     with step(f"{part} stopped"):
         init, stopped = project.pid(part), time.monotonic()
-        (main, *_) = Path(f"/proc/{init}/task/{init}/children").read_text().split()  # `init: true`: not the first one
+        # With `init: true` the container's first process is Docker's init and the part is its child.
+        (main, *_) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
         os.kill(int(main), signal.SIGSTOP)
         return recovered(project, writers, f"{part}, SIGSTOP", part, init, stopped)
 
@@ -352,7 +400,7 @@ def recovered(project: Project, writers: Writers, name: str, part: str, old: int
     until(lambda: project.pid(part) not in (0, old), limit, f"{part} runs again")
     back = time.monotonic()
     last = {kind: tried for kind, *tried in writers.tries[:]}
-    until(lambda: writers.settled(back), limit, f"all calls succeed after {name}; before: {last}")
+    until(lambda: writers.all_succeed(back), limit, f"all calls succeed after {name}; last tries before: {last}")
     assert not writers.faults, writers.faults
     return name, since, back, time.monotonic()
 
@@ -362,11 +410,12 @@ def address(project: Project, network: str) -> str:
 
 
 def swap(project: Project, writers: Writers) -> tuple:
-    """Stops the API, gives its address to containers that do not serve, and starts it at another."""
+    """Stops the API, gives its address to a container that does not serve, and starts it at another address."""
     front = project.inspect("front")["NetworkSettings"]["Networks"]
     network = next(name for name in project.inspect("api")["NetworkSettings"]["Networks"] if name in front)
     image = project.inspect("redis")["Config"]["Image"]
-    old, pid, began = address(project, network), project.pid("api"), time.monotonic()
+    old = address(project, network)
+    pid, began = project.pid("api"), time.monotonic()
     project.compose("stop", "api")
     placeholders = []
     try:
@@ -377,7 +426,7 @@ def swap(project: Project, writers: Writers) -> tuple:
             if taken[network]["IPAddress"] == old:
                 break
         else:
-            raise AssertionError(f"no placeholder was given the API's address {old}")
+            raise AssertionError(f"no placeholder got the API's address {old}")
         project.compose("start", "api")
         assert address(project, network) != old
         return recovered(project, writers, "api, another address", "api", pid, began)
@@ -386,41 +435,43 @@ def swap(project: Project, writers: Writers) -> tuple:
 
 
 def tls(project: Project) -> None:
-    *made, asked = blocks("docs/production.md", "tls.conf.example")[0].splitlines()
-    assert asked.startswith("curl")
-    project.shell("\n".join(made))
-    until(lambda: project.tries(asked), 10, asked)  # nginx takes a moment to reload; a reader types more slowly
-    project.shell(f"{asked} -fsSI --http2 | grep '^HTTP/2 200'")
+    """Follows the TLS commands of the docs. The last of them must answer, also with HTTP/2."""
+    *set_up, curl = blocks("docs/production.md", "tls.conf.example")[0].splitlines()
+    assert curl.startswith("curl")
+    project.shell("\n".join(set_up))
+    until(lambda: project.succeeds(curl), 10, curl)  # nginx takes a moment to reload
+    project.shell(f"{curl} -fsSI --http2 | grep '^HTTP/2 200'")
 
 
 def interrupt(project: Project) -> None:
-    """A restore that is refused changes nothing. After one killed between its renames Redis does not start."""
-    assert not project.tries("deploy/restore.sh --at 2001-01-01T00:00:00Z")
+    """A refused restore. Then a restore killed between its two renames: Redis must not start without its folder."""
+    assert "refused: " in project.fails("deploy/restore.sh --at 2001-01-01T00:00:00Z")
     in_ship = ["run", "--rm", "--no-deps", "-T", "ship", "sh", "-c"]
     project.compose(*in_ship, "mv /data/redis /data/redis.lost-here")
     project.compose("up", "-d", "--no-deps", "redis")
     until(lambda: project.inspect("redis")["RestartCount"] > 1, 30, "redis refuses to start")
+    assert "/data/redis': No such file or directory" in project.compose("logs", "--tail", "5", "redis")
     project.compose("stop", "redis")
     project.compose(*in_ship, "test ! -e /data/redis && mv /data/redis.lost-here /data/redis")
     project.compose("up", "-d", "--wait")
 
 
 def move(project: Project, again: Project) -> None:
-    """Another machine gets the volumes with the backup and the images, and nothing of Redis."""
+    """Moves to another machine, which gets the volumes with the backup and the images, and nothing of Redis."""
     clone(again.folder)
     shutil.copy(project.folder / ".env", again.folder)
     image = project.inspect("api")["Config"]["Image"]
     project.compose("down")
     for volume in ("backup", "store"):
-        given = ["-v", f"imagegram_{volume}:/from", "-v", f"again_{volume}:/to", "--user", "0"]
-        run("docker", "run", "--rm", *given, image, "cp", "-a", "/from/.", "/to/")
+        options = ["-v", f"imagegram_{volume}:/from", "-v", f"again_{volume}:/to", "--user", "0"]
+        run("docker", "run", "--rm", *options, image, "cp", "-a", "/from/.", "/to/")
     again.shell("deploy/restore.sh")
     project.compose("down", "-v")
 
 
 def nothing_left() -> None:
     for kind in ("container", "volume", "network"):
-        everything = ["-a"] if kind == "container" else []
-        named = run("docker", kind, "ls", *everything, "--format", "{{.Names}}" if kind == "container" else "{{.Name}}")
-        left = [name for name in named.split() if name.startswith(("imagegram", "again"))]
+        options = ["-a", "--format", "{{.Names}}"] if kind == "container" else ["--format", "{{.Name}}"]
+        names = run("docker", kind, "ls", *options).split()
+        left = [name for name in names if name.startswith(("imagegram", "again"))]
         assert not left, f"{kind}s are left: {left}"
