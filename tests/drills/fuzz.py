@@ -316,7 +316,8 @@ def fuzz(requests: int = 10_000, seed: int = 1) -> str:
     statuses = ", ".join(f"{status}: {count}" for status, count in sorted(fuzzer.statuses.items()))
     return (
         f"{requests} requests of seed {seed} in {took:.0f} s: {statuses};"
-        f" the slowest took {fuzzer.slowest * 1000:.0f} ms; the API had {early:.0f} MiB after a quarter of them and {late:.0f} MiB at the end"
+        f" the slowest took {fuzzer.slowest * 1000:.0f} ms;"
+        f" the API had {early:.0f} MiB after a quarter of them and {late:.0f} MiB at the end"
     )
 
 
