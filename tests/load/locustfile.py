@@ -1,6 +1,6 @@
-"""The forecast's mix: an hour has 1,000 images and 100,000 comments, and feed reads fill up to 100 requests a second.
+"""The forecast's mix of requests: 1,000 images and 100,000 comments an hour, and feed reads up to 100 requests a second.
 
-Run by `make load` against a started system, whose signing secret it takes from the same settings.
+`make load` runs it against a system that is already running. It reads that system's signing secret from the settings.
 """
 
 import io
@@ -32,34 +32,34 @@ class Person(HttpUser):
 
     def on_start(self):
         self.client.headers["Authorization"] = f"Bearer {mint(SETTINGS, f'load-{secrets.token_hex(4)}')}"
-        self.posts: list[str] = []
-        self.said: list[str] = []  # addresses of own comments
+        self.posts: list[str] = []  # ids, of the last page that was read
+        self.comments: list[str] = []  # paths of this user's own comments
         self.upload()
 
     @task(WEIGHTS["feed"])
     def feed(self):
-        found = self.client.get("/v1/posts?limit=10", headers={"Accept-Encoding": "br"}).json()
-        self.posts = [post["id"] for post in found["items"]]
-        if found["next"] and random.random() < 0.3:
-            self.client.get(f"/v1/posts?limit=10&cursor={found['next']}", name="/v1/posts?cursor=…")
+        page = self.client.get("/v1/posts?limit=10", headers={"Accept-Encoding": "br"}).json()
+        self.posts = [post["id"] for post in page["items"]]
+        if page["next"] and random.random() < 0.3:
+            self.client.get(f"/v1/posts?limit=10&cursor={page['next']}", name="/v1/posts?cursor=…")
 
     @task(WEIGHTS["comment"])
     def comment(self):
         if self.posts:
             post = random.choice(self.posts)
-            made = self.client.post(
+            answer = self.client.post(
                 f"/v1/posts/{post}/comments",
                 json={"text": "What a place! I would go there at once if only it were nearer."},
                 headers={"Idempotency-Key": secrets.token_hex(8)},
                 name="/v1/posts/…/comments",
             )
-            if made.ok:
-                self.said.append(made.headers["Location"])
+            if answer.ok:
+                self.comments.append(answer.headers["Location"])
 
     @task(WEIGHTS["uncomment"])
     def uncomment(self):
-        if self.said:
-            self.client.delete(self.said.pop(), name="/v1/posts/…/comments/…")
+        if self.comments:
+            self.client.delete(self.comments.pop(), name="/v1/posts/…/comments/…")
 
     @task(WEIGHTS["upload"])
     def upload(self):
