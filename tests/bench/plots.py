@@ -56,7 +56,7 @@ def _log_ticks(axis, values: list[float]) -> None:
 
 
 def _percentile_axes(axes: Axes, name: str) -> None:
-    """Latency on a logarithmic axis against the share of the requests that are at least as fast."""
+    """Latency on a logarithmic axis against the percentile."""
     axes.set_title(name, fontsize=11)
     axes.set_yscale("log")
     axes.set_xlim(_place(50) - 0.1, _place(99.99) + 0.1)
@@ -80,7 +80,7 @@ def _label(panels: list[Axes], columns: int) -> None:
     for axes in panels[::columns]:
         axes.set_ylabel("latency in ms", fontsize=10)
     for axes in panels[-columns:]:
-        axes.set_xlabel("percent of the requests at least as fast", fontsize=10)
+        axes.set_xlabel("percentile (99: 1 in 100 is slower)", fontsize=10)
 
 
 def _legend(figure: Figure, panels: list[Axes], columns: int) -> None:
@@ -98,7 +98,7 @@ def latency(latencies: dict[str, dict[str, dict[float, float]]], path: Path) -> 
     """
     columns = min(3, len(latencies))
     rows = -(-len(latencies) // columns)
-    title = "Latency of each call, 32 connections"
+    title = "Latency by percentile, 32 connections"
     figure, panels = _figure(title, rows, columns, 1.2 + 2.8 * rows, sharey=True)
     for axes in panels[len(latencies) :]:
         axes.remove()
@@ -125,7 +125,7 @@ def growth(grown: dict, path: Path) -> None:
     rates.set(title="Throughput of the API", ylabel="requests/s", ylim=(0, None))
     rates.yaxis.set_major_formatter(FuncFormatter(_plain))
     memory.set(title="Memory of Redis", ylabel="MiB", yscale="log")
-    _log_ticks(memory.yaxis, [10, 20, 50, 100, 200, 500, 1000, 2000, 5000])
+    _log_ticks(memory.yaxis, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000])
     for axes in (times, rates, memory):
         axes.set(xscale="log", xlabel="posts")
         _log_ticks(axes.xaxis, posts)
@@ -151,7 +151,7 @@ def forecast(seen: dict[str, dict], most: float, path: Path) -> None:
 
     `most` is the target in ms.
     """
-    figure, panels = _figure("Latency of the whole system at a steady rate", 1, len(seen), 4.6, sharey=True)
+    figure, panels = _figure("Latency by percentile, the whole system at a steady rate", 1, len(seen), 4.6, sharey=True)
     for axes, (load, results) in zip(panels, seen.items(), strict=True):
         _percentile_axes(axes, load)
         for style, (name, stream) in zip(cycle(LINES), results["streams"].items(), strict=False):
