@@ -23,7 +23,7 @@ import uvloop
 CONNECTIONS = 32  # of each stream
 SHARES = (50, 75, 90, 95, 99, 99.5, 99.9, 99.99, 100)  # percent
 WORST = 5  # slowest requests that the results name
-TICK = 0.002  # seconds between two looks at what is due
+TICK = 0.002  # seconds between two checks of what is due
 LATE = 0.010  # seconds by which a tick may be late. If it is later, this process had no core: the results name it.
 
 

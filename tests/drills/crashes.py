@@ -6,7 +6,7 @@ power     Cuts the append-only file back to its last fsync at a random moment, a
           before it. A recorder is not a file system that drops pages. It proves the order of write, fsync and answer.
           It does not prove that the disk keeps what it has synced.
 everysec  The same with `appendfsync everysec`. This is the control: here the drill must see losses, and a lost write
-          must be newer than all that are kept.
+          must be newer than all writes that survived.
 machine   Kills Redis and the shipper under writes, deletes Redis' folder and restores it from the backup store.
           Only writes that were answered after the moment up to which the shipper had shipped may be lost.
 seconds   Restores random seconds across rewrites and FLUSHALLs.
@@ -114,9 +114,9 @@ async def power(server: str, rounds: int = 20, policy: str = "always") -> str:
             os.truncate(redis.increment(), synced_length(trace, redis.increment(), start))
             await redis.start()
             for writer, before in zip(writers, answered, strict=True):
-                kept = set(await writer.read(redis.client))
-                missing = before.keys() - kept
-                assert min(missing, default=1 << 32) > max(kept, default=0), "a lost write is older than a kept one"
+                survived = set(await writer.read(redis.client))
+                missing = before.keys() - survived
+                assert min(missing, default=1 << 32) > max(survived, default=0), "an older write is lost, a newer not"
                 lost += len(missing)
                 answers += len(before)
                 oldest = max([oldest, *(cut - before[number] for number in missing)])
@@ -173,7 +173,7 @@ async def machine(server: str, rounds: int = 20) -> str:
             async with writing(settings, 4, 0.02) as writers:  # about 200 writes a second
                 await until(
                     lambda settings=settings: shipper_state.read(settings)["lag"] is not None,
-                    "the shipper has caught up once",
+                    "the shipper has caught up for the first time",
                 )
                 await asyncio.sleep(1 + random.random() * 2)
                 dead = time.time()
