@@ -6,7 +6,7 @@ power     Cuts the append-only file back to its last fsync at a random moment, a
           before it. A recorder is not a file system that drops pages. It proves the order of write, fsync and answer.
           It does not prove that the disk keeps what it has synced.
 everysec  The same with `appendfsync everysec`. This is the control: here the drill must see losses, and a lost write
-          must be newer than all writes that survived.
+          must be newer than all writes of the same writer that survived.
 machine   Kills Redis and the shipper under writes, deletes Redis' folder and restores it from the backup store.
           Only writes that were answered after the moment up to which the shipper had shipped may be lost.
 seconds   Restores random seconds across rewrites and FLUSHALLs.
