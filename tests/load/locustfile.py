@@ -1,4 +1,4 @@
-"""The forecast's mix of requests: 1,000 images and 100,000 comments an hour, and feed reads up to 100 requests a second.
+"""The forecast's mix of requests: 1,000 images and 100,000 comments an hour, with feed reads 100 requests a second.
 
 `make load` runs it against a system that is already running. It reads that system's signing secret from the settings.
 """
