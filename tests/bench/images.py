@@ -184,7 +184,7 @@ def by_a_worker(count: int, size: tuple[int, int], quality: int = 90) -> str:
     return (
         f"{size[0] * size[1] / 1e6:.0f} MP JPEG, {count} jobs on {len(os.sched_getaffinity(0))} cores at once:"
         f" {rate:.1f} images/s, conversion {conversion:.0f} ms,"
-        f" a job beyond it {statistics.median(added) * 1000:.1f} ms (p95 {sorted(added)[-count // 20] * 1000:.1f})"
+        f" the rest of the job {statistics.median(added) * 1000:.1f} ms (p95 {sorted(added)[-count // 20] * 1000:.1f})"
     )
 
 
