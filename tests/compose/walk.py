@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -301,7 +303,8 @@ def main(folder: Path) -> int:
             if each.folder.exists():
                 with contextlib.suppress(AssertionError):
                     print(each.compose("ps", "-a"), each.compose("logs", "--tail", "20"))
-        print(f"\n{len(STEPS)} passed, 1 failed\n{type(error).__name__}: {error}")
+        traceback.print_exception(error, file=sys.stdout)
+        print(f"\n{len(STEPS)} passed, 1 failed")
         return 1
     finally:
         for each in (again, project):
