@@ -13,7 +13,7 @@ from uploading import BODY, begin, joined, offset, picture, stored
 from wire import head
 
 TRICKLE = 120  # seconds of the slow upload, which sends 1 KiB in each
-ACCEPTABLE = 50  # ms: a p99 up to this is fine, whatever it was without the crowd
+STARVED = 250  # ms: a p99 below this may come from other load. A request that the crowd starves waits for seconds
 
 
 async def trickle(site, upload: str, image: bytes) -> bytes:
@@ -62,7 +62,7 @@ async def test_a_crowd_and_a_trickle(serving):
     headers, stalled, refused = (longest(kinds[kind]) for kind in ("header", "stalled", "refused"))
     print(f"\np99 of healthy requests: {p99(idle):.1f} ms alone, {p99(crowded):.1f} ms in the crowd of {len(everyone)}")
     print(f"closed: headers by {headers:.1f} s, stalled bodies by {stalled:.1f} s, refused ones by {refused:.1f} s")
-    assert p99(crowded) <= max(ACCEPTABLE, 2 * p99(idle))
+    assert p99(crowded) <= max(STARVED, 2 * p99(idle))
     assert headers < 15 and stalled < 35 and refused < 6
     await asyncio.to_thread(until, lambda: open_files(serving) <= files + 2, 20, "the API closes the sockets")
     print(f"open files: {files} before, {open_files(serving)} after")
