@@ -40,10 +40,10 @@ async def create_from_upload(request, user: str) -> tuple[dict, bool]:
     ctx = request.app.ctx
     idempotency = reading.idempotency_key(request, request.body)
     post, outcome = await posts.create(ctx.db, user, upload, caption, idempotency, ctx.settings.processing)
-    if outcome == posts.MADE:
+    if outcome == posts.CREATED:
         return rendering.new_post(post, user, caption), False
     row = await posts.read(ctx.db, post)
-    if outcome == posts.KNOWN:
+    if outcome == posts.EXISTING:
         return rendering.post(row), False
     return rendering.new_post(post, user, row.caption), True
 

@@ -45,26 +45,28 @@ def main() -> None:
 
 
 def run() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="imagegram-storage", description=__doc__, formatter_class=form)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="imagegram-storage", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("redis", "ship", "snapshots", "verify", "retry"):
         commands.add_parser(name)
-    restoring = commands.add_parser("restore")
-    restoring.add_argument("--at", type=_second, help="2026-11-23T07:00:00Z; without it, the newest")
-    restoring.add_argument("--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new")
-    checking = commands.add_parser("check")
-    checking.add_argument("--repair", action="store_true", help="make what is derived true again")
-    checking.add_argument("--deep", action="store_true", help="read every object")
-    checking.add_argument("--folder", type=Path, help="a restored data folder, on a server of its own")
-    sweeping = commands.add_parser("sweep")
-    sweeping.add_argument("--dry-run", action="store_true", help="only say what there is")
-    printing = commands.add_parser("script")
-    printing.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
+    restore_parser = commands.add_parser("restore")
+    restore_parser.add_argument("--at", type=_unix_second, help="2026-11-23T07:00:00Z; without it, the newest")
+    restore_parser.add_argument(
+        "--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new"
+    )
+    check_parser = commands.add_parser("check")
+    check_parser.add_argument("--repair", action="store_true", help="make what is derived true again")
+    check_parser.add_argument("--deep", action="store_true", help="read every object")
+    check_parser.add_argument("--folder", type=Path, help="a restored data folder, on a server of its own")
+    sweep_parser = commands.add_parser("sweep")
+    sweep_parser.add_argument("--dry-run", action="store_true", help="only say what there is")
+    script_parser = commands.add_parser("script")
+    script_parser.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
     arguments = parser.parse_args()
     if arguments.command == "script":
         if arguments.name not in SCRIPTS:
-            printing.error(f"NAME must be one of {', '.join(SCRIPTS)}")
+            script_parser.error(f"NAME must be one of {', '.join(SCRIPTS)}")
         print(SCRIPTS[arguments.name].text, end="")
         return
     settings = load()
@@ -83,7 +85,7 @@ def run() -> None:
         return
     try:
         work = {"sweep": _sweep, "check": _check, "retry": _retry}.get(arguments.command, _backup)
-        asyncio.run(_until_told(work(arguments, settings)))
+        asyncio.run(_cancel_on_sigterm(work(arguments, settings)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit("stopped before it was done")
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
@@ -92,7 +94,7 @@ def run() -> None:
         sys.exit(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
 
-async def _until_told(work: Coroutine) -> None:
+async def _cancel_on_sigterm(work: Coroutine) -> None:
     """SIGTERM is an orderly end, as Ctrl-C is: by default it would leave the server that runs on restored data."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     await work
@@ -100,7 +102,7 @@ async def _until_told(work: Coroutine) -> None:
 
 async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
     db = Redis(settings.redis_url)
-    found = await sweep.sweep(
+    report = await sweep.sweep(
         db,
         open_store(settings.store_url),
         retain.KeptBackups(open_store(settings.backup_store_url)).may_name,
@@ -108,7 +110,7 @@ async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
         remove=not arguments.dry_run,
     )
     await db.close()
-    _say(f"{'found' if arguments.dry_run else 'removed'}: {found}")
+    _say(f"{'found' if arguments.dry_run else 'removed'}: {report}")
 
 
 async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -121,12 +123,12 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
             server.lock_folder(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
         db = Redis(url, undecodable=check.EXACTLY)
-        found = await check.check(db, objects, arguments.repair, arguments.deep)
+        report = await check.check(db, objects, arguments.repair, arguments.deep)
         await db.close()
-    for line in found.lines:
+    for line in report.lines:
         _say(line)
-    _say(str(found))
-    if found.flaws:
+    _say(str(report))
+    if report.flaws:
         sys.exit(1)
 
 
@@ -141,14 +143,14 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
         # Asked of the store, because the shipper here looks at the last trial once a minute only.
-        proof = await verify.last_result(store)
-        print(snapshots.table(await snapshots.snapshots(store), state.read(settings), proof))
+        last_result = await verify.last_result(store)
+        print(snapshots.table(await snapshots.snapshots(store), state.read(settings), last_result))
     elif arguments.command == "verify":
         if not await verify.verify(settings, store, _say):
             sys.exit("the newest generation cannot be restored")
     else:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
-        counts = ", ".join(f"{count} {what}" for what, count in done.counts.items())
+        counts = ", ".join(f"{count} {noun}" for noun, count in done.counts.items())
         _say(f"done: {arguments.to} holds all up to {restore.format_utc(done.second)} ({counts})")
 
 
@@ -156,7 +158,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _second(text: str) -> int:
+def _unix_second(text: str) -> int:
     """Unix seconds of a time in RFC 3339. One without a zone is refused: nobody should restore an hour beside."""
     with suppress(ValueError):
         moment = datetime.fromisoformat(text)

@@ -41,8 +41,8 @@ def parse(text: str) -> Token:
     if not TOKEN.fullmatch(text):
         raise Outdated("this token was not given by this server; walk the feed again")
     issued, *seen = text.split(",")
-    parts = (one.split(".") for one in seen)
-    return Token(int(issued) * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in parts))
+    pairs = (pair.split(".") for pair in seen)
+    return Token(int(issued) * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in pairs))
 
 
 async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> Changes:
@@ -55,13 +55,15 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     if token and (token.issued < now_ms(db) - CHANGES_MS or len(known) > partitions):
         raise Outdated("this token is older than 7 days; walk the feed again")
     known += [("", 0 if token else "")] * (partitions - len(known))
-    answers = await asyncio.gather(
+    replies = await asyncio.gather(
         *(_page(db, partition, limit, revision) for partition, (_, revision) in enumerate(known))
     )
-    posts, seen, more = [], [], False
-    for (epoch, revision), answer in zip(known, answers, strict=True):
-        current, newest, rest, rows = answer[:4]
-        report_skipped(answer, "changes")
+    posts: list[Post | str] = []
+    seen = []
+    more = False
+    for (epoch, revision), reply in zip(known, replies, strict=True):
+        current, newest, rest, rows = reply[:4]
+        report_skipped(reply, "changes")
         if epoch not in ("", current):
             raise Outdated("the data was restored since; walk the feed again")
         if len(posts) + len(rows) > limit:

@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 from storage import keys, uploads
 from storage.db.client import BATCH, Redis
 from storage.errors import NoUpload
-from storage.formats import LONGEST, sniff
+from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS
 
@@ -34,7 +34,7 @@ TYPES = {
     **dict.fromkeys(("once", "epoch", "restored"), "string"),
     "comments": "stream",
 }
-SHOWN = 20  # flaws told of by name
+MAX_LINES = 20  # flaws told of by name
 
 
 @dataclass
@@ -50,16 +50,16 @@ class Report:
     missing_posts: set[str] = field(default_factory=set)  # ids that are named and have no post
     partitions: set[int] = field(default_factory=set)
 
-    def add(self, id: str, flaw: str, repaired: bool) -> None:
+    def add(self, subject: str, flaw: str, repaired: bool) -> None:
         self.repaired += repaired
         self.flaws += not repaired
-        if len(self.lines) < SHOWN:
-            id = id.encode("utf-8", "backslashreplace").decode()
-            self.lines.append(f"{id}: {flaw}{' (repaired)' if repaired else ''}")
+        if len(self.lines) < MAX_LINES:
+            subject = subject.encode("utf-8", "backslashreplace").decode()
+            self.lines.append(f"{subject}: {flaw}{' (repaired)' if repaired else ''}")
 
     def __str__(self) -> str:
-        there = f"{self.posts} posts, {self.comments} comments, {self.uploads} open uploads"
-        return f"{there}: {self.flaws} flaws remain, {self.repaired} were repaired"
+        counts = f"{self.posts} posts, {self.comments} comments, {self.uploads} open uploads"
+        return f"{counts}: {self.flaws} flaws remain, {self.repaired} were repaired"
 
 
 async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Report:
@@ -72,16 +72,17 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
     async for names in scan(db):
         work = []
         for name in well_formed_keys(names, report):
-            kind, partition, id = keys.parts(name)
+            kind, partition, rest = keys.parts(name)
             report.partitions.add(partition)
             if kind in ("post", "comments", "latest"):
-                work.append(_isolated(id, report, _post(db, objects, id, report, repair, deep, count=kind == "post")))
+                judged = _check_post(db, objects, rest, report, repair, deep, count=kind == "post")
+                work.append(_isolate(rest, report, judged))
             elif kind == "upload":
-                work.append(_isolated(id, report, _upload(db, objects, id, report, repair)))
+                work.append(_isolate(rest, report, _check_upload(db, objects, rest, report, repair)))
             elif kind == "uploads":
-                work.append(_isolated(name, report, _reserved(db, partition, id, "", report, repair)))
+                work.append(_isolate(name, report, _check_reservations(db, partition, rest, "", report, repair)))
             elif kind in ("feed", "changes", "gone", "due", "making"):
-                work.append(_isolated(name, report, _members(db, objects, name, report, repair)))
+                work.append(_isolate(name, report, _check_members(db, objects, name, report, repair)))
         await asyncio.gather(*work)
     return report
 
@@ -91,48 +92,47 @@ def well_formed_keys(names: list[str], report: Report) -> list[str]:
 
     Other keys are left alone, unless their names are not UTF-8.
     """
-    good = []
+    known = []
     for name, kind in zip(names[::2], names[1::2], strict=True):
-        wanted = TYPES.get(name.split(":")[0])
+        expected = TYPES.get(name.split(":")[0])
         if _undecodable(name):
             report.add(name, "0 its name is not UTF-8", False)
-        elif wanted and not keys.well_formed(name):
+        elif expected and not keys.well_formed(name):
             report.add(name, "0 no key has such a name", False)
-        elif wanted and kind != wanted:
-            report.add(name, f"0 its type is {kind}, not {wanted}", False)
-        elif wanted:
-            good.append(name)
-    return good
+        elif expected and kind != expected:
+            report.add(name, f"0 its type is {kind}, not {expected}", False)
+        elif expected:
+            known.append(name)
+    return known
 
 
 def _undecodable(text: str) -> bool:
     return any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in text)
 
 
-async def _isolated(id: str, report: Report, work: Coroutine) -> None:
+async def _isolate(subject: str, report: Report, work: Coroutine) -> None:
     """Reports what cannot be judged, because it or a key beside it is malformed, and goes on."""
     try:
         await work
     except (ResponseError, ValueError):  # a command on a wrong type; a number or an object's name that is none
-        report.add(id, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
+        report.add(subject, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
 
 
-async def _members(db: Redis, objects: ObjectStore, name: str, report: Report, repair: bool) -> None:
+async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Report, repair: bool) -> None:
     """The members of a zset: each must be an id of its partition, and in `feed` and `changes` a ready post's."""
     kind, partition, _ = keys.parts(name)
     async for members in scan(db, name):
         ids = []
-        for id in members[::2]:
-            parts = keys.ID.fullmatch(id)
+        for member in members[::2]:
+            parts = keys.ID.fullmatch(member)
             if parts and int(parts[3]) == partition and (kind == "due" or not parts[1]):
-                ids.append(id)
+                ids.append(member)
             else:
-                member = id.encode("utf-8", EXACTLY)
-                gone = bool(repair and await db.call("drop_member", [name], member))
-                report.add(id, f"0 no id in {kind} is like this", gone)
+                removed = bool(repair and await db.call("drop_member", [name], member.encode("utf-8", EXACTLY)))
+                report.add(member, f"0 no id in {kind} is like this", removed)
         if kind in ("feed", "changes"):
-            work = (_post(db, objects, id, report, repair, deep=False, count=False) for id in ids)
-            await asyncio.gather(*(_isolated(id, report, one) for id, one in zip(ids, work, strict=True)))
+            work = (_check_post(db, objects, post, report, repair, deep=False, count=False) for post in ids)
+            await asyncio.gather(*(_isolate(post, report, one) for post, one in zip(ids, work, strict=True)))
 
 
 async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
@@ -145,20 +145,27 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
             return
 
 
-async def _ask(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
+async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
     partition = keys.partition_of_post(post)
-    named = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(partition), keys.changes(partition)]
-    named += [keys.gone(partition), keys.turns(partition)]
+    script_keys = [
+        keys.post(post),
+        keys.comments(post),
+        keys.latest(post),
+        keys.feed(partition),
+        keys.changes(partition),
+        keys.gone(partition),
+        keys.turns(partition),
+    ]
     args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
-    status, comments, waits, *flaws = await db.call("check_post", named, db.clock, *args)
+    status, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
     return status, comments, bool(waits), flaws
 
 
-async def _post(
+async def _check_post(
     db: Redis, objects: ObjectStore, post: str, report: Report, repair: bool, deep: bool, count: bool
 ) -> None:
     """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
-    status, comments, waits, flaws = await _ask(db, post, repair=False)
+    status, comments, waits, flaws = await _call_check_post(db, post, repair=False)
     if count:
         report.posts += 1
         report.comments += comments
@@ -169,35 +176,37 @@ async def _post(
             return
         report.missing_posts.add(post)
     if flaws and repair:
-        flaws = (await _ask(db, post, repair=True))[3]
-        left = (await _ask(db, post, repair=False))[3]
+        flaws = (await _call_check_post(db, post, repair=True))[3]
+        remaining = (await _call_check_post(db, post, repair=False))[3]
     else:
-        left = flaws
+        remaining = flaws
     for flaw in flaws:
-        report.add(post, flaw, flaw not in left)
+        report.add(post, flaw, flaw not in remaining)
     if status != "ready":
         return
-    for name, what in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
-        if what == "JPEG" and waits:
+    for name, role in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
+        if role == "JPEG" and waits:
             continue
-        fault = await _object(objects, name, what, deep)
-        if not fault or (await _ask(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
+        fault = await _object_flaw(objects, name, role, deep)
+        if not fault or (await _call_check_post(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
             continue
-        again = what == "JPEG" and repair and await make_again(db, post)
-        report.add(post, f"3 its {what} {fault}", bool(again))
+        queued = role == "JPEG" and repair and await make_again(db, post)
+        report.add(post, f"3 its {role} {fault}", bool(queued))
 
 
-async def _object(objects: ObjectStore, name: str, what: str, deep: bool) -> str:
+async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -> str:
     """What is wrong with an object; empty if nothing is."""
     try:
         if not deep:
             return "" if await objects.size(name) else "is empty"
-        head, end = b"", b""
+        head = b""
+        end = b""
         async for piece in objects.read(name):
-            head, end = head or piece[:LONGEST], (end + piece)[-2:]
+            head = head or piece[:LONGEST_MAGIC]
+            end = (end + piece)[-2:]
     except NotFound:
         return "is missing"
-    whole = bool(sniff(head)) if what == "original" else head[:2] == b"\xff\xd8" and end == b"\xff\xd9"
+    whole = bool(sniff(head)) if role == "original" else head[:2] == b"\xff\xd8" and end == b"\xff\xd9"
     return "" if whole else "is damaged"
 
 
@@ -207,11 +216,11 @@ async def make_again(db: Redis, post: str) -> int:
     Returns 1, or 0 if its image is not to be made or is there already.
     """
     partition = keys.partition_of_post(post)
-    named = [keys.post(post), keys.turns(partition), keys.due(partition)]
-    return await db.call("make_again", named, db.clock, post, keys.making_prefix(partition))
+    script_keys = [keys.post(post), keys.turns(partition), keys.due(partition)]
+    return await db.call("make_again", script_keys, db.clock, post, keys.making_prefix(partition))
 
 
-async def _upload(db: Redis, objects: ObjectStore, upload: str, report: Report, repair: bool) -> None:
+async def _check_upload(db: Redis, objects: ObjectStore, upload: str, report: Report, repair: bool) -> None:
     before = await uploads.inspect(db, upload)
     if before.post or (before.owner and before.expired):
         return
@@ -220,30 +229,31 @@ async def _upload(db: Redis, objects: ObjectStore, upload: str, report: Report, 
             report.add(upload, f"0 its {'expiry' if before.owner else 'owner'} is missing", False)
         return
     report.uploads += 1
-    await _reserved(db, keys.partition_of_upload(upload), before.owner, upload, report, repair)
+    await _check_reservations(db, keys.partition_of_upload(upload), before.owner, upload, report, repair)
     sizes = await asyncio.gather(
         *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
     )
     for size in sizes:
         if isinstance(size, Exception) and not isinstance(size, (NotFound, ValueError)):  # no name of an object
             raise size
-    there = sum(size for size in sizes if isinstance(size, int))
-    if there == before.offset or (await uploads.inspect(db, upload))[:6] != before[:6]:  # it went on meanwhile
+    stored = sum(size for size in sizes if isinstance(size, int))
+    if stored == before.offset or (await uploads.inspect(db, upload))[:6] != before[:6]:  # it went on meanwhile
         return
     dropped = False
     if repair:
         with suppress(NoUpload):  # its hash has no offset, or it ended a moment ago
-            await uploads.drop(db, before.owner, upload, tell=DAY_MS)
+            await uploads.drop(db, before.owner, upload, remember_ms=DAY_MS)
             dropped = True
-    report.add(upload, f"5 its offset is {before.offset}, its chunks have {there} bytes", dropped)
+    report.add(upload, f"5 its offset is {before.offset}, its chunks have {stored} bytes", dropped)
 
 
-async def _reserved(db: Redis, partition: int, user: str, upload: str, report: Report, repair: bool) -> None:
+async def _check_reservations(db: Redis, partition: int, user: str, upload: str, report: Report, repair: bool) -> None:
     """One upload of a user, or without one whatever their quota says."""
-    named, prefix = [keys.uploads(partition, user), keys.due(partition)], keys.upload_prefix(partition)
-    flaws = await db.call("check_uploads", named, db.clock, upload, prefix, IMAGE_BYTES, int(repair))
-    for id, flaw in zip(flaws[::2], flaws[1::2], strict=True):
-        report.add(id, flaw, repair)
+    script_keys = [keys.uploads(partition, user), keys.due(partition)]
+    prefix = keys.upload_prefix(partition)
+    flaws = await db.call("check_uploads", script_keys, db.clock, upload, prefix, IMAGE_BYTES, int(repair))
+    for flawed, flaw in zip(flaws[::2], flaws[1::2], strict=True):
+        report.add(flawed, flaw, repair)
 
 
 async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Report:
@@ -253,22 +263,22 @@ async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Repo
     new epoch. What a repair of derived data would hide counts: a backup that needs one is not what was written.
     """
     async for names in scan(db):
-        fitting = [_isolated(name, Report(), _fit(db, objects, name)) for name in well_formed_keys(names, Report())]
+        fitting = [_isolate(name, Report(), _fit_key(db, objects, name)) for name in well_formed_keys(names, Report())]
         await asyncio.gather(*fitting)
     report = await check(db, objects)
     for partition in report.partitions.union(range(partitions)):  # an empty one had a timeline, too
-        named = [keys.epoch(partition), keys.restored(partition)]
-        await db.call("begin_epoch", named, db.clock, secrets.token_hex(4))
+        script_keys = [keys.epoch(partition), keys.restored(partition)]
+        await db.call("begin_epoch", script_keys, db.clock, secrets.token_hex(4))
     return report
 
 
-async def _fit(db: Redis, objects: ObjectStore, name: str) -> None:
-    kind, _, id = keys.parts(name)
+async def _fit_key(db: Redis, objects: ObjectStore, name: str) -> None:
+    kind, _, rest = keys.parts(name)
     if kind == "due":  # posts stood there before `making` existed
         async for members in scan(db, name):
-            waiting = [id for id in members[::2] if (parts := keys.ID.fullmatch(id)) and not parts[1]]
+            waiting = [member for member in members[::2] if (parts := keys.ID.fullmatch(member)) and not parts[1]]
             await asyncio.gather(*(make_again(db, post) for post in waiting))
     elif kind == "upload":
-        await _upload(db, objects, id, Report(), repair=True)
-    elif kind == "post" and await _object(objects, keys.image(id), "JPEG", deep=False):
-        await make_again(db, id)
+        await _check_upload(db, objects, rest, Report(), repair=True)
+    elif kind == "post" and await _object_flaw(objects, keys.image(rest), "JPEG", deep=False):
+        await make_again(db, rest)

@@ -21,7 +21,7 @@ class Page(NamedTuple):
     more: bool
 
 
-def _named(post: str) -> list[str]:
+def _script_keys(post: str) -> list[str]:
     partition = keys.partition_of_post(post)
     return [
         keys.post(post),
@@ -40,20 +40,20 @@ async def add(
 
     Raises Reused, NoPost, NotReady, Failed.
     """
-    named = _named(post)
+    script_keys = _script_keys(post)
     if idempotency:
-        named.append(keys.once(keys.partition_of_post(post), author, idempotency.request))
+        script_keys.append(keys.once(keys.partition_of_post(post), author, idempotency.scoped_key))
     digest = idempotency.digest if idempotency else "-"
-    comment, repeated = await db.call(
-        "add_comment", named, db.clock, post, author, text, LATEST_COMMENTS, digest, DAY_MS
+    comment_id, repeated = await db.call(
+        "add_comment", script_keys, db.clock, post, author, text, LATEST_COMMENTS, digest, DAY_MS
     )
-    return Comment(comment, author, text), bool(repeated)
+    return Comment(comment_id, author, text), bool(repeated)
 
 
 async def delete(db: Redis, author: str, post: str, comment: str) -> None:
     """Raises NoPost, NoComment, Forbidden."""
     keys.comment_ms(comment)
-    await db.call("delete_comment", _named(post), db.clock, post, comment, author, LATEST_COMMENTS)
+    await db.call("delete_comment", _script_keys(post), db.clock, post, comment, author, LATEST_COMMENTS)
 
 
 async def read(db: Redis, post: str, comment: str) -> Comment:
@@ -62,10 +62,10 @@ async def read(db: Redis, post: str, comment: str) -> Comment:
     # The page that begins just above the comment has it as its first row, if it is there.
     ms, _, sequence = comment.partition("-")
     above = f"{ms}-{int(sequence) + 1}"
-    found = await page(db, post, 1, above)
-    if not found.comments or found.comments[0].id != comment:
+    newest = await page(db, post, 1, above)
+    if not newest.comments or newest.comments[0].id != comment:
         raise NoComment("no such comment")
-    return found.comments[0]
+    return newest.comments[0]
 
 
 async def page(db: Redis, post: str, limit: int, before: str = "") -> Page:

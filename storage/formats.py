@@ -5,7 +5,7 @@ MAGIC = {
     b"\xff\xd8\xff": "JPEG",  # JPEG (T.81), B.1.1.3: SOI and the next marker's first byte
     b"BM": "BMP",
 }
-LONGEST = max(map(len, MAGIC))
+LONGEST_MAGIC = max(map(len, MAGIC))
 
 
 def sniff(head: bytes) -> str | None:

@@ -65,9 +65,9 @@ def partition_of_upload(upload: str) -> int:
     return int(parts[3])
 
 
-def partition_of(id: str) -> int:
+def partition_of(owner_id: str) -> int:
     """The partition that the id of a post or an upload names; it must be one."""
-    return int(ID.fullmatch(id)[3])
+    return int(ID.fullmatch(owner_id)[3])
 
 
 def comment_ms(comment: str) -> int:
@@ -159,31 +159,32 @@ def uploads(partition: int, user: str) -> str:
 
 def parts(key: str) -> tuple[str, int | None, str]:
     """Kind, partition and id of a key; of one that is none of these an empty kind."""
-    found = KEY.fullmatch(key)
-    return (found[1], int(found[2]), found[3] or "") if found else ("", None, "")
+    match = KEY.fullmatch(key)
+    return (match[1], int(match[2]), match[3] or "") if match else ("", None, "")
 
 
 def well_formed(key: str) -> bool:
     """Whether a key is one that the functions above may have made."""
-    kind, partition, id = parts(key)
+    kind, partition, name = parts(key)
     if kind in ("post", "comments", "latest", "upload", "chunks"):
-        found = ID.fullmatch(id)
-        return bool(found) and bool(found[1]) == (kind in ("upload", "chunks")) and key == f"{kind}:{{{found[3]}}}:{id}"
+        match = ID.fullmatch(name)
+        of_upload = kind in ("upload", "chunks")
+        return bool(match) and bool(match[1]) == of_upload and key == f"{kind}:{{{match[3]}}}:{name}"
     of_user = kind in ("uploads", "making", "once")
-    rest = f":{id}" if of_user and id else ""
+    rest = f":{name}" if of_user and name else ""
     return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
 
 
 class IdempotencyKey(NamedTuple):
     """An Idempotency-Key, as storage sees it."""
 
-    request: str  # the method, path and key of a user's request, which it belongs to
+    scoped_key: str  # the method, path and key of a user's request, which it belongs to
     digest: str  # of what it asked for, to tell a repetition from another request; "-" compares nothing
 
 
-def once(partition: int, user: str, request: str) -> str:
+def once(partition: int, user: str, scoped_key: str) -> str:
     """16 bytes of digest: the key itself may be 255 bytes long, and is paid for in memory for a day."""
-    return f"once:{{{partition}}}:{user}:{digest(request.encode(), 16)}"
+    return f"once:{{{partition}}}:{user}:{digest(scoped_key.encode(), 16)}"
 
 
 def digest(data: bytes, size: int = 8) -> str:

@@ -7,7 +7,7 @@ from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore
 
 
-async def keep(db: Redis, objects: ObjectStore, post: str, upload: str | None, copy: BinaryIO) -> None:
+async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, copy: BinaryIO) -> None:
     """Stores a post's original, unless it is stored already, and writes its bytes to `copy`.
 
     Raises objects.NotFound where neither the original nor all chunks are there: another attempt has joined them since
@@ -24,14 +24,15 @@ async def keep(db: Redis, objects: ObjectStore, post: str, upload: str | None, c
 
     async def joined():
         """The chunks' bytes. Raises before its end where bytes are missing, so the put leaves the store as it was."""
-        found, size = await uploads.inspect(db, upload), 0
-        for name in found.chunks:
+        row = await uploads.inspect(db, upload)
+        size = 0
+        for name in row.chunks:
             piece = await objects.get(keys.chunk(upload, name))
             copy.write(piece)
             yield piece
             size += len(piece)
         # Uploads that ended under an older version have no length here.
-        if not size or size != (found.length or size):
-            raise NotFound(f"the chunks of {upload} have {size} bytes, the upload had {found.length}")
+        if not size or size != (row.length or size):
+            raise NotFound(f"the chunks of {upload} have {size} bytes, the upload had {row.length}")
 
     await objects.put(original, joined())

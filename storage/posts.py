@@ -15,9 +15,9 @@ from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
 
-PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
-REMEMBERED = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
+CACHED_PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
+MAX_REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
+CACHED_ROWS = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
 
 
 log = logging.getLogger("imagegram.posts")
@@ -46,15 +46,15 @@ def post_from_row(row: list) -> Post:
     return Post(*row[:-1], tuple(tuple(orjson.loads(entry)) for entry in row[-1]))
 
 
-@lru_cache(REMEMBERED)
+@lru_cache(CACHED_ROWS)
 def post_from_line(row: str) -> Post:
     """A row of the feed. The same row is the same post: this saves taking it apart, and never a look into Redis."""
     post, count, author, thumbhash, latest, caption = row.split("\n", 5)
     try:
-        shown = tuple([(id, by, text) for id, by, text in orjson.loads(latest)])
+        comments = tuple([(comment, writer, text) for comment, writer, text in orjson.loads(latest)])
     except (ValueError, TypeError):  # written by others; `check --repair` writes it again
-        shown = ()
-    return Post(post, int(count), author, caption, "ready", thumbhash, None, None, shown)
+        comments = ()
+    return Post(post, int(count), author, caption, "ready", thumbhash, None, None, comments)
 
 
 class FeedCursor(NamedTuple):
@@ -70,7 +70,7 @@ class Page(NamedTuple):
     seen: list[tuple[str, int]]  # first page: epoch and newest revision of each partition, when its rows were read
 
 
-MADE, REPLAYED, KNOWN = 0, 1, 2
+CREATED, REPLAYED, EXISTING = 0, 1, 2
 
 
 async def create(
@@ -83,19 +83,25 @@ async def create(
 ) -> tuple[str, int]:
     """Make a post of a finished upload; it lives where the upload does.
 
-    Returns its id and MADE, REPLAYED if its idempotency key was used before, KNOWN if the upload had become this
-    post. Raises Reused, NoUpload, Expired, Incomplete, Empty, and Busy where `processing` posts of the author are
+    Returns its id and CREATED, REPLAYED if its idempotency key was used before, EXISTING if the upload had become
+    this post. Raises Reused, NoUpload, Expired, Incomplete, Empty, and Busy where `processing` posts of the author are
     being processed.
     """
     partition = keys.partition_of_upload(upload)
     post = keys.new_post_id(partition)
-    named = [keys.upload(upload), keys.post(post), keys.uploads(partition, author), keys.due(partition)]
-    named += [keys.making(partition, author), keys.turns(partition)]
+    script_keys = [
+        keys.upload(upload),
+        keys.post(post),
+        keys.uploads(partition, author),
+        keys.due(partition),
+        keys.making(partition, author),
+        keys.turns(partition),
+    ]
     if idempotency:
-        named.append(keys.once(partition, author, idempotency.request))
-    made, how = await db.call(
+        script_keys.append(keys.once(partition, author, idempotency.scoped_key))
+    created, outcome = await db.call(
         "create_post",
-        named,
+        script_keys,
         db.clock,
         upload,
         post,
@@ -107,13 +113,13 @@ async def create(
         LEASE_MS,
         keys.post_prefix(partition),
     )
-    return made, how
+    return created, outcome
 
 
 async def replayed(db: Redis, author: str, partitions: int, idempotency: keys.IdempotencyKey) -> Post | None:
     """The post that a form with this idempotency key made, if it did. Raises NoPost where it was deleted."""
     partition = keys.partition_of_user(author, partitions)
-    post = await db.call("read_once", [keys.once(partition, author, idempotency.request)])
+    post = await db.call("read_once", [keys.once(partition, author, idempotency.scoped_key)])
     return await read(db, post) if post else None
 
 
@@ -127,26 +133,26 @@ async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None 
 
     Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
     """
-    asked = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
+    calls = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
     # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
-    replies = await asyncio.gather(*asked) if partitions > 1 else [await asked[0]]
-    posts, more = _merged(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
+    replies = await asyncio.gather(*calls) if partitions > 1 else [await calls[0]]
+    posts, more = _merge(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
     for reply in replies:
         report_skipped(reply, "feed")
     return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
 
 
-def report_skipped(reply: list, where: str) -> None:
+def report_skipped(reply: list, list_name: str) -> None:
     """Log, once each, the members of a list that a script has skipped: the fifth item of its reply."""
     if len(reply) > 4:
-        for id in reply[4]:
-            if id not in _reported and len(_reported) < REPORTED:
-                _reported.add(id)
-                log.warning("%s: %r has no whole post and is skipped; run `imagegram-storage check`", where, id)
+        for member in reply[4]:
+            if member not in _reported and len(_reported) < MAX_REPORTED:
+                _reported.add(member)
+                log.warning("%s: %r has no whole post and is skipped; run `imagegram-storage check`", list_name, member)
 
 
-@lru_cache(PAGES)
-def _merged(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
+@lru_cache(CACHED_PAGES)
+def _merge(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
     """The page that the partitions' rows make, and whether there is more. The same rows are the same page."""
     pages = [(more, [post_from_line(row) for row in rows]) for more, rows in replies]
     # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
@@ -184,9 +190,16 @@ async def delete(
     partition = keys.partition_of_post(post)
     await db.call(
         "delete_post",
-        [keys.post(post), keys.comments(post), keys.latest(post)]
-        + [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.due(partition)]
-        + [keys.making(partition, author)],
+        [
+            keys.post(post),
+            keys.comments(post),
+            keys.latest(post),
+            keys.feed(partition),
+            keys.changes(partition),
+            keys.gone(partition),
+            keys.due(partition),
+            keys.making(partition, author),
+        ],
         db.clock,
         post,
         author,

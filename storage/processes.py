@@ -44,7 +44,8 @@ def die_with_parent(signum: int, parent: int) -> None:
 
 def listening(port: int) -> list[int]:
     """The processes that listen on a TCP port, as far as this user may know them: see proc(5), /proc/[pid]/net."""
-    sockets, found = set(), set()
+    sockets = set()
+    pids = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with suppress(OSError):
             for fields in map(str.split, table.read_text().splitlines()[1:]):
@@ -53,5 +54,5 @@ def listening(port: int) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
             if any(os.readlink(file) in sockets for file in (process / "fd").iterdir()):
-                found.add(int(process.name))
-    return sorted(found)
+                pids.add(int(process.name))
+    return sorted(pids)

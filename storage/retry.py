@@ -25,5 +25,5 @@ async def retry(db: Redis) -> int:
 
 async def _retry(db: Redis, post: str) -> int:
     partition = keys.partition_of_post(post)
-    named = [keys.post(post), keys.turns(partition)]
-    return await db.call("retry_post", named, db.clock, post, EXHAUSTED, keys.making_prefix(partition))
+    script_keys = [keys.post(post), keys.turns(partition)]
+    return await db.call("retry_post", script_keys, db.clock, post, EXHAUSTED, keys.making_prefix(partition))

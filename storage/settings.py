@@ -75,8 +75,8 @@ class Settings:
         A day at least, for an operator who restores by other means. Old backups go when a snapshot is made, and the
         first second of one lies up to a snapshot earlier than its end: hence twice its time.
         """
-        kept = max(86400, self.keep_seconds, self.keep_days * 86400)
-        return (kept + 2 * self.snapshot_every) * 1000
+        kept_seconds = max(86400, self.keep_seconds, self.keep_days * 86400)
+        return (kept_seconds + 2 * self.snapshot_every) * 1000
 
 
 def load(environ=os.environ) -> Settings:
@@ -216,27 +216,27 @@ def signing_secret(settings: Settings) -> str:
     if settings.jwt_secret:
         return _long_enough(settings.jwt_secret, "IMAGEGRAM_JWT_SECRET")
     try:
-        return _kept_secret(settings)
+        return _stored_secret(settings)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise refused("DATA", str(settings.data), f"jwt-secret cannot be kept there: {reason}") from None
 
 
-def _kept_secret(settings: Settings) -> str:
-    kept = settings.data / "jwt-secret"
-    if not kept.exists():
+def _stored_secret(settings: Settings) -> str:
+    path = settings.data / "jwt-secret"
+    if not path.exists():
         settings.data.mkdir(parents=True, exist_ok=True)
         draft = settings.data / f".jwt-secret-{secrets.token_hex(8)}"
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(SECRET_BYTES))
         files.sync(draft)  # before it has its name: a cut of power must not leave an empty secret
         with suppress(FileExistsError):
-            os.link(draft, kept)  # of several processes that start at once, one wins and all read its secret
+            os.link(draft, path)  # of several processes that start at once, one wins and all read its secret
         draft.unlink()
     # Before the first token is signed, which another secret would refuse. Also where the file was there already: the
     # process that made it may not have come so far.
     files.sync(settings.data)
-    return _long_enough(kept.read_text(), str(kept))
+    return _long_enough(path.read_text(), str(path))
 
 
 def _long_enough(secret: str, where: str) -> str:

@@ -18,8 +18,8 @@ from storage.objects import Entry, ObjectStore
 from storage.outbox import MayName, recheck_at
 
 DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
-FEW = 100  # so many objects may be removed however few there are besides
-SHOWN = 5  # names in a report
+SAFE_COUNT = 100  # so many objects may be removed however few there are besides
+MAX_NAMES = 5  # names in a report
 
 
 class Mistaken(Exception):
@@ -27,20 +27,20 @@ class Mistaken(Exception):
 
 
 @dataclass
-class Found:
+class Report:
     seen: int = 0  # objects older than a day
-    lost: int = 0  # of them nobody's, and no backup needs them
+    orphans: int = 0  # of them nobody's, and no backup needs them
     size: int = 0  # bytes of those
     waiting: int = 0  # originals and chunks that are nobody's, but a backup may name them
     names: list[str] = field(default_factory=list)  # the first ones lost
 
     def __str__(self) -> str:
-        told = f"nobody owns {self.lost} of {self.seen} objects older than a day ({self.size} bytes)"
-        told += f"; {self.waiting} more are kept, because a backup may name them"
-        return f"{told}: {', '.join(self.names)}" if self.names else told
+        text = f"nobody owns {self.orphans} of {self.seen} objects older than a day ({self.size} bytes)"
+        text += f"; {self.waiting} more are kept, because a backup may name them"
+        return f"{text}: {', '.join(self.names)}" if self.names else text
 
 
-async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach_ms: int, remove: bool) -> Found:
+async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach_ms: int, remove: bool) -> Report:
     """Look at every object older than a day, and if wanted remove those that are nobody's.
 
     An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
@@ -49,31 +49,37 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach
     then they are kept for longer than set. Raises Mistaken, Unreachable, Unavailable.
     """
     if remove:
-        found = await sweep(db, objects, may_name, backup_reach_ms, remove=False)
-        if found.lost > max(FEW, found.seen // 2):
-            raise Mistaken(f"{found}; nothing was removed: is this the right Redis, and restored?")
+        report = await sweep(db, objects, may_name, backup_reach_ms, remove=False)
+        if report.orphans > max(SAFE_COUNT, report.seen // 2):
+            raise Mistaken(f"{report}; nothing was removed: is this the right Redis, and restored?")
     await db.ping()  # also where no object is old enough to ask about
-    found, restored = Found(), {}
+    report = Report()
+    restored: dict[int, int] = {}
     async for batch in _batches(objects, time.time() - DAY):
-        found.seen += len(batch)
-        ids = {keys.owner(entry.name) for entry in batch}
-        owned = set().union(*await asyncio.gather(*(_owned(db, id) for id in ids)))
-        lost = [entry for entry in batch if entry.name not in owned]
-        gone = [entry for entry in lost if not await _named(db, may_name, restored, entry, backup_reach_ms)]
-        found.waiting += len(lost) - len(gone)
-        found.lost += len(gone)
-        found.size += sum(entry.size for entry in gone)
-        found.names += [entry.name for entry in gone][: SHOWN - len(found.names)]
+        report.seen += len(batch)
+        owners = {keys.owner(entry.name) for entry in batch}
+        owned = set().union(*await asyncio.gather(*(_owned(db, owner) for owner in owners)))
+        unowned = [entry for entry in batch if entry.name not in owned]
+        orphans = [
+            entry for entry in unowned if not await _backup_may_name(db, may_name, restored, entry, backup_reach_ms)
+        ]
+        report.waiting += len(unowned) - len(orphans)
+        report.orphans += len(orphans)
+        report.size += sum(entry.size for entry in orphans)
+        report.names += [entry.name for entry in orphans][: MAX_NAMES - len(report.names)]
         if remove:
-            await objects.delete([entry.name for entry in gone])
-    return found
+            await objects.delete([entry.name for entry in orphans])
+    return report
 
 
-async def _named(db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, backup_reach_ms: int) -> bool:
+async def _backup_may_name(
+    db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, backup_reach_ms: int
+) -> bool:
     """Whether a kept backup may name an object. `restored` remembers each partition's last restore."""
     if entry.name.startswith(keys.IMAGES):  # made again from its original
         return False
-    now, modified = now_ms(db), entry.modified * 1000
+    now = now_ms(db)
+    modified = entry.modified * 1000
     if entry.name.startswith(keys.ORIGINALS) and modified >= now - 2 * backup_reach_ms:
         return True
     partition = keys.partition_of(keys.owner(entry.name))
@@ -96,10 +102,10 @@ async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[En
     yield batch
 
 
-async def _owned(db: Redis, id: str) -> set[str]:
+async def _owned(db: Redis, owner: str) -> set[str]:
     """The objects that a post or an upload may have."""
-    if keys.ID.fullmatch(id)[1]:
-        return {keys.chunk(id, name) for name in (await uploads.inspect(db, id)).chunks}
-    partition = keys.partition_of_post(id)
-    known = await db.call("is_owned", [keys.post(id), keys.gone(partition), keys.due(partition)], id)
-    return {keys.original(id), keys.image(id)} if known else set()
+    if keys.ID.fullmatch(owner)[1]:
+        return {keys.chunk(owner, name) for name in (await uploads.inspect(db, owner)).chunks}
+    partition = keys.partition_of_post(owner)
+    known = await db.call("is_owned", [keys.post(owner), keys.gone(partition), keys.due(partition)], owner)
+    return {keys.original(owner), keys.image(owner)} if known else set()

@@ -24,7 +24,7 @@ from storage.errors import (
     Unknown,
     Unreachable,
 )
-from storage.formats import LONGEST, sniff
+from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import (
     CHUNKS,
@@ -39,12 +39,12 @@ from storage.settings import (
 )
 
 CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
-SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW has passed: a slow line loses little when it breaks
-PUTS = 2  # chunks put at the same time: a disk's fsync waits longer than it works
-SLOW = 1.0  # seconds since the chunk's first byte
-MOVED_MS = 1000  # an upload that took a chunk within this time may be about to take another
-STILL = 0.05  # seconds without one after which it stands still; the last chunk takes 20 ms
-STILL_LOOKS = 10  # so often at most: half a second, if the old connection lives after all
+SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW_SECONDS have passed: a slow line loses little at a break
+PARALLEL_PUTS = 2  # chunks put at the same time: a disk's fsync waits longer than it works
+SLOW_SECONDS = 1.0  # seconds since the chunk's first byte
+RECENT_MS = 1000  # an upload that took a chunk within this time may be about to take another
+STILL_SECONDS = 0.05  # seconds without one after which it stands still; the last chunk takes 20 ms
+STILL_POLLS = 10  # so often at most: half a second, if the old connection lives after all
 GRACE_MS = 60_000  # ms in which whoever drops an upload erases its chunks, before the outbox does it
 
 
@@ -78,12 +78,17 @@ async def create(
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
-    named = [keys.upload(upload), keys.uploads(partition, owner), keys.due(partition), keys.making(partition, owner)]
+    script_keys = [
+        keys.upload(upload),
+        keys.uploads(partition, owner),
+        keys.due(partition),
+        keys.making(partition, owner),
+    ]
     if idempotency:
-        named.append(keys.once(partition, owner, idempotency.request))
-    made, repeated = await db.call(
+        script_keys.append(keys.once(partition, owner, idempotency.scoped_key))
+    upload, repeated = await db.call(
         "create_upload",
-        named,
+        script_keys,
         db.clock,
         upload,
         owner,
@@ -100,7 +105,7 @@ async def create(
         processing,
         keys.post_prefix(partition),
     )
-    return made, bool(repeated)
+    return upload, bool(repeated)
 
 
 async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
@@ -117,12 +122,12 @@ async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
 
 async def read(db: Redis, owner: str, upload: str) -> Upload:
     """A user's open upload, without the names of its chunks. Raises NoUpload, Expired."""
-    found = await inspect(db, upload, names=False)
-    if found.owner != owner or found.post:
+    row = await inspect(db, upload, names=False)
+    if row.owner != owner or row.post:
         raise NoUpload("no such upload")
-    if found.expired:
+    if row.expired:
         raise Expired("this upload has expired")
-    return found
+    return row
 
 
 class OpenUpload(NamedTuple):
@@ -139,8 +144,11 @@ async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
     """A user's open uploads, newest first; not those of forms."""
     partition = keys.partition_of_user(owner, partitions)
     rows = await db.call("list_uploads", [keys.uploads(partition, owner)], db.clock, keys.upload_prefix(partition))
-    found = [OpenUpload(id, int(at), int(length), metadata, int(expires)) for id, at, length, metadata, expires in rows]
-    return sorted(found, reverse=True)
+    opened = [
+        OpenUpload(upload, int(offset), int(length), metadata, int(expires))
+        for upload, offset, length, metadata, expires in rows
+    ]
+    return sorted(opened, reverse=True)
 
 
 async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
@@ -149,16 +157,17 @@ async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
     A client whose line broke is back within milliseconds, when what lay in the server's buffer is still being made
     durable, in this process or another. Told the offset before that, it would send those bytes again, in vain.
     """
-    found = await read(db, owner, upload)
-    for _ in range(STILL_LOOKS):
-        moved = found.expires - (DAY_MS if found.offset else HOUR_MS)
-        if moved < now_ms(db) - MOVED_MS:
+    row = await read(db, owner, upload)
+    for _ in range(STILL_POLLS):
+        moved_ms = row.expires - (DAY_MS if row.offset else HOUR_MS)
+        if moved_ms < now_ms(db) - RECENT_MS:
             break
-        await asyncio.sleep(STILL)
-        before, found = found.offset, await read(db, owner, upload)
-        if found.offset == before:
+        await asyncio.sleep(STILL_SECONDS)
+        before = row.offset
+        row = await read(db, owner, upload)
+        if row.offset == before:
             break
-    return found
+    return row
 
 
 class Appender:
@@ -175,70 +184,70 @@ class Appender:
         self._received = offset
         self._db = db
         self._objects = objects
-        self._most = IMAGE_BYTES if length is None else length
-        self._expiry = HOUR_MS if length is None else DAY_MS  # after a form's last chunk nobody can send the rest
-        self._pieces: list[bytes] = []  # received, not yet put
-        self._held = 0  # their bytes
+        self._max_bytes = IMAGE_BYTES if length is None else length
+        self._expiry_ms = HOUR_MS if length is None else DAY_MS  # after a form's last chunk nobody can send the rest
+        self._buffer: list[bytes] = []  # received, not yet put
+        self._buffered = 0  # their bytes
         # The first chunk is small: if another request moved the offset, little was sent in vain.
-        self._full = SMALL_CHUNK
-        self._put_to = offset  # where the next chunk begins
+        self._chunk_bytes = SMALL_CHUNK
+        self._next_offset = offset  # where the next chunk begins
         self._commits: deque[asyncio.Task] = deque()  # each waits for the one before it
         self._timer: asyncio.TimerHandle | None = None
-        self._head = b""  # the first bytes, as long as they do not tell the format
+        self._first_bytes = b""  # the first bytes, as long as they do not tell the format
 
     async def resume(self) -> None:
         """Goes on where an upload stands: its first bytes may not have told the format yet. Raises Full, NoUpload."""
-        if self._received < self._most:
+        if self._received < self._max_bytes:
             self._objects.check_free_space()
-        if 0 < self.offset < LONGEST:
+        if 0 < self.offset < LONGEST_MAGIC:
             # So few bytes are as few chunks. If another request has appended more meanwhile, only ours count here.
             names = (await inspect(self._db, self.upload)).chunks[: self.offset]
             try:
                 pieces = [await self._objects.get(keys.chunk(self.upload, name)) for name in names]
             except NotFound:  # another request has deleted the upload
                 raise NoUpload("no such upload") from None
-            self._head = b"".join(pieces)[: self.offset]
+            self._first_bytes = b"".join(pieces)[: self.offset]
 
     async def write(self, data: bytes) -> None:
         """Takes bytes. Waits only where the line is faster than the store."""
         if self._commits and self._commits[-1].done():
             self._commits[-1].result()  # what follows a chunk that was refused is received in vain
-        if self._received < LONGEST:
-            self._head += data
-            self._check(whole=False)
+        if self._received < LONGEST_MAGIC:
+            self._first_bytes += data
+            self._check_format(whole=False)
         self._received += len(data)
-        if self._received > self._most:
-            raise TooLarge(f"this image may have up to {self._most} bytes")
-        if not self._pieces and self._full > SMALL_CHUNK:
-            self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
-        self._pieces.append(data)
-        self._held += len(data)
-        if self._held >= self._full:
-            while len(self._commits) >= PUTS:
+        if self._received > self._max_bytes:
+            raise TooLarge(f"this image may have up to {self._max_bytes} bytes")
+        if not self._buffer and self._chunk_bytes > SMALL_CHUNK:
+            self._timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._put_slow_chunk)
+        self._buffer.append(data)
+        self._buffered += len(data)
+        if self._buffered >= self._chunk_bytes:
+            while len(self._commits) >= PARALLEL_PUTS:
                 await asyncio.shield(self._commits[0])
                 self._commits.popleft()
-            if self._held:  # else `_hurry` has put the buffer during the wait
-                self._put()
+            if self._buffered:  # else `_put_slow_chunk` has put the buffer during the wait
+                self._start_commit()
 
-    def _hurry(self) -> None:
-        """The buffer's first byte is SLOW seconds old: puts the buffer, also if the line is silent now."""
-        if sum(not commit.done() for commit in self._commits) >= PUTS:
+    def _put_slow_chunk(self) -> None:
+        """The buffer's first byte is SLOW_SECONDS old: puts the buffer, also if the line is silent now."""
+        if sum(not commit.done() for commit in self._commits) >= PARALLEL_PUTS:
             # The store is slower than the line. One longer chunk costs it less than two, and takes no more memory.
-            self._timer = asyncio.get_running_loop().call_later(SLOW, self._hurry)
+            self._timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._put_slow_chunk)
             return
-        self._full = SMALL_CHUNK
-        if self._held >= SMALL_CHUNK:
-            self._put()
+        self._chunk_bytes = SMALL_CHUNK
+        if self._buffered >= SMALL_CHUNK:
+            self._start_commit()
 
-    def _check(self, whole: bool) -> None:
-        told = sniff(self._head[:LONGEST])
-        if told is None or (whole and not told):
+    def _check_format(self, whole: bool) -> None:
+        kind = sniff(self._first_bytes[:LONGEST_MAGIC])
+        if kind is None or (whole and not kind):
             raise Format("only PNG, JPEG and BMP images are taken")
 
     async def commit(self) -> None:
         """Make all that was taken durable, and move the offset over it."""
-        if self._held:
-            self._put()
+        if self._buffered:
+            self._start_commit()
         if self._commits:
             await asyncio.shield(self._commits[-1])
 
@@ -246,59 +255,70 @@ class Appender:
         """The whole image is here. Raises Empty, or Format where it was too short to tell."""
         if not self._received:
             raise Empty("the image is empty")
-        if self._received < LONGEST:
-            self._check(whole=True)
+        if self._received < LONGEST_MAGIC:
+            self._check_format(whole=True)
         await self.commit()
 
     async def abandon(self) -> None:
         """Put nothing more. Chunks that are being put are waited for: cut off, they would be nobody's."""
-        self._pieces, self._held = [], 0
+        self._buffer = []
+        self._buffered = 0
         if self._timer:
             self._timer.cancel()
         if self._commits:
             await asyncio.wait(self._commits)
 
-    def _put(self) -> None:
+    def _start_commit(self) -> None:
         """Begin to commit what is buffered, behind the chunk before it."""
         if self._timer:
             self._timer.cancel()
         before = self._commits[-1] if self._commits else None
-        data = b"".join(self._pieces)
-        self._pieces, self._held, self._full = [], 0, CHUNK
-        self._commits.append(asyncio.create_task(self._append(before, self._put_to, data)))
-        self._put_to += len(data)
+        data = b"".join(self._buffer)
+        self._buffer = []
+        self._buffered = 0
+        self._chunk_bytes = CHUNK
+        self._commits.append(asyncio.create_task(self._commit_chunk(before, self._next_offset, data)))
+        self._next_offset += len(data)
         # Its error is raised where it is waited for; whoever gives up an upload does not want it.
         self._commits[-1].add_done_callback(lambda commit: commit.cancelled() or commit.exception())
 
-    async def _append(self, before: asyncio.Task | None, offset: int, data: bytes) -> None:
+    async def _commit_chunk(self, before: asyncio.Task | None, offset: int, data: bytes) -> None:
         """First the bytes, then the offset: the bytes beside those of other chunks, the offset behind theirs."""
         name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
         self._objects.check_free_space()
         await self._objects.put(chunk, data)
-        offered = False
+        offset_offered = False
         try:
             if before:
                 await before
-            offered = True
-            named = [keys.upload(self.upload), keys.chunks(self.upload)]
-            named.append(keys.due(keys.partition_of_upload(self.upload)))
-            args = (self.upload, offset, len(data), name, self._expiry, IMAGE_BYTES, CHUNKS)
-            self.offset, self.expires = await self._db.call("append_chunk", named, self._db.clock, *args)
+            offset_offered = True
+            self.offset, self.expires = await self._db.call(
+                "append_chunk",
+                [keys.upload(self.upload), keys.chunks(self.upload), keys.due(keys.partition_of_upload(self.upload))],
+                self._db.clock,
+                self.upload,
+                offset,
+                len(data),
+                name,
+                self._expiry_ms,
+                IMAGE_BYTES,
+                CHUNKS,
+            )
         except Exception as error:
-            if not (offered and isinstance(error, Unknown)):  # then it may be the upload's now
+            if not (offset_offered and isinstance(error, Unknown)):  # then it may be the upload's now
                 await self._objects.delete([chunk])
             raise
 
 
-async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, tell: int | str = "") -> None:
-    """End an upload that became no post, and erase its chunks. For `tell` ms it is still known as expired.
+async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, remember_ms: int | str = "") -> None:
+    """End an upload that became no post, and erase its chunks. For `remember_ms` ms it is still known as expired.
 
     The chunks of an upload from before a restore are left to the outbox, because a backup may name them.
 
     Raises NoUpload.
     """
-    chunks = await drop(db, owner, upload, tell)
+    chunks = await drop(db, owner, upload, remember_ms)
     if keys.created_ms(upload) > await last_restore_ms(db, keys.partition_of_upload(upload)):
         await erase_chunks(db, objects, upload, chunks)
 
@@ -308,21 +328,21 @@ async def last_restore_ms(db: Redis, partition: int) -> int:
     return await db.call("read_restored", [keys.restored(partition)])
 
 
-async def drop(db: Redis, owner: str, upload: str, tell: int | str = "") -> list[str]:
+async def drop(db: Redis, owner: str, upload: str, remember_ms: int | str = "") -> list[str]:
     """End an upload that became no post. Returns the names of its chunks, which the outbox erases in a minute.
 
     Raises NoUpload.
     """
     partition = keys.partition_of_upload(upload)
-    named = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
-    return await db.call("drop_upload", named, db.clock, upload, GRACE_MS, tell)
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
+    return await db.call("drop_upload", script_keys, db.clock, upload, GRACE_MS, remember_ms)
 
 
 async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: list[str]) -> None:
     """Erase chunks that nothing can be appended to and nobody needs, then forget them."""
     await objects.delete([keys.chunk(upload, name) for name in chunks])
-    named = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
-    await db.call("forget_chunks", named, upload, DAY_MS)
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
+    await db.call("forget_chunks", script_keys, upload, DAY_MS)
 
 
 @asynccontextmanager
@@ -347,11 +367,11 @@ async def form_upload(
         # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
         # stands in the way of discarding: it has become a post, or the store is away and the outbox does it.
         with suppress(Refusal, Unavailable):
-            await run_to_completion(_give_up(db, objects, owner, image, error))
+            await run_to_completion(_discard_form(db, objects, owner, image, error))
         raise
 
 
-async def _give_up(db: Redis, objects: ObjectStore, owner: str, image: Appender, error: BaseException) -> None:
+async def _discard_form(db: Redis, objects: ObjectStore, owner: str, image: Appender, error: BaseException) -> None:
     await image.abandon()
     if not isinstance(error, (Unreachable, Unknown)):  # Redis is away: nobody is kept waiting for it a second time
         await discard(db, objects, owner, image.upload)
@@ -359,7 +379,8 @@ async def _give_up(db: Redis, objects: ObjectStore, owner: str, image: Appender,
 
 async def run_to_completion(work: Coroutine):
     """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met at the next wait."""
-    task, cancelled = asyncio.ensure_future(work), False
+    task = asyncio.ensure_future(work)
+    cancelled = False
     try:
         while True:
             try:

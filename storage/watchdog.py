@@ -70,10 +70,10 @@ def start(limit: float) -> None:
         start_new_session=True,  # Ctrl-C and honcho's signals are for the process it watches
     )
     os.close(receive)
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_pipe)
 
 
-def _let_go() -> None:
+def _close_pipe() -> None:
     """In a fork: it would hold the pipe open after its parent's end, and its signs would hide that its parent hangs."""
     global _pipe
     if _pipe >= 0:
@@ -91,7 +91,7 @@ def alive() -> None:
         pass
     except BrokenPipeError:
         log.error("it was ended, so the process it watches ends too")
-        _let_go()
+        _close_pipe()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -135,7 +135,8 @@ def step() -> None:
 def _watch(limit: float) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # systemd signals every process of a service
         signal.signal(signum, signal.SIG_IGN)
-    parent, silent = os.getppid(), 0
+    parent = os.getppid()
+    silent = 0  # waits without a byte
     while silent < WAITS:
         if select.select([0], [], [], limit / WAITS)[0]:
             if not os.read(0, 65536):

@@ -53,7 +53,7 @@ async def append(db, upload: str, offset: int, size: int, name: str) -> int:
     return (await db.call("append_chunk", script_keys, db.clock, *args))[0]
 
 
-async def leased(db, id: str) -> outbox.Due | outbox.Image:
+async def leased(db, id: str) -> outbox.DueEntry | outbox.ImageWork:
     work = await (outbox.lease(db, 0) if id.startswith("u") else outbox.lease_images(db, 0, 10))
     return next(one for one in work if one.id == id)
 
@@ -83,8 +83,8 @@ class Scene(NamedTuple):
     failed: str
     comment: str
     upload: str
-    leased: outbox.Image
-    due: outbox.Due
+    leased: outbox.ImageWork
+    due: outbox.DueEntry
 
 
 async def scene(db) -> Scene:
@@ -112,11 +112,11 @@ EMPTY = Empty()
 
 
 async def drop(db, at: Scene):
-    await uploads.discard(db, EMPTY, "alice", at.upload, tell=DAY_MS)
+    await uploads.discard(db, EMPTY, "alice", at.upload, remember_ms=DAY_MS)
 
 
 async def settle(db, at: Scene):
-    await outbox._settle(db, at.due, NOW + 5)
+    await outbox._end_lease(db, at.due, NOW + 5)
 
 
 async def chunk(db, at: Scene):
@@ -316,7 +316,7 @@ async def test_an_idempotency_key_has_one_effect_for_a_day_even_if_its_comment_w
     await comments.delete(db, "bob", post, first.id)
     with unchanged(server.client):
         assert (await comments.add(db, "bob", post, "a", ONCE))[0].id == first.id
-    once = keys.once(0, "bob", ONCE.request)
+    once = keys.once(0, "bob", ONCE.scoped_key)
     assert DAY_MS - 60_000 < server.client.pttl(once) <= DAY_MS
 
     upload, repeated = await uploads.create(db, "alice", 1, 10, "", ONCE)
@@ -326,13 +326,13 @@ async def test_an_idempotency_key_has_one_effect_for_a_day_even_if_its_comment_w
     await refused(server, db, errors.Reused, uploads.create(db, "alice", 1, 11, "", OTHER))
     await append(db, upload, 0, 10, "0-a")
     made, how = await posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "-"))
-    assert how == posts.MADE
+    assert how == posts.CREATED
     with unchanged(server.client):
         assert await posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "-")) == (
             made,
             posts.REPLAYED,
         )
-        assert await posts.create(db, "alice", upload, "another caption") == (made, posts.KNOWN)
+        assert await posts.create(db, "alice", upload, "another caption") == (made, posts.EXISTING)
     await refused(
         server, db, errors.Reused, posts.create(db, "alice", upload, "", IdempotencyKey("POST /v1/posts k", "x"))
     )
@@ -393,7 +393,7 @@ async def test_an_incomplete_or_empty_upload_does_not_become_a_post(server, db):
     form, _ = await uploads.create(db, "alice", 1)
     await refused(server, db, errors.Empty, posts.create(db, "alice", form, ""))
     await append(db, upload, 99, 1, "99-a")
-    assert (await posts.create(db, "alice", upload, ""))[1] == posts.MADE
+    assert (await posts.create(db, "alice", upload, ""))[1] == posts.CREATED
 
 
 async def test_a_user_has_a_quota_of_open_uploads_and_of_bytes(server, db, store):

@@ -36,11 +36,11 @@ async def db(server):
     await db.close()
 
 
-async def leased(db, post: str) -> outbox.Image:
+async def leased(db, post: str) -> outbox.ImageWork:
     return next(image for image in await outbox.lease_images(db, 0, 10) if image.id == post)
 
 
-async def erasure(db, post: str) -> outbox.Due:
+async def erasure(db, post: str) -> outbox.DueEntry:
     return next(due for due in await outbox.lease(db, 0) if due.id == post)
 
 
@@ -65,7 +65,7 @@ async def stored_post(db, store) -> tuple[str, str]:
     return post, image.upload
 
 
-async def make_image(db, store, due: outbox.Image) -> None:
+async def make_image(db, store, due: outbox.ImageWork) -> None:
     """What the job does, without the picture."""
     attempt, upload = await outbox.start_image(db, due.id, due.lease)
     whole = b"".join([await store.get(keys.chunk(upload, n)) for n in (await uploads.inspect(db, upload)).chunks])
@@ -775,9 +775,9 @@ async def test_an_attempt_that_is_late_leaves_the_original_of_another_as_it_is(s
     """It saw no original. Before it looks for the chunks, another attempt publishes and the chunks are erased."""
     post, upload = await stored_post(db, store)
     paused, copy = Paused(store._root), io.BytesIO()
-    late = asyncio.create_task(originals.keep(db, paused, post, upload, copy))
+    late = asyncio.create_task(originals.store(db, paused, post, upload, copy))
     await paused.missed.wait()
-    await originals.keep(db, store, post, upload, io.BytesIO())
+    await originals.store(db, store, post, upload, io.BytesIO())
     await posts.put_image(store, post, jpeg())
     await outbox.publish(db, post, "thumbhash")
     await work_off(db, store)
@@ -795,7 +795,7 @@ async def test_no_original_is_stored_that_is_shorter_than_its_upload(server, db,
     server.client.rpop(keys.chunks(upload), lost)
     before = await names(store)
     with unchanged(server.client), pytest.raises(NotFound):
-        await originals.keep(db, store, post, upload, io.BytesIO())
+        await originals.store(db, store, post, upload, io.BytesIO())
     assert await names(store) == before
 
 
@@ -805,5 +805,5 @@ async def test_an_upload_that_ended_before_its_length_was_kept_is_joined_all_the
     assert server.client.hgetall(keys.upload(upload)) == {"owner": "alice", "post": post, "length": "202"}
     server.client.hdel(keys.upload(upload), "length")
     copy = io.BytesIO()
-    await originals.keep(db, store, post, upload, copy)
+    await originals.store(db, store, post, upload, copy)
     assert await store.get(keys.original(post)) == copy.getvalue() == b"BM" + bytes(200)

@@ -295,7 +295,7 @@ async def shown(db, objects, author: str) -> str:
     post, _ = await posts.create(db, author, image.upload, "caption")
     (due,) = await outbox.lease_images(db, 0, 10)
     _, upload = await outbox.start_image(db, post, due.lease)
-    await originals.keep(db, objects, post, upload, io.BytesIO())
+    await originals.store(db, objects, post, upload, io.BytesIO())
     await posts.put_image(objects, post, jpeg())
     await outbox.publish(db, post, "thumbhash")
     await comments.add(db, "bob", post, "first")

@@ -16,13 +16,13 @@ from storage import keys, objects, posts, settings, uploads
 from storage.backup import chain
 from storage.backup.retain import KeptBackups
 from storage.objects import open_store
-from storage.sweep import DAY, FEW, Found, Mistaken, sweep
+from storage.sweep import DAY, SAFE_COUNT, Mistaken, Report, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
 OLD, OLDEST = 1.1 * DAY, 7.1 * DAY  # seconds; an original may be named by a backup for twice three and a half days
 
 
-async def swept(db, store, chosen: settings.Settings, remove: bool) -> Found:
+async def swept(db, store, chosen: settings.Settings, remove: bool) -> Report:
     may_name = KeptBackups(open_store(chosen.backup_store_url)).may_name
     return await sweep(db, store, may_name, chosen.backup_reach_ms, remove)
 
@@ -86,13 +86,13 @@ async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tm
     before = await names(store)
     with unchanged(server.client, tmp_path):
         found = await swept(db, store, CHOSEN, remove=False)
-    assert (found.lost, found.size, found.waiting) == (4, 16, 1)
+    assert (found.orphans, found.size, found.waiting) == (4, 16, 1)
     assert found.seen == len(owned) + len(lost) + 1
     assert set(found.names) == set(lost)
     with unchanged(server.client):
         assert await swept(db, store, CHOSEN, remove=True) == found
     assert await names(store) == before - set(lost) == owned | set(let_be)
-    assert (await swept(db, store, CHOSEN, remove=True)).lost == 0
+    assert (await swept(db, store, CHOSEN, remove=True)).orphans == 0
 
 
 async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store, tmp_path):
@@ -107,9 +107,9 @@ async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store,
     await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
     db.clock = now * 1000
     found = await swept(db, store, chosen, remove=True)
-    assert (found.lost, found.waiting, found.names) == (1, 2, [image])
+    assert (found.orphans, found.waiting, found.names) == (1, 2, [image])
     await backup.delete([chain.description_name(1)])
-    assert (await swept(db, store, chosen, remove=True)).lost == 2
+    assert (await swept(db, store, chosen, remove=True)).orphans == 2
     assert not lost & await names(store)
 
 
@@ -123,9 +123,10 @@ async def real(embedded):
 
 
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
-    for number in range(FEW + 1):
+    count = SAFE_COUNT + 1
+    for number in range(count):
         await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
-    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{FEW + 1} of {FEW + 1} objects "):
+    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{count} of {count} objects "):
         await swept(real, store, CHOSEN, remove=True)
 
 
@@ -134,7 +135,7 @@ async def test_a_sweep_looks_at_more_than_one_batch(real, store, tmp_path):
     for post in posts:
         await put(store, tmp_path, keys.image(post))
     await put(store, tmp_path, keys.image(NOBODY))
-    assert (await swept(real, store, CHOSEN, remove=True)).lost == 1
+    assert (await swept(real, store, CHOSEN, remove=True)).orphans == 1
     assert await names(store) == {keys.image(post) for post in posts}
 
 
@@ -146,7 +147,7 @@ async def test_a_store_in_a_bucket_is_swept_too(real, monkeypatch):
         await store.put(name, b"1234")
     assert (await swept(real, store, CHOSEN, remove=True)).seen == 0
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + OLD)
-    assert (await swept(real, store, CHOSEN, remove=True)).lost == 2
+    assert (await swept(real, store, CHOSEN, remove=True)).orphans == 2
     assert await names(store) == {keys.image(post)}
 
 

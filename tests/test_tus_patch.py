@@ -334,7 +334,7 @@ def test_a_broken_upload_is_ended_by_delete_while_its_connection_hangs(serving):
 
 async def test_a_trickle_makes_few_objects(serving, store, monkeypatch):
     """1 KiB a second for two minutes, with the second made short. Nothing of it is lost."""
-    monkeypatch.setattr(uploads, "SLOW", 0.002)
+    monkeypatch.setattr(uploads, "SLOW_SECONDS", 0.002)
     db = connect(serving.server)
     image = picture(120 * 1024)
     upload, _ = await uploads.create(db, "alice", 1, len(image))

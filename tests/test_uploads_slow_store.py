@@ -86,8 +86,8 @@ class Gated(Folder):
 
 
 async def test_no_more_than_two_chunks_are_put_at_once_however_slow_the_store(embedded, tmp_path, monkeypatch):
-    """Each put holds its chunk in memory. A chunk that is as old as SLOW waits for its turn, too."""
-    monkeypatch.setattr(uploads, "SLOW", 0.005)
+    """Each put holds its chunk in memory. A chunk that is as old as SLOW_SECONDS waits for its turn, too."""
+    monkeypatch.setattr(uploads, "SLOW_SECONDS", 0.005)
     embedded.client.flushall()
     db, objects, image = connect(embedded), Gated(tmp_path), picture(3 * MIB)
     upload, _ = await uploads.create(db, "alice", 1, len(image))
@@ -103,7 +103,7 @@ async def test_no_more_than_two_chunks_are_put_at_once_however_slow_the_store(em
     for _ in range(100):
         await asyncio.sleep(0.002)
         most = max(most, objects.waiting)
-    assert most == uploads.PUTS
+    assert most == uploads.PARALLEL_PUTS
     objects.gate.set()
     await writing
     assert appender.offset == (await uploads.inspect(db, upload)).offset == len(image)

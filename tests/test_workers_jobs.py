@@ -44,7 +44,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-async def due(db, store) -> outbox.Image:
+async def due(db, store) -> outbox.ImageWork:
     async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
@@ -192,14 +192,14 @@ async def test_an_outage_of_s3_uses_up_no_attempt(db, server, tmp_path, monkeypa
     assert (await posts.read(db, post)).status == "ready"
 
 
-async def handed_out(server, db, post: str) -> outbox.Image:
+async def handed_out(server, db, post: str) -> outbox.ImageWork:
     """The next hint, as if the last lease had ended."""
     server.client.zadd(keys.making(0, "alice"), {post: 0}, xx=True)
     server.client.zadd(keys.turns(0), {"alice": 0}, xx=True)
     return await leased(db, post)
 
 
-async def fail_often(server, db, due: outbox.Image) -> None:
+async def fail_often(server, db, due: outbox.ImageWork) -> None:
     """Runs more jobs than a post has attempts. After each, the post must still be processing."""
     for _ in range(outbox.ATTEMPTS + 2):
         await jobs._attempt(due.id, due.lease)
@@ -287,7 +287,7 @@ async def test_a_decoder_that_dies_uses_up_an_attempt(db, store, due, server, mo
 # Jobs that are killed
 
 
-def run_job_until_killed(proxy, due: outbox.Image, before: dict) -> None:
+def run_job_until_killed(proxy, due: outbox.ImageWork, before: dict) -> None:
     """Runs a job in a process of its own. `before`: by script, what happens before it is called; None: a kill."""
     command = "import sys; from workers import jobs; jobs.make_image(sys.argv[1], int(sys.argv[2]))"
     environment = {**os.environ, "IMAGEGRAM_REDIS_URL": proxy.url}

@@ -104,7 +104,7 @@ async def _create_picture(
         path = Path(folder, "original")
         try:
             with path.open("wb") as copy:
-                await originals.keep(db, objects, post, upload, copy)
+                await originals.store(db, objects, post, upload, copy)
         except NotFound:
             await objects.ping()  # raises Unavailable where the whole store is missing, not only this object
             raise

@@ -90,11 +90,13 @@ class Channel:
         )
         # redis-py leaves make_connection and connect without types.
         self._connection: redis.asyncio.Connection = pool.make_connection()  # type: ignore[no-untyped-call]
-        self._lost, self._enough = lost, enough
+        self._lost = lost
+        self._enough = enough
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline under way
-        self._sending, self._reading = asyncio.Lock(), asyncio.Lock()
+        self._sending = asyncio.Lock()
+        self._reading = asyncio.Lock()
 
     def ask(self, *command: Any) -> asyncio.Future[Any]:
         """Awaits the reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
@@ -122,11 +124,14 @@ class Channel:
 
     async def _send(self) -> None:
         """Send what waits, and read its answers behind those of the pipeline before."""
-        connection, batch, sent = self._connection, [], False
+        connection = self._connection
+        batch = []
+        sent = False
         try:
             async with asyncio.timeout(DEADLINE):
                 async with self._sending:
-                    batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+                    batch = self._waiting[:BATCH]
+                    self._waiting = self._waiting[BATCH:]
                     if not batch:  # it left with the pipeline before
                         return
                     if connection.is_connected and not self._reading.locked() and await connection.can_read():
@@ -139,9 +144,9 @@ class Channel:
                 try:
                     for _, answer in batch:
                         try:
-                            _settle(answer, await connection.read_response(disconnect_on_error=False))
+                            _resolve(answer, await connection.read_response(disconnect_on_error=False))
                         except REPLIED as error:
-                            _settle(answer, error)
+                            _resolve(answer, error)
                 finally:
                     self._reading.release()
         except (RedisError, OSError, TimeoutError) as error:
@@ -149,13 +154,13 @@ class Channel:
             # same server: they are told now, within the deadline.
             await connection.disconnect(nowait=True)
             for _, answer in batch:
-                _settle(answer, self._lost(f"Redis' answer was lost: {error}") if sent else _unreachable(error))
+                _resolve(answer, self._lost(f"Redis' answer was lost: {error}") if sent else _unreachable(error))
             for _, answer in self._waiting:
-                _settle(answer, _unreachable(error))
+                _resolve(answer, _unreachable(error))
             self._waiting = []
 
 
-def _settle(answer: asyncio.Future[Any], result: Any) -> None:
+def _resolve(answer: asyncio.Future[Any], result: Any) -> None:
     if answer.done():  # whoever asked has gone
         return
     if isinstance(result, Exception):
