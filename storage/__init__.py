@@ -1,4 +1,12 @@
-"""Everything that must survive: keys, scripts, objects and settings.
+"""The data that must survive, and everything that reads or writes it.
 
-Knows no HTTP. The only room that names a Redis key, an object or an environment variable.
+This package knows nothing of HTTP. It is the only package that names a Redis key, an object in the store or an
+environment variable.
+
+    posts, comments, uploads, changes      what users create, read and delete
+    outbox, originals                      background work: images to make, bytes to erase
+    keys, errors, settings, formats        what the other files share
+    check, sweep, retry                    maintenance commands of `imagegram-storage`
+    processes, watchdog, logs              processes of the operating system, and their logs
+    db/, objects/, backup/                 Redis, the object store, the backup of Redis
 """

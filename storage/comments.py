@@ -1,4 +1,4 @@
-"""Comments of a post: added, read, listed, deleted."""
+"""Comments of a post: add, read, list, delete."""
 
 from typing import NamedTuple
 
@@ -9,19 +9,20 @@ from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 
 
 class Comment(NamedTuple):
-    """A row as scripts return it."""
+    """A comment as the scripts return it."""
 
-    id: str
+    id: str  # `<ms since 1970>-<number>`, the id of its stream entry
     author: str
     text: str
 
 
 class Page(NamedTuple):
-    comments: list[Comment]
-    more: bool
+    comments: list[Comment]  # newest first
+    more: bool  # whether older comments follow
 
 
 def _script_keys(post: str) -> list[str]:
+    """KEYS of add_comment and delete_comment."""
     partition = keys.partition_of_post(post)
     return [
         keys.post(post),
@@ -36,9 +37,10 @@ def _script_keys(post: str) -> list[str]:
 async def add(
     db: Redis, author: str, post: str, text: str, idempotency: keys.IdempotencyKey | None = None
 ) -> tuple[Comment, bool]:
-    """Add a comment. Returns it, and whether its idempotency key was used before.
+    """Add a comment to a ready post. Returns the comment, and whether its idempotency key was used before.
 
-    Raises Reused, NoPost, NotReady, Failed.
+    Raises Reused where the idempotency key was used for another request, NoPost, NotReady where the post is processing,
+    and Failed where its image could not be made.
     """
     script_keys = _script_keys(post)
     if idempotency:
@@ -51,15 +53,15 @@ async def add(
 
 
 async def delete(db: Redis, author: str, post: str, comment: str) -> None:
-    """Raises NoPost, NoComment, Forbidden."""
+    """Delete a comment of `author`. Raises NoPost, NoComment, and Forbidden where somebody else wrote it."""
     keys.comment_ms(comment)
     await db.call("delete_comment", _script_keys(post), db.clock, post, comment, author, LATEST_COMMENTS)
 
 
 async def read(db: Redis, post: str, comment: str) -> Comment:
-    """Raises NoPost, NoComment."""
+    """One comment. Raises NoPost, NoComment."""
     keys.comment_ms(comment)
-    # The page that begins just above the comment has it as its first row, if it is there.
+    # `page` returns the comments older than an id. This comment, if it exists, is the newest one before the next id.
     ms, _, sequence = comment.partition("-")
     above = f"{ms}-{int(sequence) + 1}"
     newest = await page(db, post, 1, above)
@@ -69,7 +71,10 @@ async def read(db: Redis, post: str, comment: str) -> Comment:
 
 
 async def page(db: Redis, post: str, limit: int, before: str = "") -> Page:
-    """The newest comments, or those older than the comment id `before`, which need not exist. Raises NoPost."""
+    """Up to `limit` comments, newest first: the newest of all, or those older than the comment id `before`.
+
+    A comment with the id `before` need not exist. The page also ends when its texts have PAGE_BYTES. Raises NoPost.
+    """
     more, rows = await db.call(
         "comments_page", [keys.post(post), keys.comments(post)], before, limit, PAGE_BYTES
     )

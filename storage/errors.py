@@ -1,15 +1,17 @@
-"""Why storage said no, one class a word.
+"""The reasons for which storage refuses: one exception class for each word.
 
-A script answers `redis.error_reply('NOPOST no such post')`; its first word finds the class here, the class finds
-one HTTP status in the API's table, and the word in small letters is the `code` a client programs against.
+    redis.error_reply('NOPOST no such post')     a script refuses
+              └─► errors.NoPost                  the first word finds the class in this file
+                    └─► 404                      the class finds its status in api/problems.py
+                    └─► "code": "nopost"         the word in lower case is the `code` that clients program against
 """
 
 
 class Refusal(Exception):
-    """Storage refused and nothing changed. `str()` is a sentence for people."""
+    """Storage refused, and nothing has changed. `str()` is a sentence for people."""
 
     word: str
-    again: int | None = None  # seconds until the same may be asked again, where storage knows them
+    again: int | None = None  # seconds after which the same request may succeed, where storage knows them
 
 
 class NoPost(Refusal):
@@ -94,13 +96,16 @@ class Stale(Refusal):
 
 
 class Unreachable(Refusal):
-    """Redis or the object store cannot be reached, or refuses to write: what was asked has not happened."""
+    """Redis cannot be reached, or it refuses to run commands. Nothing has changed.
+
+    The API uses the same `code` where the object store is unavailable.
+    """
 
     word = "UNREACHABLE"
 
 
 class Unknown(Refusal):
-    """Redis' answer to a write was lost: it may have happened. Ask again with the same Idempotency-Key."""
+    """Redis' reply to a write was lost, so the write may have happened. Repeat it with the same Idempotency-Key."""
 
     word = "UNKNOWN"
 
@@ -109,9 +114,10 @@ REFUSALS = {refusal.word: refusal for refusal in Refusal.__subclasses__()}
 
 
 def from_reply(message: str) -> Refusal | None:
-    """The refusal that an error reply of a script names, or None where it is no refusal but a fault.
+    """The refusal that a script's error reply stands for. None where the reply is another error, which is a bug.
 
-    `QUOTA 60 you have too many open uploads`: a number behind the word is `again`.
+    A number after the word is `again`: the reply `QUOTA 60 you have too many open uploads` gives
+    `Quota("you have too many open uploads")` with `again` 60.
     """
     word, _, sentence = message.partition(" ")
     if word not in REFUSALS:

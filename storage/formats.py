@@ -1,15 +1,22 @@
-"""Tells an image's format from its first bytes, whatever its name or declared type says."""
+"""Recognizes an image's format by its first bytes. Its file name and its declared media type are ignored."""
 
 MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",  # PNG, section 5.2
-    b"\xff\xd8\xff": "JPEG",  # JPEG (T.81), B.1.1.3: SOI and the next marker's first byte
-    b"BM": "BMP",
+    b"\xff\xd8\xff": "JPEG",  # JPEG (ITU-T T.81), B.1.1.3: SOI, and the first byte of the next marker
+    b"BM": "BMP",  # BITMAPFILEHEADER, bfType
 }
-LONGEST_MAGIC = max(map(len, MAGIC))
+LONGEST_MAGIC = max(map(len, MAGIC))  # bytes that are always enough for `sniff`
 
 
 def sniff(head: bytes) -> str | None:
-    """PNG, JPEG or BMP; empty where more bytes are needed to tell; None where it is none of them."""
+    """The format of an image that begins with `head`.
+
+    | `head` | result |
+    |---|---|
+    | begins as a PNG, JPEG or BMP does | "PNG", "JPEG" or "BMP" |
+    | too short to decide | "" |
+    | anything else | None |
+    """
     for magic, name in MAGIC.items():
         if head.startswith(magic):
             return name

@@ -1,11 +1,16 @@
-"""Ids, and every name made from them: Redis keys and objects. Nothing else builds a key.
+"""Ids, and every name that is built from them: Redis keys and object names. No other file builds a key.
 
-An id is a ULID (https://github.com/ulid/spec: 48 bits of milliseconds, 80 random bits, 26 digits of Crockford's
-base 32) and the partition it lives in: `01JD4Q7ZK5W8Y3N6R2T9V0XABC-0`. Ids sort by time, and say where to look,
-so partitions can be added without moving anything. An upload's id begins with `u`, so that the two never mix.
+The id of a post is a ULID (https://github.com/ulid/spec) and the number of the post's partition:
 
-Every key carries its partition as hash tag: all that one write touches lies in one slot of a Redis Cluster.
-What the keys hold stands in docs/keys.md.
+    01JD4Q7ZK5W8Y3N6R2T9V0XABC-0
+    └───────── ULID ─────────┘ └ partition
+
+A ULID is 48 bits of milliseconds since 1970 and 80 random bits, written as 26 digits of Crockford's base 32. So ids
+sort by time. The partition in the id says where the data is, so partitions can be added without moving data. The id of
+an upload begins with `u`, so an upload is never taken for a post.
+
+Every key contains its partition as hash tag, as in `feed:{0}`. So all keys that one write touches are in one slot of a
+Redis Cluster. docs/keys.md says what each key holds.
 """
 
 import binascii
@@ -18,23 +23,29 @@ from typing import NamedTuple
 
 from storage.errors import NoComment, NoPost, NoUpload
 
-ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-DIGITS = str.maketrans(ALPHABET, "0123456789ABCDEFGHIJKLMNOPQRSTUV")  # as `int` reads base 32
+ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
+DIGITS = str.maketrans(ALPHABET, "0123456789ABCDEFGHIJKLMNOPQRSTUV")  # to the digits of int(text, 32)
 ID = re.compile(r"(u?)([0-7][0-9A-HJKMNP-TV-Z]{25})-(0|[1-9][0-9]{0,4})")
 KEY = re.compile(r"([a-z]+):\{([0-9]{1,5})\}(?::(.*))?", re.DOTALL)
 COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
 
 
 def partition_of_user(user: str, partitions: int) -> int:
-    """Where a user's new posts, uploads and idempotency keys live: CRC-16/XMODEM, as Redis Cluster hashes keys."""
+    """The partition of a user's new posts, uploads and idempotency keys: `partition_of_user("alice", 4)` is 1.
+
+    It is CRC-16/XMODEM modulo the number of partitions. Redis Cluster hashes keys by the same CRC (Redis Cluster
+    specification, "Key distribution model").
+    """
     return binascii.crc_hqx(user.encode(), 0) % partitions
 
 
 def new_post_id(partition: int) -> str:
+    """A post id that was never used before. Its time is this machine's clock."""
     return f"{_ulid()}-{partition}"
 
 
 def new_upload_id(partition: int) -> str:
+    """An upload id that was never used before. Its time is this machine's clock."""
     return f"u{_ulid()}-{partition}"
 
 
@@ -44,13 +55,19 @@ def _ulid() -> str:
 
 
 def created_ms(post: str) -> int:
-    """When an id was minted, in milliseconds since 1970."""
+    """When the id of a post or an upload was created, in ms since 1970. The id must be valid.
+
+    `created_ms("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 1732104158821.
+    """
     return int(post.removeprefix("u")[:10].translate(DIGITS), 32)
 
 
-@lru_cache(1024)  # asked for each key of a call
+@lru_cache(1024)  # one call of a script asks several times for the same post
 def partition_of_post(post: str) -> int:
-    """The partition a post id names. Raises NoPost where it is no post id."""
+    """The partition of a post: `partition_of_post("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 0.
+
+    Raises NoPost where the text is not the id of a post. So a malformed id never reaches Redis.
+    """
     parts = ID.fullmatch(post)
     if not parts or parts[1]:
         raise NoPost("no such post")
@@ -58,7 +75,10 @@ def partition_of_post(post: str) -> int:
 
 
 def partition_of_upload(upload: str) -> int:
-    """The partition an upload id names. Raises NoUpload where it is no upload id."""
+    """The partition of an upload: `partition_of_upload("u01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 0.
+
+    Raises NoUpload where the text is not the id of an upload. So a malformed id never reaches Redis.
+    """
     parts = ID.fullmatch(upload)
     if not parts or not parts[1]:
         raise NoUpload("no such upload")
@@ -66,19 +86,23 @@ def partition_of_upload(upload: str) -> int:
 
 
 def partition_of(owner_id: str) -> int:
-    """The partition that the id of a post or an upload names; it must be one."""
+    """The partition of a post or an upload. The id must be valid."""
     return int(ID.fullmatch(owner_id)[3])
 
 
 def comment_ms(comment: str) -> int:
-    """When a comment was written, in milliseconds since 1970. Raises NoComment where it is no comment id."""
+    """When a comment was written, in ms since 1970: `comment_ms("1795459382641-0")` is 1795459382641.
+
+    The id of a comment is the id of its stream entry (Redis, "Streams", "Entry IDs"). Raises NoComment where the text
+    is not the id of a comment.
+    """
     parts = COMMENT_ID.fullmatch(comment)
     if not parts:
         raise NoComment("no such comment")
     return int(parts[1])
 
 
-# Redis keys
+# Redis keys. A `…_prefix` is for scripts that read ids in Redis and append them.
 
 
 def feed(partition: int) -> str:
@@ -158,13 +182,17 @@ def uploads(partition: int, user: str) -> str:
 
 
 def parts(key: str) -> tuple[str, int | None, str]:
-    """Kind, partition and id of a key; of one that is none of these an empty kind."""
+    """The kind, the partition and the rest of a key: `parts("uploads:{0}:alice")` is `("uploads", 0, "alice")`.
+
+    The rest is the id of a post or an upload, a user, or empty. A key of another shape, such as RQ's `rq:workers`,
+    gives `("", None, "")`.
+    """
     match = KEY.fullmatch(key)
     return (match[1], int(match[2]), match[3] or "") if match else ("", None, "")
 
 
 def well_formed(key: str) -> bool:
-    """Whether a key is one that the functions above may have made."""
+    """Whether the functions above can have built this key."""
     kind, partition, name = parts(key)
     if kind in ("post", "comments", "latest", "upload", "chunks"):
         match = ID.fullmatch(name)
@@ -176,19 +204,29 @@ def well_formed(key: str) -> bool:
 
 
 class IdempotencyKey(NamedTuple):
-    """An Idempotency-Key, as storage sees it."""
+    """An Idempotency-Key with the request that it belongs to (draft-ietf-httpapi-idempotency-key-header).
 
-    scoped_key: str  # the method, path and key of a user's request, which it belongs to
-    digest: str  # of what it asked for, to tell a repetition from another request; "-" compares nothing
+    The same key of the same user for another method or path is another key.
+    """
+
+    scoped_key: str  # method, path and key, with a space between: "POST /v1/posts 7c2f"
+    digest: str  # of the request's body: tells a repetition from another request. "-": the body is not compared
 
 
 def once(partition: int, user: str, scoped_key: str) -> str:
-    """16 bytes of digest: the key itself may be 255 bytes long, and is paid for in memory for a day."""
+    """The key that remembers what a request with an Idempotency-Key created.
+
+    It contains a digest of 16 bytes instead of the client's key. That may be 255 bytes long, and it would take memory
+    for a day.
+    """
     return f"once:{{{partition}}}:{user}:{digest(scoped_key.encode(), 16)}"
 
 
 def digest(data: bytes, size: int = 8) -> str:
-    """BLAKE2b in hexadecimal; 8 bytes tell apart what one user sends under one key."""
+    """BLAKE2b of `size` bytes (RFC 7693), in hexadecimal.
+
+    8 bytes are enough to tell apart the bodies that one user sends under one idempotency key.
+    """
     return blake2b(data, digest_size=size).hexdigest()
 
 
@@ -200,7 +238,10 @@ def chunk(upload_id: str, name: str) -> str:
 
 
 def chunk_name(offset: int) -> str:
-    """A name never used before: two requests at one offset put two objects, and the script chooses one."""
+    """A name for a chunk that begins at `offset` bytes. It was never used before.
+
+    Two requests at one offset store two objects. The script append_chunk accepts one of them.
+    """
     return f"{offset}-{secrets.token_hex(8)}"
 
 
@@ -213,9 +254,9 @@ def image(post_id: str) -> str:
 
 
 IMAGES, ORIGINALS = "images/", "originals/"
-OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all of them
+OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects
 
 
 def owner(name: str) -> str:
-    """The id of the upload or post that an object's name names."""
+    """The id of the post or the upload that an object belongs to: `owner("images/<post>.jpg")` is `<post>`."""
     return name.split("/")[1].removesuffix(".jpg")

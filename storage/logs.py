@@ -1,12 +1,13 @@
-"""The one configuration of logging, for every command of ours that runs for long."""
+"""The configuration of logging, for every command of this project that runs for long."""
 
 import logging
 
 
 def configure() -> None:
-    """Log from INFO on to stderr, as `INFO imagegram.ship: …`. The time is left to Docker, Kubernetes or journald.
+    """Log INFO and above to stderr, as `INFO imagegram.ship: …`.
 
-    Sanic logs each start and stop of a server; only its warnings are of use.
+    The lines have no time, because Docker, Kubernetes and journald add one. Of Sanic only warnings are logged: it also
+    logs each start and stop of a server, which is of no use here.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for name in ("sanic.server", "sanic.root"):

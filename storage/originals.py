@@ -1,4 +1,4 @@
-"""Originals: joined of an upload's chunks, kept byte for byte as they came, never served."""
+"""Originals: images as they were uploaded, byte for byte. They are joined from an upload's chunks and never served."""
 
 from typing import BinaryIO
 
@@ -8,10 +8,14 @@ from storage.objects import NotFound, ObjectStore
 
 
 async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, copy: BinaryIO) -> None:
-    """Stores a post's original, unless it is stored already, and writes its bytes to `copy`.
+    """Store a post's original unless it is already stored, and write its bytes to `copy`.
 
-    Raises objects.NotFound where neither the original nor all chunks are there: another attempt has joined them since
-    we looked for the original, or the post was deleted. Then nothing was stored.
+    `upload` is the upload that the post was created from. It is None for a post that was ready once: such a post must
+    have its original.
+
+    Raises objects.NotFound where the original and some chunks are missing; then nothing was stored. The post was
+    deleted, or another attempt joined the chunks after this call had looked for the original. Raises Unavailable and
+    Full of the store, and Unreachable.
     """
     original = keys.original(post)
     try:
@@ -23,7 +27,7 @@ async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, 
             raise
 
     async def joined():
-        """The chunks' bytes. Raises before its end where bytes are missing, so the put leaves the store as it was."""
+        """The bytes of the chunks. Raises at the end if bytes are missing; then `put` stores nothing."""
         row = await uploads.inspect(db, upload)
         size = 0
         for name in row.chunks:
@@ -31,7 +35,7 @@ async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, 
             copy.write(piece)
             yield piece
             size += len(piece)
-        # Uploads that ended under an older version have no length here.
+        # An upload that became a post under an older version of this software has no `length`.
         if not size or size != (row.length or size):
             raise NotFound(f"the chunks of {upload} have {size} bytes, the upload had {row.length}")
 

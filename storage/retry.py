@@ -1,6 +1,7 @@
-"""`imagegram-storage retry`: hands out posts again whose image could not be made for reasons that have passed.
+"""`imagegram-storage retry`: gives failed posts new attempts at their image.
 
-For use after an outage or a fault of the workers. A post whose image itself is the reason stays failed.
+It is for the time after an outage or a fault of the workers, which may have used up the attempts of good images. It
+takes only posts that failed as `exhausted`. A post that failed because of the image itself stays failed.
 """
 
 import asyncio
@@ -12,9 +13,9 @@ from storage.outbox import EXHAUSTED
 
 
 async def retry(db: Redis) -> int:
-    """Puts every post that failed as `exhausted` back among its author's image work, with all its attempts.
+    """Put every post that failed as `exhausted` back into its author's image work, with all attempts.
 
-    Returns their number. Raises Unreachable, Unknown.
+    Returns the number of such posts. Raises Unreachable, and Unknown where the reply to a write was lost.
     """
     count = 0
     async for names in scan(db):

@@ -1,9 +1,28 @@
-"""Uploads: bytes that arrive as a stream, kept as immutable chunks behind an offset that moves by compare-and-set.
+"""Uploads: images that arrive in pieces, by tus (https://tus.io/protocols/resumable-upload) or by a form.
 
-A chunk is made durable first, then the script moves the offset over it. Several processes may append to one upload:
-of two chunks at one offset the script takes one, the other is erased. There are no locks.
+The bytes of an upload are immutable chunks in the object store. Redis holds the names of the chunks and the offset.
 
     received ──► buffer ──put──► chunks/<upload>/<offset>-<random> ──append_chunk──► offset
+
+A chunk becomes durable first. Then the script append_chunk moves the offset past it, by compare-and-set. So there are
+no locks, and several processes may append to one upload: of two chunks at one offset the script accepts one, and the
+other is erased.
+
+The fields of `upload:{p}:<id>` in each state (docs/keys.md):
+
+| state | fields | then |
+|---|---|---|
+| open | `owner`, `offset`, `expires`, `length`, `metadata` | takes chunks until `offset` is `length` |
+| open, of a form | `owner`, `offset`, `expires` | takes chunks; its length is known when the form ends |
+| finished | as open; `offset` is `length` | create_post makes a post of it |
+| post | `owner`, `post`, `length` (the sum of the chunks) | its chunks are erased once the post has its original |
+| dropped | none: the hash is gone | its chunks are erased |
+| expired | `owner`, `expires` = 0 | its chunks are erased; for a day it is refused as expired, not as unknown |
+
+`expires` is an hour after an upload was opened. Each chunk moves it to 24 hours later, or to an hour later in a form.
+After that time the upload is refused as expired at once. The outbox then drops it and leaves the fields of the last
+row. In the last three states `chunks:{p}:<id>` exists until the chunks are erased: for a post that failed, until it is
+deleted.
 """
 
 import asyncio
@@ -38,27 +57,29 @@ from storage.settings import (
     RESERVED_BYTES,
 )
 
-CHUNK = MIB  # bytes at which a chunk is put: an fsync costs less than receiving it on any phone's network
-SMALL_CHUNK = 64 * 1024  # bytes at which it is put once SLOW_SECONDS have passed: a slow line loses little at a break
-PARALLEL_PUTS = 2  # chunks put at the same time: a disk's fsync waits longer than it works
-SLOW_SECONDS = 1.0  # seconds since the chunk's first byte
-RECENT_MS = 1000  # an upload that took a chunk within this time may be about to take another
-STILL_SECONDS = 0.05  # seconds without one after which it stands still; the last chunk takes 20 ms
-STILL_POLLS = 10  # so often at most: half a second, if the old connection lives after all
-GRACE_MS = 60_000  # ms in which whoever drops an upload erases its chunks, before the outbox does it
+CHUNK = MIB  # bytes of a full chunk. Storing one with fsync takes less time than receiving it over a phone's network
+# Bytes of a small chunk, for a slow connection. What is in the buffer when the connection breaks is lost, so a slow
+# connection must not wait until it has a full chunk.
+SMALL_CHUNK = 64 * 1024
+SLOW_SECONDS = 1.0  # once a chunk's first byte is older than this, SMALL_CHUNK bytes are enough for a chunk
+PARALLEL_PUTS = 2  # chunks that are stored at the same time. An fsync is mostly waiting
+RECENT_MS = 1000  # if an upload took a chunk within this time, another chunk may be on its way to the store
+STILL_SECONDS = 0.05  # an upload that took no chunk in this time stands still. The last chunk takes 20 ms
+STILL_POLLS = 10  # the most polls, half a second: the old connection may be alive and still sending
+GRACE_MS = 60_000  # the caller of `drop` has this time to erase the chunks; then the outbox does it
 
 
 class Upload(NamedTuple):
-    """A row as the script returns it, sizes in bytes."""
+    """An upload as the script read_upload returns it, in any state. Sizes are in bytes."""
 
-    owner: str | None  # None: dropped, or never there
-    offset: int
-    length: int | None  # None: an open form's, which the form's end tells
-    metadata: str
-    expires: int  # ms since 1970; 0: it has expired and was dropped
-    post: str | None  # once it became one
+    owner: str | None  # None: dropped, or it never existed
+    offset: int  # bytes that are durable; 0 where the upload is not open
+    length: int | None  # None: open, of a form, or not known any more
+    metadata: str  # Upload-Metadata as the client sent it (tus, "Creation")
+    expires: int  # ms since 1970; 0 where the upload is not open
+    post: str | None  # the id of the post that it became
     expired: bool
-    chunks: list[str]  # names, in order; empty where they were not asked for
+    chunks: list[str]  # their names, in order; empty where they were not requested
 
 
 async def create(
@@ -71,10 +92,14 @@ async def create(
     form_bytes: int = IMAGE_BYTES,
     processing: int = PROCESSING,
 ) -> tuple[str, bool]:
-    """Opens an upload of `length` bytes; without it the upload of a form, which may bring `form_bytes`.
+    """Open an upload of `length` bytes. Without `length` it is the upload of a form, and reserves `form_bytes`.
 
-    Returns its id, and whether its idempotency key was used before. Raises Reused, TooLarge, Quota, and, of a form,
-    Busy where `processing` posts of its owner are being processed.
+    A form reserves FORM_BYTES at least and IMAGE_BYTES at most. Returns the upload's id, and whether the idempotency
+    key was used before; then it is the id of the upload that was opened then.
+
+    Raises Reused where the idempotency key was used for another request, TooLarge above IMAGE_BYTES, Quota where the
+    owner has too many open uploads or reserved bytes, and, of a form, Busy where `processing` posts of the owner are
+    being processed.
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
@@ -109,9 +134,9 @@ async def create(
 
 
 async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
-    """An upload as it is, whoever owns it. `names`: with those of its chunks, up to 10,000.
+    """An upload of any owner and in any state. With `names` it includes the names of its chunks, up to 10,000.
 
-    Raises NoUpload where the id is none.
+    Raises NoUpload where `upload` is not the id of an upload. An id that is not in use gives a row whose owner is None.
     """
     owner, offset, length, metadata, expires, post, expired, chunks = await db.call(
         "read_upload", [keys.upload(upload), keys.chunks(upload)], db.clock, int(names)
@@ -121,7 +146,10 @@ async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
 
 
 async def read(db: Redis, owner: str, upload: str) -> Upload:
-    """A user's open upload, without the names of its chunks. Raises NoUpload, Expired."""
+    """An open upload of a user, without the names of its chunks.
+
+    Raises NoUpload where the upload does not exist, belongs to somebody else or became a post. Raises Expired.
+    """
     row = await inspect(db, upload, names=False)
     if row.owner != owner or row.post:
         raise NoUpload("no such upload")
@@ -131,17 +159,17 @@ async def read(db: Redis, owner: str, upload: str) -> Upload:
 
 
 class OpenUpload(NamedTuple):
-    """An upload that its owner can go on with, sizes in bytes."""
+    """An open upload that its owner can continue. Sizes are in bytes."""
 
     id: str
     offset: int
     length: int
-    metadata: str  # as the client sent it
+    metadata: str  # Upload-Metadata as the client sent it (tus, "Creation")
     expires: int  # ms since 1970
 
 
 async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
-    """A user's open uploads, newest first; not those of forms."""
+    """A user's open uploads, newest first, without those of forms: nobody can continue a form."""
     partition = keys.partition_of_user(owner, partitions)
     rows = await db.call("list_uploads", [keys.uploads(partition, owner)], db.clock, keys.upload_prefix(partition))
     opened = [
@@ -152,10 +180,11 @@ async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
 
 
 async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
-    """As `read`, but an upload that has just moved is waited for until it stands still.
+    """Like `read`, but if the offset has moved a moment ago, wait until it stops. At most half a second.
 
-    A client whose line broke is back within milliseconds, when what lay in the server's buffer is still being made
-    durable, in this process or another. Told the offset before that, it would send those bytes again, in vain.
+    A client whose connection broke is back within milliseconds. The last bytes that the server received are then still
+    being stored, in this process or in another one. With an earlier offset the client would send those bytes again, and
+    they would be refused.
     """
     row = await read(db, owner, upload)
     for _ in range(STILL_POLLS):
@@ -171,36 +200,57 @@ async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
 
 
 class Appender:
-    """Appends received bytes to an upload, from its offset on. While some chunks are made durable the next is received.
+    """Appends received bytes to an upload, starting at its offset. It receives the next chunk while it stores others.
 
-    Raises Format at the first bytes that are no image of ours, TooLarge past the upload's length, Offset where
-    another request has moved the offset meanwhile, Chunks, Expired, NoUpload. What was committed before stays.
+        image = Appender(db, objects, upload, offset, length)
+        await image.resume()              # if the upload was begun by another request
+        await image.write(data)           # for each piece that arrives
+        await image.commit()              # or `finish`, for a form, at the end; on an error `abandon`
+
+    | error | when |
+    |---|---|
+    | Format | the first bytes are not those of a PNG, JPEG or BMP |
+    | TooLarge | more bytes than the upload's length arrived |
+    | Offset | another request has moved the offset in the meantime |
+    | Chunks | the upload came in more than CHUNKS pieces |
+    | Expired, NoUpload | the upload has expired, was deleted or became a post |
+    | Full, Unavailable | the object store has no space, or is unavailable |
+    | Unreachable, Unknown | Redis is unavailable, or its reply was lost |
+
+    Chunks that were committed before an error stay in the upload.
     """
 
     def __init__(self, db: Redis, objects: ObjectStore, upload: str, offset: int = 0, length: int | None = None):
         self.upload = upload
         self.offset = offset  # bytes that are durable
-        self.expires = 0  # ms since 1970, once something was committed
-        self._received = offset
+        self.expires = 0  # ms since 1970; 0 until a chunk was committed
+        self._received = offset  # bytes, with those that came before this Appender
         self._db = db
         self._objects = objects
         self._max_bytes = IMAGE_BYTES if length is None else length
-        self._expiry_ms = HOUR_MS if length is None else DAY_MS  # after a form's last chunk nobody can send the rest
-        self._buffer: list[bytes] = []  # received, not yet put
-        self._buffered = 0  # their bytes
-        # The first chunk is small: if another request moved the offset, little was sent in vain.
+        self._expiry_ms = HOUR_MS if length is None else DAY_MS  # nobody can continue a form that has stopped
+        self._buffer: list[bytes] = []  # received, and not yet in a chunk
+        self._buffered = 0  # bytes in the buffer
+        # A chunk begins when the buffer has this many bytes. The first chunk is small: if another request has moved the
+        # offset, the client notices after few bytes.
         self._chunk_bytes = SMALL_CHUNK
         self._next_offset = offset  # where the next chunk begins
-        self._commits: deque[asyncio.Task] = deque()  # each waits for the one before it
+        self._commits: deque[asyncio.Task] = deque()  # each one waits for the one before it
         self._timer: asyncio.TimerHandle | None = None
-        self._first_bytes = b""  # the first bytes, as long as they do not tell the format
+        self._first_bytes = b""  # of the image, until they are enough for `sniff`
 
     async def resume(self) -> None:
-        """Goes on where an upload stands: its first bytes may not have told the format yet. Raises Full, NoUpload."""
+        """Prepare to append to an upload that another request began.
+
+        If so few bytes arrived before that the image's format is not known yet, it reads them from the store.
+
+        Raises Full, NoUpload where the upload was deleted, Unavailable, Unreachable.
+        """
         if self._received < self._max_bytes:
             self._objects.check_free_space()
         if 0 < self.offset < LONGEST_MAGIC:
-            # So few bytes are as few chunks. If another request has appended more meanwhile, only ours count here.
+            # A chunk has a byte at least, so these bytes are in the first `offset` chunks. Another request may have
+            # appended more in the meantime.
             names = (await inspect(self._db, self.upload)).chunks[: self.offset]
             try:
                 pieces = [await self._objects.get(keys.chunk(self.upload, name)) for name in names]
@@ -209,9 +259,9 @@ class Appender:
             self._first_bytes = b"".join(pieces)[: self.offset]
 
     async def write(self, data: bytes) -> None:
-        """Takes bytes. Waits only where the line is faster than the store."""
+        """Append bytes. It waits only if the client sends faster than the store writes."""
         if self._commits and self._commits[-1].done():
-            self._commits[-1].result()  # what follows a chunk that was refused is received in vain
+            self._commits[-1].result()  # raises the error of an earlier chunk, after which all bytes are useless
         if self._received < LONGEST_MAGIC:
             self._first_bytes += data
             self._check_format(whole=False)
@@ -226,13 +276,16 @@ class Appender:
             while len(self._commits) >= PARALLEL_PUTS:
                 await asyncio.shield(self._commits[0])
                 self._commits.popleft()
-            if self._buffered:  # else `_put_slow_chunk` has put the buffer during the wait
+            if self._buffered:  # `_put_slow_chunk` may have emptied the buffer during the wait
                 self._start_commit()
 
     def _put_slow_chunk(self) -> None:
-        """The buffer's first byte is SLOW_SECONDS old: puts the buffer, also if the line is silent now."""
+        """The timer's callback: the buffer's first byte is SLOW_SECONDS old. Stores the buffer as a small chunk.
+
+        The timer is needed because a silent connection calls nothing.
+        """
         if sum(not commit.done() for commit in self._commits) >= PARALLEL_PUTS:
-            # The store is slower than the line. One longer chunk costs it less than two, and takes no more memory.
+            # The store is slower than the connection. One longer chunk costs it less than two, and no more memory.
             self._timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._put_slow_chunk)
             return
         self._chunk_bytes = SMALL_CHUNK
@@ -240,19 +293,20 @@ class Appender:
             self._start_commit()
 
     def _check_format(self, whole: bool) -> None:
+        """Raises Format. `whole` says that no more bytes follow."""
         kind = sniff(self._first_bytes[:LONGEST_MAGIC])
         if kind is None or (whole and not kind):
             raise Format("only PNG, JPEG and BMP images are taken")
 
     async def commit(self) -> None:
-        """Make all that was taken durable, and move the offset over it."""
+        """Store all bytes received so far, and move the offset past them."""
         if self._buffered:
             self._start_commit()
         if self._commits:
             await asyncio.shield(self._commits[-1])
 
     async def finish(self) -> None:
-        """The whole image is here. Raises Empty, or Format where it was too short to tell."""
+        """Like `commit`, at the end of the image. Raises also Empty, and Format where the image is too short."""
         if not self._received:
             raise Empty("the image is empty")
         if self._received < LONGEST_MAGIC:
@@ -260,7 +314,10 @@ class Appender:
         await self.commit()
 
     async def abandon(self) -> None:
-        """Put nothing more. Chunks that are being put are waited for: cut off, they would be nobody's."""
+        """Discard the buffer, and wait for the chunks that are being stored.
+
+        If it did not wait, a chunk that is stored later would belong to nothing, and nothing would erase it.
+        """
         self._buffer = []
         self._buffered = 0
         if self._timer:
@@ -269,7 +326,7 @@ class Appender:
             await asyncio.wait(self._commits)
 
     def _start_commit(self) -> None:
-        """Begin to commit what is buffered, behind the chunk before it."""
+        """Begin to commit the buffer as the next chunk."""
         if self._timer:
             self._timer.cancel()
         before = self._commits[-1] if self._commits else None
@@ -279,11 +336,15 @@ class Appender:
         self._chunk_bytes = CHUNK
         self._commits.append(asyncio.create_task(self._commit_chunk(before, self._next_offset, data)))
         self._next_offset += len(data)
-        # Its error is raised where it is waited for; whoever gives up an upload does not want it.
+        # `write` and `commit` raise the task's error. `abandon` does not: reading the error here keeps asyncio from
+        # logging it as never retrieved.
         self._commits[-1].add_done_callback(lambda commit: commit.cancelled() or commit.exception())
 
     async def _commit_chunk(self, before: asyncio.Task | None, offset: int, data: bytes) -> None:
-        """First the bytes, then the offset: the bytes beside those of other chunks, the offset behind theirs."""
+        """Store a chunk, then move the offset past it.
+
+        The bytes of several chunks are stored at the same time. The offset moves in the order of the chunks.
+        """
         name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
         self._objects.check_free_space()
@@ -306,17 +367,18 @@ class Appender:
                 CHUNKS,
             )
         except Exception as error:
-            if not (offset_offered and isinstance(error, Unknown)):  # then it may be the upload's now
+            if not (offset_offered and isinstance(error, Unknown)):  # Unknown: the upload may have the chunk now
                 await self._objects.delete([chunk])
             raise
 
 
 async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, remember_ms: int | str = "") -> None:
-    """End an upload that became no post, and erase its chunks. For `remember_ms` ms it is still known as expired.
+    """End an upload that did not become a post, and erase its chunks.
 
-    The chunks of an upload from before a restore are left to the outbox, because a backup may name them.
+    For `remember_ms` ms the upload is refused as expired; with an empty string it is unknown at once. The outbox erases
+    the chunks of an upload that is older than the last restore, because a backup may name them.
 
-    Raises NoUpload.
+    Raises NoUpload, Unavailable.
     """
     chunks = await drop(db, owner, upload, remember_ms)
     if keys.created_ms(upload) > await last_restore_ms(db, keys.partition_of_upload(upload)):
@@ -324,14 +386,17 @@ async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, reme
 
 
 async def last_restore_ms(db: Redis, partition: int) -> int:
-    """When a partition's data were last restored, ms since 1970; 0: never."""
+    """When a partition's data was last restored from a backup, in ms since 1970. 0: never."""
     return await db.call("read_restored", [keys.restored(partition)])
 
 
 async def drop(db: Redis, owner: str, upload: str, remember_ms: int | str = "") -> list[str]:
-    """End an upload that became no post. Returns the names of its chunks, which the outbox erases in a minute.
+    """End an upload that did not become a post. Returns the names of its chunks.
 
-    Raises NoUpload.
+    For `remember_ms` ms the upload is refused as expired; with an empty string it is unknown at once. The caller may
+    erase the chunks within GRACE_MS; then the outbox does it.
+
+    Raises NoUpload where the upload does not exist or became a post.
     """
     partition = keys.partition_of_upload(upload)
     script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
@@ -339,7 +404,10 @@ async def drop(db: Redis, owner: str, upload: str, remember_ms: int | str = "") 
 
 
 async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: list[str]) -> None:
-    """Erase chunks that nothing can be appended to and nobody needs, then forget them."""
+    """Erase an upload's chunks from the store, then from Redis. For an upload that has ended and that nobody needs.
+
+    An upload that became a post is known for another day, so that its post can be requested again. Raises Unavailable.
+    """
     await objects.delete([keys.chunk(upload, name) for name in chunks])
     script_keys = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
     await db.call("forget_chunks", script_keys, upload, DAY_MS)
@@ -354,9 +422,13 @@ async def form_upload(
     form_bytes: int = IMAGE_BYTES,
     processing: int = PROCESSING,
 ):
-    """An Appender to the new upload of a form, which is discarded unless `async with` ends well.
+    """An Appender for the upload of a form. If the `async with` block raises, the upload is discarded.
 
-    Raises Full, Quota, Busy before anything is received.
+        async with form_upload(db, objects, user, partitions) as image:
+            await image.write(data)
+            await image.finish()
+
+    `form_bytes` is what the form may contain; see `create`. Raises Full, Quota and Busy before anything is received.
     """
     objects.check_free_space()
     upload, _ = await run_to_completion(create(db, owner, partitions, form_bytes=form_bytes, processing=processing))
@@ -364,8 +436,9 @@ async def form_upload(
     try:
         yield image
     except BaseException as error:
-        # Also when the client went away, which arrives as a cancellation. What it is refused for counts, not what
-        # stands in the way of discarding: it has become a post, or the store is away and the outbox does it.
+        # BaseException, because a client that disconnects causes a cancellation. The first error is the one to report.
+        # An error of discarding is not: the upload became a post, or the store is unavailable and the outbox erases the
+        # chunks later.
         with suppress(Refusal, Unavailable):
             await run_to_completion(_discard_form(db, objects, owner, image, error))
         raise
@@ -373,12 +446,16 @@ async def form_upload(
 
 async def _discard_form(db: Redis, objects: ObjectStore, owner: str, image: Appender, error: BaseException) -> None:
     await image.abandon()
-    if not isinstance(error, (Unreachable, Unknown)):  # Redis is away: nobody is kept waiting for it a second time
+    if not isinstance(error, (Unreachable, Unknown)):  # Redis is unavailable: do not wait for it again
         await discard(db, objects, owner, image.upload)
 
 
 async def run_to_completion(work: Coroutine):
-    """Do to its end what must not be cut in its midst. A cancellation that comes meanwhile is met at the next wait."""
+    """Run `work` to completion even if the caller is cancelled. Returns its result, or raises its error.
+
+    It is for work that would leave something half done, such as an upload that was opened in Redis and whose id nobody
+    knows. A cancellation that arrives during the work is raised at the caller's next await.
+    """
     task = asyncio.ensure_future(work)
     cancelled = False
     try:
