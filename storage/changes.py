@@ -1,11 +1,13 @@
-"""What has changed since a moment: the way to refresh a feed for a few bytes, and to make a walk exact.
+"""Posts that changed since a moment. Clients refresh a feed with them for a few bytes, and correct a walk of the feed.
 
-A token is the moment it was issued, and for each partition its epoch and the newest revision seen. A restore gives
-the data a new epoch: a token of the timeline that was lost is then refused.
+A token says what a client has seen: when the token was issued, and the epoch and the newest revision of each partition.
+A revision counts the changes of a partition (docs/keys.md). A restore gives the data a new epoch, so a token of the
+timeline before the restore is refused.
 """
 
 import asyncio
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from storage import keys
@@ -18,7 +20,15 @@ TOKEN = re.compile(r"[0-9]{1,8}(,[0-9A-Za-z]+\.[0-9]{1,16})+")
 
 
 class Token(NamedTuple):
-    issued: int  # ms since 1970, a whole hour: a page that did not change keeps its ETag
+    """What a client has seen of all partitions.
+
+    >>> str(Token(1795456800000, (("0", 1795459390122), ("9f3c21aa", 7))))
+    '498738,0.1795459390122,9f3c21aa.7'
+
+    The text is the hour of `issued`, then epoch and revision of each partition.
+    """
+
+    issued: int  # ms since 1970, rounded down to the hour. So a page that has not changed keeps its ETag
     seen: tuple[tuple[str, int], ...]  # epoch and revision of each partition
 
     def __str__(self) -> str:
@@ -26,18 +36,23 @@ class Token(NamedTuple):
 
 
 class Changes(NamedTuple):
-    posts: list[Post | str]  # a post as it is now, or the id of a deleted one
-    more: bool
-    token: Token
+    posts: list[Post | str]  # a post as it is now, or the id of a post that was deleted
+    more: bool  # whether more changes follow
+    token: Token  # for the next request
 
 
-def issue(db: Redis, seen) -> Token:
+def issue(db: Redis, seen: Iterable[tuple[str, int]]) -> Token:
+    """A token for the epochs and revisions in `seen`, such as those of `posts.Page`."""
     return Token(now_ms(db) // HOUR_MS * HOUR_MS, tuple((epoch, int(revision)) for epoch, revision in seen))
 
 
 def parse(text: str) -> Token:
-    """Raises Outdated where it is no token of ours: then only another walk helps, too."""
-    # Strictly: int() would take signs, spaces and other digits, and an epoch of nothing would pass for any.
+    """The token that `str` made the text from.
+
+    Raises Outdated for any other text: the client must walk the feed again, as with an outdated token.
+    """
+    # The pattern is strict. int() also accepts signs, spaces and other digits, and `since` accepts any epoch for an
+    # empty one.
     if not TOKEN.fullmatch(text):
         raise Outdated("this token was not given by this server; walk the feed again")
     issued, *seen = text.split(",")
@@ -46,10 +61,12 @@ def parse(text: str) -> Token:
 
 
 async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> Changes:
-    """Up to `limit` posts that changed or were deleted after `token`; without one, none and the current token.
+    """Up to `limit` posts that changed or were deleted since `token`. Without a token: no posts, and the current token.
 
-    Partitions are told one after the other: the order of changes means nothing to a client. A partition that is
-    newer than the token is told from its beginning. Raises Outdated.
+    Changes are sorted by partition, because their order means nothing to a client. A partition that the token does not
+    contain was added later, and is read from its beginning.
+
+    Raises Outdated where the token is older than CHANGES_MS, or the data was restored after it was issued.
     """
     known = list(token.seen) if token else []
     if token and (token.issued < now_ms(db) - CHANGES_MS or len(known) > partitions):
@@ -76,7 +93,8 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     return Changes(posts, more, issue(db, seen))
 
 
-async def _page(db: Redis, partition: int, limit: int, revision: int | str):
+async def _page(db: Redis, partition: int, limit: int, revision: int | str) -> list:
+    """The reply of changes_page. With an empty revision there are no changes, and the newest revision."""
     return await db.call(
         "changes_page",
         [keys.changes(partition), keys.gone(partition), keys.epoch(partition)],

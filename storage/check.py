@@ -1,13 +1,18 @@
-"""Proves the invariants on a live Redis or a restored folder, and makes what is derived true again.
+"""Checks the invariants of the data in a live Redis or in a restored folder, and repairs derived data.
 
-    1  a ready post's score in the feed is the number of its comments, and nothing else is in the feed
-    2  its latest comments are the newest of its stream
-    3  every post is ready, failed, or in `making` and its author in `turns`; a ready one has its original, and its JPEG
-       unless it is in `making`
-    5  an upload's offset is within its chunks; it is due, and its bytes are reserved (0: no invariant names that)
+Each flaw in a report begins with the number of its invariant:
 
-Streams: some keys at a time, each post judged by one script at one moment, so that writes may go on meanwhile.
-Neither reads what an original shows, nor compares it with what was uploaded: there is nothing to compare it with.
+| number | invariant |
+|---|---|
+| 1 | The feed contains exactly the ready posts. A post's score is the number of its comments. |
+| 2 | `latest` holds the newest comments of the post's stream. |
+| 3 | Every post is ready, failed, or in `making` with its author in `turns`. |
+| 3 | A ready post has its original. It has its JPEG, unless it is in `making`. |
+| 5 | The chunks of an open upload have as many bytes as its offset says. |
+| 0 | No invariant: for example, an open upload is in `due`, and its bytes are reserved in `uploads`. |
+
+The check reads some hundred keys at a time. One script judges each post at one moment, so writes may go on meanwhile.
+The check does not decode originals. It does not compare them with the uploaded bytes either: nothing remembers those.
 """
 
 import asyncio
@@ -25,8 +30,8 @@ from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS
 
-EXACTLY = "surrogateescape"  # decodes what is not UTF-8 so that it can be sent back byte for byte
-# What Redis says of each key of docs/keys.md
+EXACTLY = "surrogateescape"  # error handler that decodes any bytes so that encoding gives the same bytes (PEP 383)
+# The answer of Redis' TYPE to each kind of key in docs/keys.md.
 TYPES = {
     **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns"), "zset"),
     **dict.fromkeys(("post", "upload", "uploads"), "hash"),
@@ -34,23 +39,24 @@ TYPES = {
     **dict.fromkeys(("once", "epoch", "restored"), "string"),
     "comments": "stream",
 }
-MAX_LINES = 20  # flaws told of by name
+MAX_LINES = 20  # flaws that a report describes; the others are only counted
 
 
 @dataclass
 class Report:
-    """What is there. Posts that come or go meanwhile may be counted or not."""
+    """The result of a check. Posts that are created or deleted during the check may be counted or not."""
 
     posts: int = 0
     comments: int = 0
     uploads: int = 0
-    flaws: int = 0  # that remain
+    flaws: int = 0  # that were not repaired
     repaired: int = 0
-    lines: list[str] = field(default_factory=list)  # the first flaws, repaired or not
-    missing_posts: set[str] = field(default_factory=set)  # ids that are named and have no post
-    partitions: set[int] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)  # the first MAX_LINES flaws, repaired or not
+    missing_posts: set[str] = field(default_factory=set)  # ids that some key names, but that have no post
+    partitions: set[int] = field(default_factory=set)  # that have keys
 
     def add(self, subject: str, flaw: str, repaired: bool) -> None:
+        """Count a flaw of `subject`: an id, a key or a member of a sorted set."""
         self.repaired += repaired
         self.flaws += not repaired
         if len(self.lines) < MAX_LINES:
@@ -63,10 +69,14 @@ class Report:
 
 
 async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Report:
-    """Look at everything; `deep` also reads every object. Raises Unreachable, Unavailable.
+    """Check all keys, and that their objects exist. With `deep` it also reads every object.
 
-    A malformed key is reported and left out. To repair members whose bytes are not UTF-8, `db` needs
+    With `repair` it repairs derived data: scores in the feed, latest comments, memberships in sorted sets, reserved
+    bytes. It puts a post without JPEG back into image work, and drops an upload whose chunks are missing. A malformed
+    key is reported and otherwise ignored. To remove members whose bytes are not UTF-8, `db` must be opened with
     `undecodable=EXACTLY`.
+
+    Raises Unreachable, Unavailable, and Unknown where the reply to a repair was lost.
     """
     report = Report()
     async for names in scan(db):
@@ -88,9 +98,10 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
 
 
 def well_formed_keys(names: list[str], report: Report) -> list[str]:
-    """Of names and types as `scan` yields them: the keys that are ours and well formed. Tells of malformed ones.
+    """The keys of this project that are well formed, from names and types as `scan` yields them.
 
-    Other keys are left alone, unless their names are not UTF-8.
+    Malformed keys of this project are added to the report. Keys of others, such as RQ's, are ignored, unless their
+    names are not UTF-8.
     """
     known = []
     for name, kind in zip(names[::2], names[1::2], strict=True):
@@ -98,7 +109,7 @@ def well_formed_keys(names: list[str], report: Report) -> list[str]:
         if _undecodable(name):
             report.add(name, "0 its name is not UTF-8", False)
         elif expected and not keys.well_formed(name):
-            report.add(name, "0 no key has such a name", False)
+            report.add(name, "0 its name is malformed", False)
         elif expected and kind != expected:
             report.add(name, f"0 its type is {kind}, not {expected}", False)
         elif expected:
@@ -107,19 +118,20 @@ def well_formed_keys(names: list[str], report: Report) -> list[str]:
 
 
 def _undecodable(text: str) -> bool:
+    """Whether the bytes of the text were not UTF-8. They are U+FFFD now, or surrogates where EXACTLY decoded them."""
     return any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in text)
 
 
 async def _isolate(subject: str, report: Report, work: Coroutine) -> None:
-    """Reports what cannot be judged, because it or a key beside it is malformed, and goes on."""
+    """Run one check. If it cannot judge its subject, report that and go on with the other checks."""
     try:
         await work
-    except (ResponseError, ValueError):  # a command on a wrong type; a number or an object's name that is none
+    except (ResponseError, ValueError):  # a command met a key of another type; a number or an object's name is invalid
         report.add(subject, "0 it cannot be judged: it, or a key of its partition, is malformed", False)
 
 
 async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Report, repair: bool) -> None:
-    """The members of a zset: each must be an id of its partition, and in `feed` and `changes` a ready post's."""
+    """Check that each member of a sorted set is an id of its partition, in `feed` and `changes` of a ready post."""
     kind, partition, _ = keys.parts(name)
     async for members in scan(db, name):
         ids = []
@@ -129,14 +141,18 @@ async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Rep
                 ids.append(member)
             else:
                 removed = bool(repair and await db.call("drop_member", [name], member.encode("utf-8", EXACTLY)))
-                report.add(member, f"0 no id in {kind} is like this", removed)
+                report.add(member, f"0 it is not a valid member of {kind}", removed)
         if kind in ("feed", "changes"):
             work = (_check_post(db, objects, post, report, repair, deep=False, count=False) for post in ids)
             await asyncio.gather(*(_isolate(post, report, one) for post, one in zip(ids, work, strict=True)))
 
 
 async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
-    """All keys of the server, each followed by its type, some hundred at a time; with `zset` its members and scores."""
+    """All keys of the server, each followed by its type: [key, type, key, type, …], some hundred at a time.
+
+    With the key of a sorted set, its members, each followed by its score. Keys that exist from the beginning to the end
+    are yielded at least once (Redis, "SCAN", "Scan guarantees").
+    """
     cursor = "0"
     while True:
         cursor, names = await db.call("scan", [*zset], cursor, BATCH)
@@ -146,6 +162,7 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
 
 
 async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
+    """A post's status (None: no such post), number of comments, whether its image is to be made, and its flaws."""
     partition = keys.partition_of_post(post)
     script_keys = [
         keys.post(post),
@@ -164,7 +181,11 @@ async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | No
 async def _check_post(
     db: Redis, objects: ObjectStore, post: str, report: Report, repair: bool, deep: bool, count: bool
 ) -> None:
-    """One post. It is looked at under each name that it has; what the names share is told of once, under its own."""
+    """Check a post under one of its names: its own key, its comments, a member of the feed, and so on.
+
+    Its own key has `count`. A flaw is reported once, by the check of that key. If there is no such key, the first check
+    of another name reports that.
+    """
     status, comments, waits, flaws = await _call_check_post(db, post, repair=False)
     if count:
         report.posts += 1
@@ -195,7 +216,7 @@ async def _check_post(
 
 
 async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -> str:
-    """What is wrong with an object; empty if nothing is."""
+    """What is wrong with an object, whose `role` is "original" or "JPEG". Empty: nothing."""
     try:
         if not deep:
             return "" if await objects.size(name) else "is empty"
@@ -211,9 +232,9 @@ async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -
 
 
 async def make_again(db: Redis, post: str) -> int:
-    """Put a post whose JPEG is missing back among its author's image work.
+    """Put a post whose JPEG is missing back into its author's image work.
 
-    Returns 1, or 0 if its image is not to be made or is there already.
+    Returns 1, or 0 if the post is already there, has failed or does not exist.
     """
     partition = keys.partition_of_post(post)
     script_keys = [keys.post(post), keys.turns(partition), keys.due(partition)]
@@ -221,11 +242,12 @@ async def make_again(db: Redis, post: str) -> int:
 
 
 async def _check_upload(db: Redis, objects: ObjectStore, upload: str, report: Report, repair: bool) -> None:
+    """Check an upload that is open. A repair drops an upload whose chunks are incomplete: nobody can continue it."""
     before = await uploads.inspect(db, upload)
     if before.post or (before.owner and before.expired):
         return
     if not (before.owner and before.expires):
-        if before.owner or before.offset or before.expires:  # else it went a moment ago
+        if before.owner or before.offset or before.expires:  # otherwise it ended a moment ago
             report.add(upload, f"0 its {'expiry' if before.owner else 'owner'} is missing", False)
         return
     report.uploads += 1
@@ -234,21 +256,21 @@ async def _check_upload(db: Redis, objects: ObjectStore, upload: str, report: Re
         *(objects.size(keys.chunk(upload, name)) for name in before.chunks), return_exceptions=True
     )
     for size in sizes:
-        if isinstance(size, Exception) and not isinstance(size, (NotFound, ValueError)):  # no name of an object
+        if isinstance(size, Exception) and not isinstance(size, (NotFound, ValueError)):  # ValueError: not a valid name
             raise size
     stored = sum(size for size in sizes if isinstance(size, int))
-    if stored == before.offset or (await uploads.inspect(db, upload))[:6] != before[:6]:  # it went on meanwhile
+    if stored == before.offset or (await uploads.inspect(db, upload))[:6] != before[:6]:  # it changed meanwhile
         return
     dropped = False
     if repair:
-        with suppress(NoUpload):  # its hash has no offset, or it ended a moment ago
+        with suppress(NoUpload):  # its hash has no `offset`, or it ended a moment ago
             await uploads.drop(db, before.owner, upload, remember_ms=DAY_MS)
             dropped = True
     report.add(upload, f"5 its offset is {before.offset}, its chunks have {stored} bytes", dropped)
 
 
 async def _check_reservations(db: Redis, partition: int, user: str, upload: str, report: Report, repair: bool) -> None:
-    """One upload of a user, or without one whatever their quota says."""
+    """Check what is reserved for one upload of a user. Without an upload: everything that is reserved for the user."""
     script_keys = [keys.uploads(partition, user), keys.due(partition)]
     prefix = keys.upload_prefix(partition)
     flaws = await db.call("check_uploads", script_keys, db.clock, upload, prefix, IMAGE_BYTES, int(repair))
@@ -257,16 +279,17 @@ async def _check_reservations(db: Redis, partition: int, user: str, upload: str,
 
 
 async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Report:
-    """Make restored data fit the store as it is now, then check it.
+    """Adapt restored data to the objects that are in the store now, then check the data.
 
-    The images of posts without JPEG are made again, uploads without their chunks are dropped, and each partition has a
-    new epoch. What a repair of derived data would hide counts: a backup that needs one is not what was written.
+    Posts without JPEG get image work, uploads with incomplete chunks are dropped, and each partition gets a new epoch.
+    Derived data is not repaired, because a repair would hide flaws: a backup with flaws is not the data that was
+    written.
     """
     async for names in scan(db):
         fitting = [_isolate(name, Report(), _fit_key(db, objects, name)) for name in well_formed_keys(names, Report())]
         await asyncio.gather(*fitting)
     report = await check(db, objects)
-    for partition in report.partitions.union(range(partitions)):  # an empty one had a timeline, too
+    for partition in report.partitions.union(range(partitions)):  # an empty partition also had a timeline
         script_keys = [keys.epoch(partition), keys.restored(partition)]
         await db.call("begin_epoch", script_keys, db.clock, secrets.token_hex(4))
     return report
@@ -274,7 +297,7 @@ async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Repo
 
 async def _fit_key(db: Redis, objects: ObjectStore, name: str) -> None:
     kind, _, rest = keys.parts(name)
-    if kind == "due":  # posts stood there before `making` existed
+    if kind == "due":  # data of an older version: image work was in `due` before `making` existed
         async for members in scan(db, name):
             waiting = [member for member in members[::2] if (parts := keys.ID.fullmatch(member)) and not parts[1]]
             await asyncio.gather(*(make_again(db, post) for post in waiting))

@@ -1,8 +1,41 @@
-"""What is to be done: images to be made, uploads that expired, bytes to be erased.
+"""The work that is still to be done: images to make, uploads to end, bytes to erase.
 
-Uploads and erasures are in the zset `due`. Image work is in one zset `making` for each author, and their turns are in
-`turns`, so that no author's posts delay another's. These are the truth; a queue only carries hints. What is leased and
-not settled comes back by itself, so a process may die at any point: at worst the work is done again.
+Redis holds this work in sorted sets (docs/keys.md). RQ's queue only carries hints: if it is lost, no work is lost.
+A process leases an entry by moving its score to the end of the lease. If nobody ends the lease before that time, the
+entry is due again. So a process may die at any point. In the worst case the work is done twice.
+
+Due entries, in the zset `due` (`lease`, `erase`, `end_upload`):
+
+| entry | due when | what happens |
+|---|---|---|
+| open upload | it expires | it is dropped as expired; due again after GRACE_MS |
+| open upload | it took a chunk after it was leased | nothing; due again when it expires |
+| dropped or expired upload | GRACE_MS have passed | its chunks are erased |
+| upload of a post that has its original | the post is ready, has failed or was deleted | its chunks are erased |
+| upload of a post without original | the post is ready or has failed | nothing: its chunks are the only bytes |
+| upload of a deleted post without original | no kept backup names the post | its chunks are erased |
+| failed post | at once, until JOB_MS have passed | its JPEG is erased |
+| deleted post | at once, until JOB_MS have passed | its JPEG is erased |
+| deleted post | no kept backup names it | its original is erased |
+
+Afterwards the entry is removed, unless the table says when it is due again. The deletion of a failed post adds the
+post's upload again.
+
+Chunks of an upload from before a restore also wait until no kept backup can name them: see `recheck_at`.
+
+Image work, in one zset `making` for each author (`lease_images`, `start_image`, `publish`, `fail`, `return_image`).
+The zset `turns` says whose post is next, so that no author's posts delay another author's:
+
+| state | `status` | `attempt` | score in `making` | next |
+|---|---|---|---|---|
+| waiting | processing | n | in the past | `lease_images` leases it and the queue gets a hint |
+| leased | processing | n | LEASE_MS after it was leased | `start_image` begins an attempt |
+| attempt | processing | n + 1 | LEASE_MS × 2ⁿ after its start | `publish`, `fail` or `return_image` |
+| ready | ready | none | none | |
+| failed | failed | n | none | in `due` for JOB_MS; `imagegram-storage retry` makes it wait again |
+
+A leased post waits again when the lease has ended. After ATTEMPTS attempts `start_image` fails the post. A post that is
+ready and has no JPEG, as after a restore, goes through the same states with `status` ready, and is never failed.
 """
 
 from collections.abc import Awaitable, Callable
@@ -16,40 +49,48 @@ from storage.objects import NotFound, ObjectStore
 from storage.posts import read as read_post
 from storage.settings import DAY_MS, LEASE_MS
 
-ATTEMPTS = 5  # that may end because the decoder or the worker died, by chance or because of this image
+# Attempts at one image, after which its post fails. An attempt counts if the decoder or the worker died, by chance or
+# because of this image.
+ATTEMPTS = 5
 EXHAUSTED = "exhausted"  # the `code` of a post whose attempts are used up
-# A job that was running when its post was deleted or failed may store a JPEG afterwards and be killed before it can
-# erase it. So the JPEG is erased every ERASE_EVERY_MS until no such job can be running any more.
+# A job may store a JPEG after its post was deleted or failed, and be killed before it can erase that JPEG. So the JPEG
+# is erased every ERASE_EVERY_MS until no such job can be running any more.
 ERASE_EVERY_MS = 30_000
-# The longest that a job can run: RQ ends it after 60 s (workers.dispatcher.TIMEOUT). Where that does not work, RQ kills
-# it 60 s later, and looks every 5 s (workers.__main__.WAIT), or every 20 s where Redis says nothing.
+# The longest time that a job can run. RQ ends a job after 60 s (workers.dispatcher.TIMEOUT). If that fails, RQ kills
+# the job 60 s later. It checks every 5 s (workers.__main__.WAIT), or every 20 s while Redis does not answer.
 JOB_MS = 150_000
-LEASE_BATCH = 500  # due entries, or users with image work, looked at in one script: about 1 ms of Redis' time
+LEASE_BATCH = 500  # due entries, or users with image work, that one script reads: about 1 ms of Redis' time
 
 
-# The one question to the backup: may a kept backup hold the state of this moment, or of an earlier one? ms since 1970
+# Whether a kept backup can hold the state of this moment (ms since 1970), or of an earlier one. This is the only
+# question to the backup. storage.backup.retain.KeptBackups.may_name answers it. It is passed in as a function, because
+# this file must not import the backup.
 MayName = Callable[[int], Awaitable[bool]]
 
 
 class DueEntry(NamedTuple):
-    """A leased upload or erasure."""
+    """A leased entry of `due`."""
 
     partition: int
-    id: str  # as it stands in `due`; nothing has checked it
-    lease: int  # the score it has under this lease, ms since 1970
-    kind: str  # upload or erase
-    ended: int  # when its post was deleted (the revision) or failed, ms since 1970; else 0
+    id: str  # of an upload or a post, exactly as in `due`: it may be malformed
+    lease: int  # when the lease ends, in ms since 1970: the entry's score while it is leased
+    kind: str  # "upload" or "erase"
+    ended: int  # of a post: when it was deleted (the revision) or failed, in ms since 1970; 0 where that is not known
 
 
 class ImageWork(NamedTuple):
-    """A leased post, whose image is to be made."""
+    """A leased post whose image is to be made."""
 
     id: str
-    lease: int  # the score it has under this lease, ms since 1970
+    lease: int  # when the lease ends, in ms since 1970: the post's score in `making` while it is leased
 
 
 async def lease(db: Redis, partition: int) -> list[DueEntry]:
-    """Lease the uploads and erasures that are due in a partition."""
+    """Lease up to LEASE_BATCH uploads and erasures that are due in a partition, for LEASE_MS.
+
+    The caller passes each entry to `end_upload` or `erase`, according to its `kind`, or to `postpone` if that fails.
+    Raises Unreachable, Unknown.
+    """
     rows = await db.call(
         "lease_due",
         [keys.due(partition), keys.gone(partition), keys.turns(partition)],
@@ -63,7 +104,11 @@ async def lease(db: Redis, partition: int) -> list[DueEntry]:
 
 
 async def lease_images(db: Redis, partition: int, capacity: int) -> list[ImageWork]:
-    """Lease at most `capacity` posts of a partition whose image is to be made, one author after the other."""
+    """Lease up to `capacity` posts of a partition whose image is to be made, for LEASE_MS.
+
+    The authors take turns: each turn leases one post, of the author who was served least recently. `capacity` is the
+    number of hints that the queue has space for. Raises Unreachable, Unknown.
+    """
     rows = await db.call(
         "lease_images",
         [keys.turns(partition)],
@@ -79,9 +124,12 @@ async def lease_images(db: Redis, partition: int, capacity: int) -> list[ImageWo
 
 
 async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None]:
-    """Begin an attempt. Returns its number (0: all were used, the post is failed now) and the post's upload.
+    """Begin an attempt at a post's image, under the lease that the post was handed out with.
 
-    Raises NoPost, Stale.
+    Returns the number of the attempt, from 1 on, and the id of the post's upload, or None if the post was ready once.
+    The number 0 means that all attempts were used: the post has now failed as `exhausted`.
+
+    Raises NoPost where the post was deleted, and Stale where it was leased again or has failed.
     """
     attempt, upload = await db.call(
         "start_image",
@@ -97,15 +145,19 @@ async def start_image(db: Redis, post: str, lease: int) -> tuple[int, str | None
 
 
 async def return_image(db: Redis, post: str, attempt: int, left: int) -> None:
-    """Take back the current attempt, or earlier ones too: only `left` attempts still count.
+    """Take back attempts: from now on `left` attempts count. It does nothing if `attempt` is not the current one.
 
-    For attempts that failed because the store, a disk or Redis was away, which is not the image's fault.
+    It is for attempts that failed because the store, a disk or Redis was unavailable, which is not the image's fault.
     """
     await db.call("return_image", [keys.post(post)], attempt, left)
 
 
 async def publish(db: Redis, post: str, thumbhash: str) -> None:
-    """Show a post whose original and image are stored. Raises NoPost, Stale."""
+    """Show a post whose original and JPEG are stored. `thumbhash` is base64.
+
+    Raises NoPost where the post was deleted, and Stale where it has failed. A post that is already shown stays as it
+    is.
+    """
     partition = keys.partition_of_post(post)
     await db.call(
         "publish_post",
@@ -125,27 +177,31 @@ async def publish(db: Redis, post: str, thumbhash: str) -> None:
 
 
 async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> None:
-    """End a post whose image can never be made. Raises NoPost, Stale."""
+    """End a post whose image can never be made, with a `code` (one word) and a `detail` (a sentence for people).
+
+    Raises NoPost where the post was deleted, and Stale where another attempt is the current one.
+    """
     partition = keys.partition_of_post(post)
     script_keys = [keys.post(post), keys.due(partition)]
     await db.call("fail_post", script_keys, db.clock, post, attempt, code, detail, keys.making_prefix(partition))
 
 
 async def erase(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEntry, backup_reach_ms: int) -> None:
-    """Erase the image of a post that was deleted or has failed, and the original of a deleted one.
+    """Erase the JPEG of a post that was deleted or has failed, and the original of a deleted post.
 
-    The image is erased at once and until no job can store it again. The original is erased when no kept backup can
-    name it any more. Raises NoPost for an entry that is no post id, Unavailable.
+    The JPEG is erased at once, and again until no job can store it any more. The original is erased when no kept backup
+    can name it any more. Raises NoPost where the entry is not the id of a post, Unavailable, Unreachable, Unknown.
     """
     keys.partition_of_post(entry.id)
     await objects.delete([keys.image(entry.id)])
     now = entry.lease - LEASE_MS
     if now < entry.ended + JOB_MS:
         await _end_lease(db, entry, now + ERASE_EVERY_MS)
-    elif await _post_exists(db, entry.id):  # it has failed: its bytes stay until its author deletes it
+    elif await _post_exists(db, entry.id):  # it has failed: keep the original until its author deletes it
         await _end_lease(db, entry, "")
     else:
-        deleted = entry.ended or now - backup_reach_ms  # at the latest, where the deletion is not told of any more
+        # `gone` forgets a deletion after backup_reach_ms at the earliest. So an unknown deletion is at least as old.
+        deleted = entry.ended or now - backup_reach_ms
         needed_ms = max(deleted, await uploads.last_restore_ms(db, entry.partition))
         recheck_ms = await recheck_at(may_name, needed_ms, now, backup_reach_ms)
         if not recheck_ms:
@@ -154,16 +210,20 @@ async def erase(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEn
 
 
 async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEntry, backup_reach_ms: int) -> None:
-    """Erase the chunks of an upload that expired, was dropped, or whose post has its original or was deleted.
+    """Drop an upload that expired, or erase the chunks of one that was dropped or became a post.
 
-    They wait as an original does where they are a deleted post's only bytes, and where the upload is from before a
-    restore: in the timeline that was left it may have become a post.
+    In two cases the chunks wait for the backups, as an original does. In the first they are the only bytes of a deleted
+    post. In the second the upload is older than the last restore: it may have become a post in the timeline that the
+    restore left, and a backup of that timeline may be restored.
+
+    Raises NoUpload where the entry is not the id of an upload, Unavailable, Unreachable, Unknown.
     """
     upload = await uploads.inspect(db, entry.id)
     now = entry.lease - LEASE_MS
-    only = upload.post and not await _has_original(objects, upload.post)  # there is no original: these are its bytes
+    # Without an original, the chunks are the post's only bytes.
+    only = upload.post and not await _has_original(objects, upload.post)
     if only and await _post_exists(db, upload.post):
-        await _end_lease(db, entry, "")  # they go with the post
+        await _end_lease(db, entry, "")  # keep the chunks as long as the post
     elif upload.post or not upload.expires:
         restored = await uploads.last_restore_ms(db, entry.partition)
         needed_ms = 0
@@ -176,17 +236,21 @@ async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, entry: 
         else:
             await uploads.erase_chunks(db, objects, entry.id, upload.chunks)
     elif upload.expired:
-        with suppress(NoUpload):  # our lease ran out, and another has ended it meanwhile
+        with suppress(NoUpload):  # this lease has run out, and another process ended the upload
             await uploads.discard(db, objects, upload.owner, entry.id, remember_ms=DAY_MS)
     else:
         await _end_lease(db, entry, upload.expires)
 
 
 async def recheck_at(may_name: MayName, needed_ms: int, now: int, backup_reach_ms: int) -> int:
-    """When to look again at objects that were needed until a moment, in ms since 1970; 0: no kept backup names them.
+    """When to check again whether objects can be erased, in ms since 1970. 0: no kept backup names them.
 
-    The moment is the later of the deletion and the last restore. A restore leaves a timeline in which the object may be
-    needed still: its backups may be younger than the deletion, but all of them began before the restore.
+    `needed_ms` is the last moment at which the objects were needed: the deletion, or the last restore if that is later.
+    A restore leaves a timeline in which the objects may still be needed. Backups of that timeline may be younger than
+    the deletion, but all of them began before the restore.
+
+    The result is `needed_ms + backup_reach_ms` before that time. After it, backups may still exist, because backups are
+    kept for longer while `verify` fails. Then the result is a day later.
     """
     if now < needed_ms + backup_reach_ms:
         return needed_ms + backup_reach_ms
@@ -194,6 +258,7 @@ async def recheck_at(may_name: MayName, needed_ms: int, now: int, backup_reach_m
 
 
 async def _has_original(objects: ObjectStore, post: str) -> bool:
+    """Whether a post's original is stored and not empty."""
     try:
         return bool(await objects.size(keys.original(post)))
     except NotFound:
@@ -208,9 +273,10 @@ async def _post_exists(db: Redis, post: str) -> bool:
 
 
 async def postpone(db: Redis, entry: DueEntry, pause_ms: int) -> None:
-    """Look at an entry that failed again after a pause instead of at the end of its lease."""
+    """Make an entry that could not be handled due again `pause_ms` after it was leased, not at the end of its lease."""
     await _end_lease(db, entry, entry.lease - LEASE_MS + pause_ms)
 
 
 async def _end_lease(db: Redis, entry: DueEntry, recheck_ms: int | str) -> None:
+    """End a lease. The entry is due again at `recheck_ms` (ms since 1970), or removed if that is an empty string."""
     await db.call("end_lease", [keys.due(entry.partition)], entry.id, entry.lease, recheck_ms)

@@ -1,4 +1,4 @@
-"""Posts: made of uploads, read, listed, deleted."""
+"""Posts: create, read, list as a feed, delete; and their served images."""
 
 import asyncio
 import logging
@@ -15,17 +15,16 @@ from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
 
-CACHED_PAGES = 128  # pages that are remembered: 1 MB, and 32 MB where all are as long as they may be
-MAX_REPORTED = 1000  # skipped members that are logged by one process: enough to see what is wrong
-CACHED_ROWS = 2048  # rows: 3 MB, and 60 MB where all texts are as long as they may be
-
+CACHED_PAGES = 128  # parsed pages of the feed: 1 MB, or 32 MB where all of them have PAGE_BYTES
+CACHED_ROWS = 2048  # parsed rows of the feed: 3 MB, or 60 MB where all captions and comments are as long as allowed
+MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
 
 log = logging.getLogger("imagegram.posts")
 _reported: set[str] = set()
 
 
 class Post(NamedTuple):
-    """A row as scripts return it. `latest` holds the newest comments' id, author and text, newest first."""
+    """A post as the scripts return it."""
 
     id: str
     comment_count: int
@@ -33,32 +32,42 @@ class Post(NamedTuple):
     caption: str
     status: str  # processing, ready or failed
     thumbhash: str | None  # base64
-    code: str | None  # why it failed
-    detail: str | None
-    latest: tuple[tuple[str, str, str], ...]
+    code: str | None  # why its image could not be made, as one word; only of a failed post
+    detail: str | None  # the same as a sentence
+    latest: tuple[tuple[str, str, str], ...]  # id, author and text of the newest comments, newest first
 
     def seen(self) -> str:
-        """What tells this row from the post's others, for `delete`: what readers see changes only with it."""
+        """The version of the post that this row shows, for `delete`: "ready 3 1795459390122-0".
+
+        What readers see of a post changes only when its status, its number of comments or its newest comment changes.
+        """
         return f"{self.status} {self.comment_count} {self.latest[0][0] if self.latest else '-'}"
 
 
 def post_from_row(row: list) -> Post:
+    """A post from a row of read_post or changes_page."""
     return Post(*row[:-1], tuple(tuple(orjson.loads(entry)) for entry in row[-1]))
 
 
 @lru_cache(CACHED_ROWS)
 def post_from_line(row: str) -> Post:
-    """A row of the feed. The same row is the same post: this saves taking it apart, and never a look into Redis."""
+    """A post from a row of feed_page: six lines, of which the last, the caption, may contain newlines.
+
+    The cache saves parsing a row again. It never saves a call to Redis.
+    """
     post, count, author, thumbhash, latest, caption = row.split("\n", 5)
     try:
         comments = tuple([(comment, writer, text) for comment, writer, text in orjson.loads(latest)])
-    except (ValueError, TypeError):  # written by others; `check --repair` writes it again
+    except (ValueError, TypeError):  # a foreign client wrote it; `check --repair` repairs it
         comments = ()
     return Post(post, int(count), author, caption, "ready", thumbhash, None, None, comments)
 
 
 class FeedCursor(NamedTuple):
-    """A place in the feed's order: behind a post of this id with so many comments, wherever that post is now."""
+    """A position in the feed: after a post with this number of comments and this id.
+
+    The post need not be there any more. Posts are in descending order of comment count, then of id.
+    """
 
     comment_count: int
     id: str
@@ -66,10 +75,12 @@ class FeedCursor(NamedTuple):
 
 class Page(NamedTuple):
     posts: tuple[Post, ...]
-    more: bool
-    seen: list[tuple[str, int]]  # first page: epoch and newest revision of each partition, when its rows were read
+    more: bool  # whether more posts follow
+    # Epoch and newest revision of each partition when its rows were read, for `changes.issue`. Only of the first page.
+    seen: list[tuple[str, int]]
 
 
+# What `create` has done: created a post; found the post of the same idempotency key; found the post of the same upload.
 CREATED, REPLAYED, EXISTING = 0, 1, 2
 
 
@@ -81,11 +92,14 @@ async def create(
     idempotency: keys.IdempotencyKey | None = None,
     processing: int = PROCESSING,
 ) -> tuple[str, int]:
-    """Make a post of a finished upload; it lives where the upload does.
+    """Create a post from a finished upload, in the upload's partition.
 
-    Returns its id and CREATED, REPLAYED if its idempotency key was used before, EXISTING if the upload had become
-    this post. Raises Reused, NoUpload, Expired, Incomplete, Empty, and Busy where `processing` posts of the author are
-    being processed.
+    Returns the post's id, and CREATED, REPLAYED (the idempotency key was used before) or EXISTING (the upload had
+    become this post before).
+
+    Raises Reused where the idempotency key was used for another request, NoUpload where the upload does not exist or is
+    somebody else's, Expired, Incomplete where bytes are missing, Empty, and Busy where `processing` posts of the author
+    are being processed.
     """
     partition = keys.partition_of_upload(upload)
     post = keys.new_post_id(partition)
@@ -117,24 +131,25 @@ async def create(
 
 
 async def replayed(db: Redis, author: str, partitions: int, idempotency: keys.IdempotencyKey) -> Post | None:
-    """The post that a form with this idempotency key made, if it did. Raises NoPost where it was deleted."""
+    """The post that a form with this idempotency key created, or None. Raises NoPost where that post was deleted."""
     partition = keys.partition_of_user(author, partitions)
     post = await db.call("read_once", [keys.once(partition, author, idempotency.scoped_key)])
     return await read(db, post) if post else None
 
 
 async def read(db: Redis, post: str) -> Post:
-    """Raises NoPost."""
+    """A post of any status. Raises NoPost."""
     return post_from_row(await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
 
 
 async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:
-    """A page of the feed, behind a place in its order.
+    """A page of up to `limit` posts of the feed, after a cursor or from the start.
 
-    Each partition answers as many whole rows as the page may need, read at one moment, and they are merged here.
+    Each partition returns as many rows as the page may need, all read at one moment. The rows are merged here. The page
+    also ends where its rows have PAGE_BYTES.
     """
     calls = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
-    # Of one partition without `gather`, whose task costs 15 µs: a tenth of a page.
+    # `gather` creates a task, which takes 15 µs, a tenth of the time of a page. One partition does not need it.
     replies = await asyncio.gather(*calls) if partitions > 1 else [await calls[0]]
     posts, more = _merge(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
     for reply in replies:
@@ -143,7 +158,7 @@ async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None 
 
 
 def report_skipped(reply: list, list_name: str) -> None:
-    """Log, once each, the members of a list that a script has skipped: the fifth item of its reply."""
+    """Log the members of a list that a script has skipped, each once. They are the fifth item of the reply."""
     if len(reply) > 4:
         for member in reply[4]:
             if member not in _reported and len(_reported) < MAX_REPORTED:
@@ -153,9 +168,10 @@ def report_skipped(reply: list, list_name: str) -> None:
 
 @lru_cache(CACHED_PAGES)
 def _merge(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
-    """The page that the partitions' rows make, and whether there is more. The same rows are the same page."""
+    """The posts of a page from the rows of all partitions, and whether more posts follow. The cache saves merging."""
     pages = [(more, [post_from_line(row) for row in rows]) for more, rows in replies]
-    # Where a partition's rows end and it has more, the page ends too: others' next rows may come behind its own.
+    # The page ends after the last row of a partition that has more rows: the partition's next row may come before the
+    # next row of any other partition.
     ends = {rows[-1].id for more, rows in pages if more}
     posts = []
     for post in merge(*(rows for _, rows in pages), key=lambda post: (post.comment_count, post.id), reverse=True):
@@ -180,12 +196,13 @@ def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) 
 async def delete(
     db: Redis, objects: ObjectStore, author: str, post: str, backup_reach_ms: int = DAY_MS, seen: str = ""
 ) -> None:
-    """Delete a post with its comments, and the image that was served; with `seen` only if it is still that Post.
+    """Delete a post with its comments and its served image.
 
-    The outbox erases the original when no backup can name it any more, at the earliest `backup_reach_ms` from now.
-    It also erases the image if the store is unavailable now or this process dies.
+    With `seen` (see `Post.seen`) the post is deleted only if it has not changed since. The outbox erases the original
+    once no kept backup can name it any more, `backup_reach_ms` from now at the earliest. The outbox also erases the
+    image if the store is unavailable now or this process dies.
 
-    Raises NoPost, Forbidden, Precondition.
+    Raises NoPost, Forbidden where somebody else created it, and Precondition where the post has changed since `seen`.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -207,18 +224,18 @@ async def delete(
         max(CHANGES_MS, backup_reach_ms + DAY_MS),
         seen,
     )
-    with suppress(Unavailable):  # the post is deleted all the same
+    with suppress(Unavailable):  # the post is deleted in any case, and the outbox erases the image
         await erase_image(objects, post)
 
 
 async def image(objects: ObjectStore, post: str) -> bytes:
-    """The served JPEG. Raises NoPost, or objects.NotFound where there is none (yet)."""
+    """The served JPEG of a post. Raises NoPost for a malformed id, objects.NotFound where it has none, Unavailable."""
     keys.partition_of_post(post)
     return await objects.get(keys.image(post))
 
 
 async def has_image(objects: ObjectStore, post: str) -> bool:
-    """Whether the served JPEG is stored. Raises Unavailable."""
+    """Whether a post's served JPEG is stored and not empty. Raises Unavailable."""
     try:
         return bool(await objects.size(keys.image(post)))
     except NotFound:
@@ -226,10 +243,10 @@ async def has_image(objects: ObjectStore, post: str) -> bool:
 
 
 async def put_image(objects: ObjectStore, post: str, jpeg: bytes) -> None:
-    """Store the served JPEG; the same bytes may be put again."""
+    """Store a post's served JPEG, or replace it. Raises Unavailable, Full."""
     await objects.put(keys.image(post), jpeg)
 
 
 async def erase_image(objects: ObjectStore, post: str) -> None:
-    """Nothing is served of this post any more. It may be gone already."""
+    """Erase a post's served JPEG. It may be missing already. Raises Unavailable."""
     await objects.delete([keys.image(post)])

@@ -126,7 +126,7 @@ async def test_what_others_wrote_beside_it_is_told_and_stays(db, store, data, se
     server.client.set("something:{else}", "a")
     with unchanged(server.client):
         found = await check.check(db, store, repair=True)
-    assert sorted(found.lines) == sorted(f"{name}: 0 no key has such a name" for name in names)
+    assert sorted(found.lines) == sorted(f"{name}: 0 its name is malformed" for name in names)
     assert (found.flaws, found.posts) == (3, 5)
 
 
@@ -214,7 +214,7 @@ async def test_names_and_values_that_are_not_utf_8_are_told_and_removed_from_lis
     client.hset(keys.post(post), "caption", b"\xff")
     found = await check.check(db, store, repair=True)
     assert sorted(found.lines) == [
-        "\\udcff: 0 no id in feed is like this (repaired)",
+        "\\udcff: 0 it is not a valid member of feed (repaired)",
         "\\udcff\\udcfe: 0 its name is not UTF-8",
         "post:{0}:\\udcff: 0 its name is not UTF-8",
     ]
