@@ -25,7 +25,7 @@ class Token(NamedTuple):
     >>> str(Token(1795456800000, (("0", 1795459390122), ("9f3c21aa", 7))))
     '498738,0.1795459390122,9f3c21aa.7'
 
-    The text is the hour of `issued`, then epoch and revision of each partition.
+    The text is the number of the hour, then epoch and revision of each partition. `parse` reads it.
     """
 
     issued: int  # ms since 1970, rounded down to the hour. So a page that has not changed keeps its ETag

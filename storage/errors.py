@@ -116,8 +116,11 @@ REFUSALS = {refusal.word: refusal for refusal in Refusal.__subclasses__()}
 def from_reply(message: str) -> Refusal | None:
     """The refusal that a script's error reply stands for. None where the reply is another error, which is a bug.
 
-    A number after the word is `again`: the reply `QUOTA 60 you have too many open uploads` gives
-    `Quota("you have too many open uploads")` with `again` 60.
+    A number after the word is `again`.
+
+    >>> refusal = from_reply("QUOTA 60 you have too many open uploads")
+    >>> refusal, refusal.again
+    (Quota('you have too many open uploads'), 60)
     """
     word, _, sentence = message.partition(" ")
     if word not in REFUSALS:

@@ -16,6 +16,9 @@ def sniff(head: bytes) -> str | None:
     | begins as a PNG, JPEG or BMP does | "PNG", "JPEG" or "BMP" |
     | too short to decide | "" |
     | anything else | None |
+
+    >>> sniff(b"BM6"), sniff(b"\\x89P"), sniff(b"GIF89a")
+    ('BMP', '', None)
     """
     for magic, name in MAGIC.items():
         if head.startswith(magic):

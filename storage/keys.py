@@ -31,7 +31,10 @@ COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
 
 
 def partition_of_user(user: str, partitions: int) -> int:
-    """The partition of a user's new posts, uploads and idempotency keys: `partition_of_user("alice", 4)` is 1.
+    """The partition of a user's new posts, uploads and idempotency keys.
+
+    >>> partition_of_user("alice", 4)
+    1
 
     It is CRC-16/XMODEM modulo the number of partitions. Redis Cluster hashes keys by the same CRC (Redis Cluster
     specification, "Key distribution model").
@@ -57,14 +60,18 @@ def _ulid() -> str:
 def created_ms(post: str) -> int:
     """When the id of a post or an upload was created, in ms since 1970. The id must be valid.
 
-    `created_ms("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 1732104158821.
+    >>> created_ms("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")
+    1732104158821
     """
     return int(post.removeprefix("u")[:10].translate(DIGITS), 32)
 
 
 @lru_cache(1024)  # one call of a script asks several times for the same post
 def partition_of_post(post: str) -> int:
-    """The partition of a post: `partition_of_post("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 0.
+    """The partition of a post.
+
+    >>> partition_of_post("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")
+    0
 
     Raises NoPost where the text is not the id of a post. So a malformed id never reaches Redis.
     """
@@ -75,7 +82,10 @@ def partition_of_post(post: str) -> int:
 
 
 def partition_of_upload(upload: str) -> int:
-    """The partition of an upload: `partition_of_upload("u01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")` is 0.
+    """The partition of an upload.
+
+    >>> partition_of_upload("u01JD4Q7ZK5W8Y3N6R2T9V0XABC-0")
+    0
 
     Raises NoUpload where the text is not the id of an upload. So a malformed id never reaches Redis.
     """
@@ -91,7 +101,10 @@ def partition_of(owner_id: str) -> int:
 
 
 def comment_ms(comment: str) -> int:
-    """When a comment was written, in ms since 1970: `comment_ms("1795459382641-0")` is 1795459382641.
+    """When a comment was written, in ms since 1970.
+
+    >>> comment_ms("1795459382641-0")
+    1795459382641
 
     The id of a comment is the id of its stream entry (Redis, "Streams", "Entry IDs"). Raises NoComment where the text
     is not the id of a comment.
@@ -182,10 +195,12 @@ def uploads(partition: int, user: str) -> str:
 
 
 def parts(key: str) -> tuple[str, int | None, str]:
-    """The kind, the partition and the rest of a key: `parts("uploads:{0}:alice")` is `("uploads", 0, "alice")`.
+    """The kind, the partition and the rest of a key. The rest is the id of a post or an upload, a user, or empty.
 
-    The rest is the id of a post or an upload, a user, or empty. A key of another shape, such as RQ's `rq:workers`,
-    gives `("", None, "")`.
+    >>> parts("uploads:{0}:alice")
+    ('uploads', 0, 'alice')
+    >>> parts("rq:workers")  # not a key of this project
+    ('', None, '')
     """
     match = KEY.fullmatch(key)
     return (match[1], int(match[2]), match[3] or "") if match else ("", None, "")
@@ -258,5 +273,9 @@ OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects
 
 
 def owner(name: str) -> str:
-    """The id of the post or the upload that an object belongs to: `owner("images/<post>.jpg")` is `<post>`."""
+    """The id of the post or the upload that an object belongs to.
+
+    >>> owner("images/01JD4Q7ZK5W8Y3N6R2T9V0XABC-0.jpg")
+    '01JD4Q7ZK5W8Y3N6R2T9V0XABC-0'
+    """
     return name.split("/")[1].removesuffix(".jpg")

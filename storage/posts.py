@@ -37,9 +37,10 @@ class Post(NamedTuple):
     latest: tuple[tuple[str, str, str], ...]  # id, author and text of the newest comments, newest first
 
     def seen(self) -> str:
-        """The version of the post that this row shows, for `delete`: "ready 3 1795459390122-0".
+        """The version of the post that this row shows, for `delete`. What readers see changes only together with it.
 
-        What readers see of a post changes only when its status, its number of comments or its newest comment changes.
+        >>> Post("01JD…-0", 1, "alice", "Hi", "ready", "", None, None, (("1795459390122-0", "bob", "Where?"),)).seen()
+        'ready 1 1795459390122-0'
         """
         return f"{self.status} {self.comment_count} {self.latest[0][0] if self.latest else '-'}"
 

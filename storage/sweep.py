@@ -1,10 +1,10 @@
-"""Finds objects that nobody owns, and removes them.
+"""Finds objects that belong to no post and no upload (orphans), and removes them.
 
-A process that is killed between putting a chunk and naming it leaves one, and a restore leaves the objects of all
-posts that the restored data does not know.
+Orphans come from two causes. A process was killed after it had stored a chunk and before it had added the chunk to the
+upload. Or a restore left out the posts that the objects belong to.
 
-Run by hand, not by itself: to a Redis that is not restored yet every object is nobody's. A sweep that finds most
-objects to be so refuses, too.
+An operator runs the sweep by hand. It does not run by itself, because before Redis is restored every object looks like
+an orphan. For the same reason a sweep removes nothing if most objects are orphans.
 """
 
 import asyncio
@@ -17,22 +17,24 @@ from storage.db.client import BATCH, Redis, now_ms
 from storage.objects import Entry, ObjectStore
 from storage.outbox import MayName, recheck_at
 
-DAY = 86400  # seconds. Work that puts an object and then names it takes minutes at most
-SAFE_COUNT = 100  # so many objects may be removed however few there are besides
+DAY = 86400  # seconds. Younger objects are ignored. Work that stores an object and then names it takes minutes at most
+SAFE_COUNT = 100  # so many orphans may be removed even if they are most of the objects
 MAX_NAMES = 5  # names in a report
 
 
 class Mistaken(Exception):
-    """Most objects are nobody's."""
+    """Most objects are orphans, so this is probably the wrong Redis, or one that is not restored yet."""
 
 
 @dataclass
 class Report:
+    """The result of a sweep."""
+
     seen: int = 0  # objects older than a day
-    orphans: int = 0  # of them nobody's, and no backup needs them
-    size: int = 0  # bytes of those
-    waiting: int = 0  # originals and chunks that are nobody's, but a backup may name them
-    names: list[str] = field(default_factory=list)  # the first ones lost
+    orphans: int = 0  # objects that belong to nothing and that no kept backup can name
+    size: int = 0  # bytes of the orphans
+    waiting: int = 0  # originals and chunks that belong to nothing, but that a kept backup may name
+    names: list[str] = field(default_factory=list)  # of the first MAX_NAMES orphans
 
     def __str__(self) -> str:
         text = f"nobody owns {self.orphans} of {self.seen} objects older than a day ({self.size} bytes)"
@@ -41,18 +43,22 @@ class Report:
 
 
 async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach_ms: int, remove: bool) -> Report:
-    """Look at every object older than a day, and if wanted remove those that are nobody's.
+    """Find the orphans among the objects that are older than a day. With `remove` also remove them.
 
-    An original waits as long as a restore may go back to a second in which it had its post: the post may be as old as a
-    backup when a restore leaves it out, and the last backup that names it becomes as old again. Originals and chunks
-    from before the last restore also wait for every kept backup that began before it: `verify` may have failed, and
-    then they are kept for longer than set. Raises Mistaken, Unreachable, Unavailable.
+    An original is not an orphan before it is twice `backup_reach_ms` old. A restore may leave its post out when the
+    post is already as old as the oldest kept backup. The last backup that names the post is then kept for as long
+    again, and that backup may be restored too.
+
+    Originals and chunks that are older than the last restore also wait until no kept backup began before that restore.
+    Backups are kept for longer than set while `verify` fails.
+
+    Raises Mistaken where most objects are orphans and `remove` was requested, Unreachable, Unavailable.
     """
     if remove:
         report = await sweep(db, objects, may_name, backup_reach_ms, remove=False)
         if report.orphans > max(SAFE_COUNT, report.seen // 2):
             raise Mistaken(f"{report}; nothing was removed: is this the right Redis, and restored?")
-    await db.ping()  # also where no object is old enough to ask about
+    await db.ping()  # so that a Redis that cannot be reached is noticed even if no object is old enough
     report = Report()
     restored: dict[int, int] = {}
     async for batch in _batches(objects, time.time() - DAY):
@@ -75,8 +81,8 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach
 async def _backup_may_name(
     db: Redis, may_name: MayName, restored: dict[int, int], entry: Entry, backup_reach_ms: int
 ) -> bool:
-    """Whether a kept backup may name an object. `restored` remembers each partition's last restore."""
-    if entry.name.startswith(keys.IMAGES):  # made again from its original
+    """Whether a kept backup may name an object. `restored` caches each partition's last restore, in ms since 1970."""
+    if entry.name.startswith(keys.IMAGES):  # a missing JPEG is made again from its original
         return False
     now = now_ms(db)
     modified = entry.modified * 1000
@@ -90,7 +96,10 @@ async def _backup_may_name(
 
 
 async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[Entry]]:
-    """Objects last written before then, as many as one pipeline asks for. Names storage does not make are let be."""
+    """Objects that were last written before a time in Unix seconds, up to BATCH at once.
+
+    Objects whose names this software does not create are ignored.
+    """
     batch = []
     for folder in keys.OBJECTS:
         async for entry in objects.list(folder):
@@ -103,7 +112,7 @@ async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[En
 
 
 async def _owned(db: Redis, owner: str) -> set[str]:
-    """The objects that a post or an upload may have."""
+    """The names of the objects that belong to a post or an upload, given its id."""
     if keys.ID.fullmatch(owner)[1]:
         return {keys.chunk(owner, name) for name in (await uploads.inspect(db, owner)).chunks}
     partition = keys.partition_of_post(owner)

@@ -1,16 +1,19 @@
-"""Ends a process of ours that hangs. Whoever started it then starts it again: Docker, or the worker for its converters.
+"""Kills a process of this project that hangs. Docker then restarts it, or the worker does for its converters.
 
     process ──a byte for each sign of life──► watchdog: this file as a program
         ▲                                        │ after `limit` seconds without a byte
         └─────── SIGUSR1, then SIGKILL ──────────┘
 
-The watchdog is a process of its own, because a thread or a signal handler of a stopped process does not run. It is a
-new program, not a fork: it has no socket, no lock file and no secret of the process it watches. It ends at the end of
-the pipe, which closes when the process ends, however that ends. A kernel timer that sends SIGKILL would need no process
-at all, but it could not say what happened, and `docker pause` would fire it.
+The watchdog is a separate process, because threads and signal handlers of a stopped process do not run. It is a new
+program instead of a fork, so it has no socket, no lock file and no secret of the process that it watches. It ends when
+the pipe is closed. The kernel closes the pipe when the watched process ends, for whatever reason.
 
-The time is counted in ten short waits. If everything is frozen meanwhile (a suspended laptop, `docker pause`), only the
-wait under way is over too early, and one byte begins the count again. One difference of two clocks would kill.
+A kernel timer that sends SIGKILL would need no process at all. It was rejected: it cannot log what happened, and
+`docker pause` would make it fire.
+
+The watchdog counts ten short waits. If the whole machine is frozen in between (a suspended laptop, `docker pause`),
+only the current wait ends too early, and the next byte restarts the count. A comparison of two clock times would kill
+the process instead.
 """
 
 import faulthandler
@@ -27,21 +30,22 @@ from contextvars import ContextVar
 
 log = logging.getLogger("imagegram.watchdog")
 
-WAITS = 10  # without a byte, after which the process is killed
-PATIENCE = 4  # limits that work on a running loop may take from one step to the next: 120 s. S3 answers within 66 s
-DUMPING = 0.5  # seconds the process has to write where its threads are
+WAITS = 10  # the process is killed after this many waits without a byte
+# Work on an event loop may take this many limits from one step to the next: 120 s by default. S3 answers within 66 s.
+PATIENCE = 4
+DUMPING = 0.5  # seconds that the process gets to write the stacks of its threads
 
-_pipe = -1  # the end that signs are written to; -1: no watchdog
-_watchdog = None  # its Popen, which would warn if it were collected before its end
-_period = 0.0  # seconds between two signs, and of a wait
+_pipe = -1  # file descriptor for the signs of life; -1: there is no watchdog
+_watchdog = None  # the Popen of the watchdog. Popen warns if it is garbage-collected before its process ends
+_period = 0.0  # seconds between two signs of life, which is also the length of a wait
 
 
 class Work:
-    """Work that is under way on an event loop."""
+    """Work in progress on an event loop."""
 
     def __init__(self, name: str):
         self.name = name
-        self.silent = 0  # periods since its last step
+        self.silent = 0  # periods since its last `step`
 
 
 _under_way: list[Work] = []
@@ -49,16 +53,19 @@ _current: ContextVar[Work | None] = ContextVar("work", default=None)
 
 
 def start(limit: float) -> None:
-    """From now on this process is killed when it gives no sign of life for `limit` seconds. 0: no watchdog."""
+    """Start the watchdog: it kills this process after `limit` seconds without a sign of life. 0: no watchdog.
+
+    The process must then call `watch_loop` or `alive`. Ten signs of life in `limit` seconds are enough.
+    """
     global _pipe, _watchdog, _period
     if not limit:
         return
-    import subprocess  # here, because the watchdog runs this file and would be larger by 1 MB
+    import subprocess  # not at the top: the watchdog runs this file too, and would take 1 MB more memory
 
-    if os.getpid() == 1:  # signals of its own namespace, even SIGKILL, do not end it: pid_namespaces(7)
-        log.warning("it cannot kill process 1: start the container with --init")
+    if os.getpid() == 1:  # signals from its own namespace, even SIGKILL, do not end process 1: pid_namespaces(7)
+        log.warning("the watchdog cannot kill process 1: start the container with --init")
     faulthandler.register(signal.SIGUSR1, file=2)
-    receive, _pipe = os.pipe()  # closed by exec; forks close it below
+    receive, _pipe = os.pipe()  # exec closes both ends; a fork closes its copy in `_close_pipe`
     os.set_blocking(_pipe, False)
     _period = limit / WAITS
     _watchdog = subprocess.Popen(
@@ -67,14 +74,17 @@ def start(limit: float) -> None:
         stdout=subprocess.DEVNULL,
         cwd="/",
         env={},
-        start_new_session=True,  # Ctrl-C and honcho's signals are for the process it watches
+        start_new_session=True,  # Ctrl-C and honcho's signals must not reach the watchdog
     )
     os.close(receive)
     os.register_at_fork(after_in_child=_close_pipe)
 
 
 def _close_pipe() -> None:
-    """In a fork: it would hold the pipe open after its parent's end, and its signs would hide that its parent hangs."""
+    """Close the pipe in a fork.
+
+    A fork would keep the pipe open after its parent has ended. Its signs of life would hide that its parent hangs.
+    """
     global _pipe
     if _pipe >= 0:
         os.close(_pipe)
@@ -82,21 +92,24 @@ def _close_pipe() -> None:
 
 
 def alive() -> None:
-    """Give a sign of life, for a process without an event loop. Of the main thread only: another hides its hanging."""
+    """Give a sign of life, for a process without an event loop.
+
+    Only calls by the main thread count: another thread would hide that the main thread hangs.
+    """
     if _pipe < 0 or threading.current_thread() is not threading.main_thread():
         return
     try:
         os.write(_pipe, b".")
-    except BlockingIOError:  # the watchdog is stopped, and has unread signs enough
+    except BlockingIOError:  # the pipe is full, because the watchdog is stopped: it has enough signs of life to read
         pass
     except BrokenPipeError:
-        log.error("it was ended, so the process it watches ends too")
+        log.error("the watchdog has ended, so this process ends too")
         _close_pipe()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def watch_loop(loop) -> None:
-    """Give signs of life as long as an event loop runs, and kill the process when work on the loop hangs."""
+    """Give signs of life as long as an event loop runs. Kill the process if a `working` block makes no `step`."""
     if _pipe < 0:
         return
     alive()
@@ -112,7 +125,13 @@ def watch_loop(loop) -> None:
 
 @contextmanager
 def working(name: str) -> Iterator[None]:
-    """Work on an event loop that must make a `step` now and then. Pauses do not belong into the block."""
+    """Mark work on an event loop that must call `step` every PATIENCE limits at least. Pause outside the block.
+
+        with watchdog.working("shipping"):
+            for piece in pieces:
+                await send(piece)
+                watchdog.step()
+    """
     work = Work(name)
     before = _current.set(work)
     _under_way.append(work)
@@ -124,16 +143,19 @@ def working(name: str) -> Iterator[None]:
 
 
 def step() -> None:
-    """A step of the work that is under way in this context, if there is any. Also of a thread by asyncio.to_thread."""
+    """Report progress of the `working` block of this context, if there is one.
+
+    It also works in a thread that was started by asyncio.to_thread, which copies the context.
+    """
     if work := _current.get():
         work.silent = 0
 
 
-# In the watchdog
+# The functions below run in the watchdog's process.
 
 
 def _watch(limit: float) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # systemd signals every process of a service
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # systemd sends signals to all processes of a service
         signal.signal(signum, signal.SIG_IGN)
     parent = os.getppid()
     silent = 0  # waits without a byte
@@ -146,11 +168,12 @@ def _watch(limit: float) -> None:
             silent += 1
     if os.getppid() != parent:
         return
-    if select.select([], [2], [], 0)[1]:  # nobody may be reading: then the process may hang for that very reason
+    # Write only if that does not block. If nobody reads stderr, that may be the reason why the process hangs.
+    if select.select([], [2], [], 0)[1]:
         with suppress(OSError):
             os.write(2, f"watchdog: process {parent} gave no sign of life for {limit:g} s: it is killed\n".encode())
     with suppress(ProcessLookupError):
-        os.kill(parent, signal.SIGUSR1)  # it writes where its threads are, if it can
+        os.kill(parent, signal.SIGUSR1)  # faulthandler writes the stacks of its threads, if it still can
         time.sleep(DUMPING)
         if os.getppid() == parent:
             os.kill(parent, signal.SIGKILL)

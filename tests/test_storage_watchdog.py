@@ -121,7 +121,7 @@ def test_a_process_that_hangs_is_killed_also_where_nobody_reads_what_is_said(pro
 def test_a_process_whose_watchdog_is_killed_ends_too(program):
     process = program(SLEEPS)
     watchdog_of(process.pid).kill()
-    assert "it was ended" in process.communicate(timeout=10)[1]
+    assert "the watchdog has ended" in process.communicate(timeout=10)[1]
     assert process.returncode == -signal.SIGTERM
 
 

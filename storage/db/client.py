@@ -1,13 +1,13 @@
-"""Calls Lua scripts on Redis: one connection for reads, one for writes, each shared by all who wait.
+"""Calls Lua scripts on Redis, over one connection for reads and one for writes. All callers of a process share them.
 
-What waits at the same time leaves as one pipeline, and is fsynced together (group commit). There is no pool: with
-pipelines a second connection only makes smaller batches. Reads have their own, so that no read queues behind a
-write's fsync in the same pipeline.
+Commands that wait at the same time leave as one pipeline, and Redis fsyncs them together (group commit). There is no
+connection pool: with pipelines, a second connection only makes the batches smaller. Reads have their own connection,
+because replies come in order: behind a write in the same pipeline a read would wait for the write's fsync.
 
-Nothing is ever sent twice: redis-py repeats writes by itself, so its retries are off. A script that Redis does not
-know did not run, and is sent again with its text.
+A write is never sent twice. redis-py repeats writes by itself, so its retries are off. Only a script that Redis does
+not know is sent again, with its text: such a script did not run.
 
-Does not decide: that is done in Lua. Does not render: rows are returned as Redis gives them, as str, int and None.
+This file makes no decisions: the scripts do. It returns rows as Redis gives them, as str, int and None.
 """
 
 import asyncio
@@ -31,13 +31,16 @@ from redis.exceptions import (
 
 from storage.errors import Unknown, Unreachable, from_reply
 
-DEADLINE = 0.9  # seconds after which whoever waits is told: the contract promises a 503 within one
-ENOUGH = 8  # writes that are worth an fsync of their own while others' is under way: a tenth more comments a second
-BATCH = 256  # commands in one pipeline; a few ms of Redis' time, which is what a batch makes the next one wait
+DEADLINE = 0.9  # seconds after which a call fails, so that the API can answer 503 within its promise of one second
+# So many waiting writes are sent at once, although another pipeline is still in progress. They are worth an fsync of
+# their own: a tenth more comments a second.
+ENOUGH = 8
+BATCH = 256  # commands in one pipeline: a few ms of Redis' time, for which the next pipeline has to wait
 
-# What Redis answers. redis-py takes two of its refusals for a lost connection: the command has not run.
+# Error replies of Redis. To redis-py the last two are connection errors, but the command has not run.
 REPLIED = (ResponseError, BusyLoadingError, AuthenticationError)
-# Redis says no before it ran anything: memory is full, it cannot write its AOF, it loads, it is no primary, …
+# Error replies of a Redis that has run nothing: its memory is full, it cannot write its AOF, it is loading, it is not a
+# primary, …
 NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
 
 
@@ -71,10 +74,11 @@ SCRIPTS = read_scripts(Path(__file__).parent.parent.with_name("lua"))
 
 
 class Channel:
-    """One connection. Those who ask while a pipeline is under way leave together in the next one.
+    """One connection. Commands that arrive while a pipeline is in progress leave together in the next pipeline.
 
-    It leaves when the one before was answered, or when `enough` wait; two at most are under way. `lost` is the error
-    of those whose command was sent and whose answer did not come.
+    The next pipeline leaves when the one before was answered, or when `enough` commands wait. At most two pipelines are
+    in progress. `lost` is the error of a command that was sent and whose reply was lost: Unknown for writes, because
+    they may have happened, Unreachable for reads. `undecodable` is the error handler for replies that are not UTF-8.
     """
 
     def __init__(
@@ -94,16 +98,16 @@ class Channel:
         self._enough = enough
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
-        self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline under way
+        self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline in progress
         self._sending = asyncio.Lock()
         self._reading = asyncio.Lock()
 
     def ask(self, *command: Any) -> asyncio.Future[Any]:
-        """Awaits the reply to a command. Raises ResponseError, Unreachable, or what `lost` says."""
-        # Packed here, so that what cannot be packed is its caller's fault and not that of all who leave together.
-        # By hiredis: redis-py's own packer takes ten times as long.
+        """A future with the reply to a command. It raises one of REPLIED, Unreachable, or `lost`."""
+        # Pack here, so that only this caller gets the error if the command cannot be packed. In `_send`, all callers
+        # of the pipeline would get it. hiredis packs: redis-py's own packer takes ten times as long.
         packed = hiredis.pack_command(command)
-        if self._loop is None:  # asked for once: Python 3.11 makes a system call each time
+        if self._loop is None:  # only once: Python 3.11 makes a system call each time
             self._loop = asyncio.get_running_loop()
         answer = self._loop.create_future()
         self._waiting.append((packed, answer))
@@ -112,6 +116,7 @@ class Channel:
         return answer
 
     async def close(self) -> None:
+        """Wait for all replies, then disconnect."""
         await asyncio.gather(*self._tasks)
         await self._connection.disconnect()
 
@@ -123,7 +128,7 @@ class Channel:
             self._tasks.discard(asyncio.current_task())
 
     async def _send(self) -> None:
-        """Send what waits, and read its answers behind those of the pipeline before."""
+        """Send the waiting commands as one pipeline, and read their replies after those of the pipeline before."""
         connection = self._connection
         batch = []
         sent = False
@@ -132,10 +137,10 @@ class Channel:
                 async with self._sending:
                     batch = self._waiting[:BATCH]
                     self._waiting = self._waiting[BATCH:]
-                    if not batch:  # it left with the pipeline before
+                    if not batch:  # the commands left with the pipeline before
                         return
                     if connection.is_connected and not self._reading.locked() and await connection.can_read():
-                        await connection.disconnect(nowait=True)  # Redis closed it while nobody asked
+                        await connection.disconnect(nowait=True)  # Redis closed it while it was idle
                     if not connection.is_connected:
                         await connection.connect()  # type: ignore[no-untyped-call]
                     sent = True
@@ -150,8 +155,8 @@ class Channel:
                 finally:
                     self._reading.release()
         except (RedisError, OSError, TimeoutError) as error:
-            # A late reply must not be taken for the next command's. Those who were not sent yet would wait for the
-            # same server: they are told now, within the deadline.
+            # Disconnect, so that a late reply is not taken for the reply to the next command. Commands that were not
+            # sent yet would wait for the same server. They fail now, within their deadline.
             await connection.disconnect(nowait=True)
             for _, answer in batch:
                 _resolve(answer, self._lost(f"Redis' answer was lost: {error}") if sent else _unreachable(error))
@@ -161,7 +166,8 @@ class Channel:
 
 
 def _resolve(answer: asyncio.Future[Any], result: Any) -> None:
-    if answer.done():  # whoever asked has gone
+    """Resolve a future with a result, or with an error if the result is one."""
+    if answer.done():  # its caller was cancelled
         return
     if isinstance(result, Exception):
         answer.set_exception(result)
@@ -174,10 +180,11 @@ def _unreachable(error: Exception) -> Unreachable:
 
 
 class Redis:
-    """The scripts of one Redis.
+    """Calls the scripts in lua/ on one Redis.
 
-    `clock` is given to every script that wants to know the time; empty means Redis' own. `undecodable` says how bytes
-    that are not UTF-8 are decoded, which only others write: an error handler of Python's `bytes.decode`.
+    `url` is a URL of redis-py. `clock` is passed to every script that needs the time, in ms since 1970: an empty string
+    means Redis' own clock, and tests set a number. `undecodable` is an error handler of Python's `bytes.decode`, for
+    replies that are not UTF-8. Only foreign clients write such bytes.
     """
 
     def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace"):
@@ -187,7 +194,11 @@ class Redis:
         self.clock: int | Literal[""] = ""
 
     async def call(self, name: str, keys: list[str], *args: Any) -> Any:
-        """Run a script. Raises the Refusal it answers, Unreachable, or Unknown where a write's answer was lost."""
+        """Run a script and return its reply: str, int, None, or a list of these.
+
+        Raises the Refusal that the script replies with, Unreachable where nothing happened, and Unknown where the reply
+        to a write was lost. Raises ResponseError for any other error of a script, which is a bug or malformed data.
+        """
         called = self._scripts[name]
         channel = self._reads if called.reads else self._writes
         try:
@@ -205,7 +216,7 @@ class Redis:
             raise refusal from None
 
     async def ping(self) -> None:
-        """Raises Unreachable where Redis does not answer."""
+        """Raises Unreachable where Redis does not answer within DEADLINE."""
         try:
             await self._reads.ask("PING")
         except REPLIED as error:
@@ -217,5 +228,5 @@ class Redis:
 
 
 def now_ms(db: Redis) -> int:
-    """Milliseconds since 1970 by this machine's clock, for what need not agree with Redis' to the second."""
+    """ms since 1970 by this machine's clock, or `db.clock` in tests. It may differ from Redis' clock by seconds."""
     return db.clock or int(time.time() * 1000)
