@@ -59,7 +59,7 @@ def listen(settings) -> list[socket.socket]:
     try:
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):  # UnicodeError: a label of more than 63 characters
-        raise environment.refused("HOST", settings.host, "wanted an address or a name of this machine") from None
+        raise environment.refused("HOST", settings.host, "expected an address or a name of this machine") from None
     try:
         first = _listen(family, address, shared=False)
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
