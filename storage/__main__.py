@@ -1,13 +1,13 @@
-"""`imagegram-storage`, or `python -m storage`: the embedded Redis, and its backup.
+"""`imagegram-storage`, or `python -m storage`: the embedded Redis, its backup, and maintenance of the data.
 
-    redis                              starts the embedded server
-    ship                               copies its append-only file to the backup store as it grows
-    snapshots                          what is in the backup store
-    restore [--at TIME] --to FOLDER    a Redis data folder as of any kept second
-    verify                             restores the newest on trial
-    check [--repair] [--deep]          holds the data, live or restored, against what must be true of it
-    sweep [--dry-run]                  removes objects that nobody owns
-    retry                              makes the images again that failed as `exhausted`
+    redis                              starts the embedded Redis server
+    ship                               copies Redis' append-only file to the backup store as it grows
+    snapshots                          lists what is in the backup store
+    restore [--at TIME] --to FOLDER    writes a data folder for Redis as it was at any kept second
+    verify                             tests whether the newest generation can be restored
+    check [--repair] [--deep]          checks the invariants of live or restored data
+    sweep [--dry-run]                  removes objects that belong to no post and no upload
+    retry                              gives posts that failed as `exhausted` new attempts at their image
     script NAME                        prints a Lua script as it is sent to Redis, for `redis-cli --eval`
 """
 
@@ -30,7 +30,7 @@ from storage.errors import Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.settings import Settings, load, make_data, refused
 
-STORES = {  # by command, the stores that it opens
+STORES = {  # the stores that each command opens
     "ship": ["BACKUP_STORE"],
     "snapshots": ["BACKUP_STORE"],
     "restore": ["STORE", "BACKUP_STORE"],
@@ -41,26 +41,26 @@ STORES = {  # by command, the stores that it opens
 
 
 def main() -> None:
+    """The console script `imagegram-storage`."""
     processes.end_after(run)
 
 
 def run() -> None:
+    """Run the command in sys.argv. Raises SystemExit with an error message if the command fails."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="imagegram-storage", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("redis", "ship", "snapshots", "verify", "retry"):
         commands.add_parser(name)
     restore_parser = commands.add_parser("restore")
-    restore_parser.add_argument("--at", type=_unix_second, help="2026-11-23T07:00:00Z; without it, the newest")
-    restore_parser.add_argument(
-        "--to", type=Path, required=True, help="what Redis is to have as its --dir; empty or new"
-    )
+    restore_parser.add_argument("--at", type=_unix_second, help="such as 2026-11-23T07:00:00Z; without it the newest")
+    restore_parser.add_argument("--to", type=Path, required=True, help="an empty or new folder, for Redis' --dir")
     check_parser = commands.add_parser("check")
-    check_parser.add_argument("--repair", action="store_true", help="make what is derived true again")
+    check_parser.add_argument("--repair", action="store_true", help="repair derived data")
     check_parser.add_argument("--deep", action="store_true", help="read every object")
-    check_parser.add_argument("--folder", type=Path, help="a restored data folder, on a server of its own")
+    check_parser.add_argument("--folder", type=Path, help="a restored data folder; starts a server for it")
     sweep_parser = commands.add_parser("sweep")
-    sweep_parser.add_argument("--dry-run", action="store_true", help="only say what there is")
+    sweep_parser.add_argument("--dry-run", action="store_true", help="only report what would be removed")
     script_parser = commands.add_parser("script")
     script_parser.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
     arguments = parser.parse_args()
@@ -87,7 +87,7 @@ def run() -> None:
         work = {"sweep": _sweep, "check": _check, "retry": _retry}.get(arguments.command, _backup)
         asyncio.run(_cancel_on_sigterm(work(arguments, settings)))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit("stopped before it was done")
+        sys.exit("stopped before the command was complete")
     except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
         sys.exit(f"{type(error).__name__.lower()}: {error}")
     except OSError as error:
@@ -95,7 +95,10 @@ def run() -> None:
 
 
 async def _cancel_on_sigterm(work: Coroutine) -> None:
-    """SIGTERM is an orderly end, as Ctrl-C is: by default it would leave the server that runs on restored data."""
+    """Run `work`, and cancel it on SIGTERM as on Ctrl-C.
+
+    By default SIGTERM would end this process at once and leave behind the Redis server that it started.
+    """
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     await work
 
@@ -119,7 +122,7 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
         url = settings.redis_url
         if arguments.folder:
             if not (arguments.folder / "appendonlydir").is_dir():
-                raise restore.Refused(f"{arguments.folder} is no data folder")
+                raise restore.Refused(f"{arguments.folder} is not a data folder")
             server.lock_folder(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
         db = Redis(url, undecodable=check.EXACTLY)
@@ -136,13 +139,13 @@ async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
     db = Redis(settings.redis_url)
     count = await retry.retry(db)
     await db.close()
-    _say(f"{count} posts are handed out again")
+    _say(f"{count} posts have new attempts")
 
 
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
-        # Asked of the store, because the shipper here looks at the last trial once a minute only.
+        # Read the last test restore's result from the store: the shipper's state on this machine is up to a minute old.
         last_result = await verify.last_result(store)
         print(snapshots.table(await snapshots.snapshots(store), state.read(settings), last_result))
     elif arguments.command == "verify":
@@ -159,12 +162,15 @@ def _say(text: str) -> None:
 
 
 def _unix_second(text: str) -> int:
-    """Unix seconds of a time in RFC 3339. One without a zone is refused: nobody should restore an hour beside."""
+    """The Unix seconds of a time in RFC 3339.
+
+    A time without a zone is refused, because a restore must not be wrong by hours.
+    """
     with suppress(ValueError):
         moment = datetime.fromisoformat(text)
         if moment.tzinfo:
             return int(moment.timestamp())
-    raise argparse.ArgumentTypeError(f"{text!r}: wanted a time with its zone, as 2026-11-23T07:00:00Z")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a time with its zone, such as 2026-11-23T07:00:00Z")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_check_leaves_a_folder_alone_whose_server_runs_and_one_that_holds_no_dat
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "not there"):
         refused = check(nothing)
-        assert refused.returncode == 1 and "is no data folder" in refused.stderr
+        assert refused.returncode == 1 and "is not a data folder" in refused.stderr
     assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "not there").exists()
 
 
