@@ -1,5 +1,6 @@
 """Originals: images as they were uploaded, byte for byte. They are joined from an upload's chunks and never served."""
 
+from collections.abc import AsyncIterator
 from typing import BinaryIO
 
 from storage import keys, uploads
@@ -26,7 +27,7 @@ async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, 
         if not upload:
             raise
 
-    async def joined():
+    async def joined() -> AsyncIterator[bytes]:
         """The bytes of the chunks. Raises at the end if bytes are missing; then `put` stores nothing."""
         row = await uploads.inspect(db, upload)
         size = 0

@@ -27,9 +27,9 @@ deleted.
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from storage import keys
 from storage.db.client import Redis, now_ms
@@ -67,6 +67,8 @@ RECENT_MS = 1000  # if an upload took a chunk within this time, another chunk ma
 STILL_SECONDS = 0.05  # an upload that took no chunk in this time stands still. The last chunk takes 20 ms
 STILL_POLLS = 10  # the most polls, half a second: the old connection may be alive and still sending
 GRACE_MS = 60_000  # the caller of `drop` has this time to erase the chunks; then the outbox does it
+
+Result = TypeVar("Result")
 
 
 class Upload(NamedTuple):
@@ -220,7 +222,9 @@ class Appender:
     Chunks that were committed before an error stay in the upload.
     """
 
-    def __init__(self, db: Redis, objects: ObjectStore, upload: str, offset: int = 0, length: int | None = None):
+    def __init__(
+        self, db: Redis, objects: ObjectStore, upload: str, offset: int = 0, length: int | None = None
+    ) -> None:
         self.upload = upload
         self.offset = offset  # bytes that are durable
         self.expires = 0  # ms since 1970; 0 until a chunk was committed
@@ -421,7 +425,7 @@ async def form_upload(
     partitions: int,
     form_bytes: int = IMAGE_BYTES,
     processing: int = PROCESSING,
-):
+) -> AsyncIterator[Appender]:
     """An Appender for the upload of a form. If the `async with` block raises, the upload is discarded.
 
         async with form_upload(db, objects, user, partitions) as image:
@@ -450,7 +454,7 @@ async def _discard_form(db: Redis, objects: ObjectStore, owner: str, image: Appe
         await discard(db, objects, owner, image.upload)
 
 
-async def run_to_completion(work: Coroutine):
+async def run_to_completion(work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` to completion even if the caller is cancelled. Returns its result, or raises its error.
 
     It is for work that would leave something half done, such as an upload that was opened in Redis and whose id nobody

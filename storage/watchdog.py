@@ -28,6 +28,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which the watchdog's process would import for nothing
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
 log = logging.getLogger("imagegram.watchdog")
 
 WAITS = 10  # the process is killed after this many waits without a byte
@@ -43,7 +47,7 @@ _period = 0.0  # seconds between two signs of life, which is also the length of 
 class Work:
     """Work in progress on an event loop."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
         self.silent = 0  # periods since its last `step`
 
@@ -108,7 +112,7 @@ def alive() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def watch_loop(loop) -> None:
+def watch_loop(loop: "AbstractEventLoop") -> None:
     """Give signs of life as long as an event loop runs. Kill the process if a `working` block makes no `step`."""
     if _pipe < 0:
         return
