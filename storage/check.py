@@ -183,8 +183,8 @@ async def _check_post(
 ) -> None:
     """Check a post under one of its names: its own key, its comments, a member of the feed, and so on.
 
-    Its own key has `count`. A flaw is reported once, by the check of that key. If there is no such key, the first check
-    of another name reports that.
+    `count` is true for its own key. The check of that key reports the post's flaws, so each is reported once. If that
+    key is missing, the first check of another name reports it.
     """
     status, comments, waits, flaws = await _call_check_post(db, post, repair=False)
     if count:

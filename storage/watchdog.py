@@ -129,7 +129,7 @@ def watch_loop(loop: "AbstractEventLoop") -> None:
 
 @contextmanager
 def working(name: str) -> Iterator[None]:
-    """Mark work on an event loop that must call `step` every PATIENCE limits at least. Pause outside the block.
+    """Mark work on an event loop that must call `step` at least once in PATIENCE limits. Pause outside the block.
 
         with watchdog.working("shipping"):
             for piece in pieces:
