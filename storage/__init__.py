@@ -7,6 +7,6 @@ environment variable.
     outbox, originals                      background work: images to make, bytes to erase
     keys, errors, settings, formats        what the other files share
     check, sweep, retry                    maintenance commands of `imagegram-storage`
-    processes, watchdog, logs              processes of the operating system, and their logs
+    processes, watchdog, logs, files       the operating system: processes, their logs, durable files
     db/, objects/, backup/                 Redis, the object store, the backup of Redis
 """
