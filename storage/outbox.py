@@ -30,7 +30,7 @@ The zset `turns` says whose post is next, so that no author's posts delay anothe
 |---|---|---|---|---|
 | waiting | processing | n | in the past | `lease_images` leases it and the queue gets a hint |
 | leased | processing | n | LEASE_MS after it was leased | `start_image` begins an attempt |
-| attempt | processing | n + 1 | LEASE_MS × 2ⁿ after its start | `publish`, `fail` or `return_image` |
+| being made | processing | n + 1 | LEASE_MS × 2ⁿ after its start | `publish`, `fail` or `return_image` |
 | ready | ready | none | none | |
 | failed | failed | n | none | in `due` for JOB_MS; `imagegram-storage retry` makes it wait again |
 

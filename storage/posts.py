@@ -93,7 +93,7 @@ async def create(
     idempotency: keys.IdempotencyKey | None = None,
     processing: int = PROCESSING,
 ) -> tuple[str, int]:
-    """Create a post from a finished upload, in the upload's partition.
+    """Create a post from a complete upload, in the upload's partition.
 
     Returns the post's id, and CREATED, REPLAYED (the idempotency key was used before) or EXISTING (the upload had
     become this post before).

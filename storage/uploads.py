@@ -14,8 +14,8 @@ The fields of `upload:{p}:<id>` in each state (docs/keys.md):
 |---|---|---|
 | open | `owner`, `offset`, `expires`, `length`, `metadata` | takes chunks until `offset` is `length` |
 | open, of a form | `owner`, `offset`, `expires` | takes chunks; its length is known when the form ends |
-| finished | as open; `offset` is `length` | create_post makes a post of it |
-| post | `owner`, `post`, `length` (the sum of the chunks) | its chunks are erased once the post has its original |
+| complete | as open; `offset` is `length` | create_post makes a post of it |
+| finished | `owner`, `post`, `length` (the sum of the chunks) | its chunks are erased once the post has its original |
 | dropped | none: the hash is gone | its chunks are erased |
 | expired | `owner`, `expires` = 0 | its chunks are erased; for a day it is refused as expired, not as unknown |
 
