@@ -19,9 +19,10 @@ from test_run import Run
 from storage.backup.restore import format_utc
 
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
 DURABILITY = (ROOT / "docs" / "durability.md").read_text()
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
 POST = re.compile(r"\b01[0-9A-HJKMNP-TV-Z]{24}-0")
 UPLOAD = re.compile(r"\bu01[0-9A-HJKMNP-TV-Z]{24}-0")
 SECOND = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -31,9 +32,10 @@ PROGRAMS = (
     r"make|imagegram-\w+|python3?|pip3?|docker|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
 )
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
-# The blocks that are no commands: what commands print, lines of .env, and tables of what there is.
+# The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
 PRINTED = "> |generation |ship.1 |found: |1 posts, "
-OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |post     {{|{{|generations/|ACL SETUSER ")
+OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER ")
+DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
 
 def section(page: str, heading: str) -> str:
@@ -41,14 +43,26 @@ def section(page: str, heading: str) -> str:
 
 
 def shell(page: str) -> list[str]:
-    """The blocks of shell commands. A block that is neither one nor in OTHER is an error."""
+    """The blocks of shell commands. Any other block must be an answer (`http`), a drawing (`mermaid`) or in OTHER."""
     found = []
     for language, fenced, indented in BLOCK.findall(page):
         block = fenced or "".join(line[4:] for line in indented.splitlines(keepends=True))
         if language == "sh" or COMMAND.match(block):
             found.append(block)
-        else:
-            assert not language and OTHER.match(block), f"marked as sh? Else its beginning is for OTHER: {block}"
+        elif language == "mermaid":
+            assert DRAWINGS.match(block), f"an unknown kind of drawing: {block}"
+        elif language != "http":
+            assert not language and OTHER.match(block), f"mark it as sh, or add its beginning to OTHER: {block}"
+    return found
+
+
+def examples(page: str) -> list[tuple[str, str]]:
+    """Each block of commands with the answer below it, which is empty if the next block is not marked `http`."""
+    blocks = [(language, fenced) for language, fenced, _ in BLOCK.findall(page) if language in ("sh", "http")]
+    found = []
+    for (language, block), (following, answer) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        if language == "sh":
+            found.append((block, answer if following == "http" else ""))
     return found
 
 
@@ -63,6 +77,7 @@ def commands(page: str) -> set[str]:
 # Run as a whole: the blocks behind these headings.
 SCRIPTS = [
     ("README.md", "## Make the first call"),
+    *(("api.md", heading) for heading in re.findall(r"^## .*$", API, re.MULTILINE)),
     ("durability.md", "## The restore drill"),
     ("production.md", "## With docker compose"),  # by tests/compose/, which has an engine
 ]
@@ -134,6 +149,35 @@ def test_what_make_run_says_works_as_written(home):
     assert [line.split(maxsplit=1)[0] for line in lines][1:] == ["curl", "curl", "redis-cli"]
     printed = home.run("\n".join(lines), stdin="PING")
     assert printed.endswith("PONG\n") and '"caption":"Hello"' in printed
+
+
+def pattern(line: str) -> re.Pattern:
+    """What matches a line of an answer: `…` stands for any text. Ids, times and tags differ each time."""
+    line = re.escape(re.sub(r"\s", "", line)).replace("…", ".*?")
+    for differs in (
+        r"u?01[0-9A-HJKMNP-TV-Z]{24}\\-0",  # post, upload
+        r"\d{13}\\-0",  # comment
+        r"\d{4}\\-\d\d\\-\d\dT[\d:]{8}\\\.\d{3}Z",  # RFC 3339
+        r"\w{3},\d\d\w{3}\d{4}\d\d:\d\d:\d\dGMT",  # HTTP's date
+        r'(?<=ETag:")[^"]+',
+        r"(?<=/)\d+$",  # the length of a JPEG
+        r"(?<=^Upload\\-Offset:)(?!0$|61306$)\d+",  # where a line broke
+    ):
+        line = re.sub(differs, lambda found: r"[\w.:,-]+", line)
+    return re.compile(line)
+
+
+def test_the_examples_of_the_api_page_answer_as_written(home):
+    """All in one shell. Each line of an answer is there, in order; the page leaves out lines of headers."""
+    pairs = examples(API)
+    assert len(pairs) > 20
+    end = "= the end of an example ="
+    printed = home.run("".join(f"{block}\necho\necho '{end}'\n" for block, _ in pairs)).replace("\r", "")
+    for (block, answer), output in zip(pairs, printed.split(end), strict=False):
+        lines = iter(re.sub(r"[ \t]", "", output).splitlines())
+        for expected in re.sub(r"\n +", "", answer).splitlines():
+            matches = pattern(expected)
+            assert any(matches.fullmatch(line) for line in lines), f"{block}\n{output}\nlacks {expected}"
 
 
 def numbered(printed: str) -> list[str]:
