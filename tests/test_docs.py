@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, photograph, until
+from conftest import ROOT, free_port, photograph, until
 from making import jpeg
 from test_run import Run
 
@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
 DURABILITY = (ROOT / "docs" / "durability.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
 POST = re.compile(r"\b01[0-9A-HJKMNP-TV-Z]{24}-0")
 UPLOAD = re.compile(r"\bu01[0-9A-HJKMNP-TV-Z]{24}-0")
@@ -80,6 +81,7 @@ SCRIPTS = [
     *(("api.md", heading) for heading in re.findall(r"^## .*$", API, re.MULTILINE)),
     ("durability.md", "## The restore drill"),
     ("production.md", "## With docker compose"),  # by tests/compose/, which has an engine
+    ("CONTRIBUTING.md", "## Profile"),
 ]
 
 
@@ -180,6 +182,19 @@ def test_the_examples_of_the_api_page_answer_as_written(home):
             assert any(matches.fullmatch(line) for line in lines), f"{block}\n{output}\nlacks {expected}"
 
 
+def test_the_profiles_of_the_contributors_page_are_written(home):
+    for script in shell(section(CONTRIBUTING, "## Profile")):
+        home.run(script.replace("8001", str(free_port())))
+        assert "function calls" in (home.folder / "profile.txt").read_text()
+
+
+def test_the_map_of_the_contributors_page_names_every_module_and_no_other():
+    named = set(re.findall(r"`((?:api|storage|workers)/[\w/]+\.py)`", section(CONTRIBUTING, "## The map")))
+    packages = ROOT / "api", ROOT / "storage", ROOT / "workers"
+    modules = {path.relative_to(ROOT) for package in packages for path in package.rglob("*.py")}
+    assert named == {str(path) for path in modules if path.name != "__init__.py"}
+
+
 def numbered(printed: str) -> list[str]:
     """The words of what a command printed, with # for each number."""
     return re.sub(r"\d+", "#", printed).split()
@@ -254,6 +269,12 @@ def install(home, command):
     """tests/test_wheel.py does it in a venv of its own."""
 
 
+def refer(home, command):
+    """Another test runs these files, or they take minutes: they exist."""
+    named = re.findall(r"\btests/\w+\.py", command)
+    assert named and all((ROOT / path).exists() for path in named)
+
+
 def start(home, command):
     """One of the parts that are running."""
     assert f"exec .venv/bin/{command}\n" in (ROOT / "Procfile").read_text()
@@ -275,8 +296,9 @@ def contain(home, command):
 
 
 RUN = {
-    r"make [\w-]+( REVISION=\w+)?": dry,
+    r"make [\w-]+( REVISION=[\w~]+)?": dry,
     r"python -m tests\.\S+( .*)?": parse,
+    r"python -m pytest .*|python tests/golden\.py \S+": refer,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
     r"imagegram-storage script \w+": succeed,
     r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
@@ -333,8 +355,8 @@ def session(working_site, real_server):
 def shape(reply: str) -> str:
     """A reply without what differs from one session to another."""
     reply = UPLOAD.sub("<upload>", POST.sub("<post>", reply.replace("\r", "")))
+    reply = re.sub(r"0-[0-9a-f]{16}", "<chunk>", reply)  # before times: a chunk's name may have 13 digits in a row
     reply = re.sub(r"\d{13}", "<ms>", reply)
-    reply = re.sub(r"0-[0-9a-f]{16}", "<chunk>", reply)
     reply = re.sub(r'"[A-Za-z0-9+/]{32}"', '"<thumbhash>"', reply)
     return "\n".join(line.strip() for line in reply.strip().splitlines())
 

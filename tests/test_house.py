@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT / "lua" / "shared.lua"
 SCRIPTS = sorted(path for path in (ROOT / "lua").glob("*.lua") if path != SHARED)
 ROOMS = [path for room in ("api", "storage", "workers") for path in sorted((ROOT / room).rglob("*.py"))]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
