@@ -1,7 +1,7 @@
-# One image for API, worker and backup; the command chooses.
+# One image for API, worker and backup. The command of the container chooses the part.
 
 FROM python:3.11.16-slim-bookworm AS build
-# The headers pillow-simd is compiled with; without liblcms2's it would silently have no colour management.
+# pillow-simd is compiled with these headers. Without those of liblcms2 it would silently lack colour management.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev liblcms2-dev libseccomp2
 WORKDIR /app
@@ -14,7 +14,7 @@ COPY lua lua
 RUN .ci/setup run
 
 FROM python:3.11.16-slim-bookworm
-# 999 is also the user of the valkey image: only their owner may read Redis' files, and the shipper must read them.
+# 999 is also the user of the valkey image. Only their owner may read Redis' files, and the shipper must read them.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libjpeg62-turbo zlib1g liblcms2-2 libseccomp2 \
     && rm -rf /var/lib/apt/lists/* \

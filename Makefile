@@ -2,8 +2,9 @@ python := .venv/bin/python
 
 .PHONY: run test lint unit test-pillow test-compose load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
-# .env is for containers. honcho would read it, but imagegram-api in another terminal would sign with another secret.
-run: ## start Redis, API and worker; Ctrl-C ends them
+# The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
+# would sign with another secret. So deploy/run.py tells honcho not to read it.
+run: ## start Redis, API, worker and backup; Ctrl-C ends them
 	@.ci/setup run
 	@.venv/bin/imagegram-api welcome
 	@exec $(python) -m deploy.run
@@ -25,7 +26,7 @@ lint:
 unit:
 	$(python) -m pytest -n 2 --dist loadfile
 
-test-pillow: ## what decodes images with Pillow itself, as it is where pillow-simd cannot be compiled
+test-pillow: ## the image tests with Pillow itself, which is used where pillow-simd cannot be compiled
 	@.ci/setup test
 	$(python) -m venv .venv-pillow
 	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock pillow
@@ -33,24 +34,24 @@ test-pillow: ## what decodes images with Pillow itself, as it is where pillow-si
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest -n 2 $(addprefix tests/test_workers_,pipeline.py jpeg.py hostile.py jobs.py)
 
-test-compose: ## the containers, by a real engine: the README's commands, kills, a restore; four minutes, needs root
+test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test
 	@$(python) -m tests.compose
 
-load: ## locust against a started system, at the forecast's mix
+load: ## the load of 50 users (locust) on a site that runs, with the forecast's mix of calls; one minute
 	@.ci/setup test
 	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
 	  --host http://$${IMAGEGRAM_HOST:-127.0.0.1}:$${IMAGEGRAM_PORT:-8000} --html tests/load/report.html
 
-bench: ## all figures, beside bare Sanic and a peer; half an hour
+bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; half an hour
 	@.ci/setup bench
 	$(python) -m tests.bench
 
-bench-before: ## the rates of this checkout beside those of an earlier one: make bench-before REVISION=main~10
+bench-before: ## compare the rates of this checkout with those of a revision: make bench-before REVISION=main~10
 	@.ci/setup bench
 	$(python) -m tests.bench.before $(REVISION)
 
-bench-images: ## what a picture costs, beside libvips
+bench-images: ## the cost of a picture, beside libvips
 	@.ci/setup bench
 	$(python) -m tests.bench.images
 
@@ -58,15 +59,15 @@ bench-turns: ## how long a photograph waits behind another user's large images; 
 	@.ci/setup bench
 	$(python) -m tests.bench.turns
 
-drill: ## the long forms of the durability tests, with figures; ten minutes at most; a full disk needs root
+drill: ## the long durability tests, with figures; ten minutes at most; the drill of a full disk needs root
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
 
-drill-images: ## the long forms of the workers' tests: a backlog, kills, Redis away, damaged images; twelve minutes at most
+drill-images: ## the long tests of workers: a backlog, kills, Redis away, damaged images; twelve minutes at most
 	@.ci/setup test
 	PYTHONPATH=tests timeout 720 $(python) -m tests.drills.images
 
-drill-lines: ## the long forms of the tests of bad lines: a crowd, a trickle, 50 kills; four minutes
+drill-lines: ## the long tests of bad connections: a crowd, a trickle, 50 kills; four minutes
 	@.ci/setup test
 	$(python) -m pytest -s tests/drills/connections.py
 	KILLS=50 $(python) -m pytest tests/test_uploads_races.py -k kill
@@ -75,10 +76,10 @@ fuzz: ## 10,000 random requests over all routes; three minutes
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.fuzz
 
-lock: ## requirements.lock anew, from the newest versions
+lock: ## write requirements.lock again, with the newest versions
 	python3 -m venv .venv-lock
 	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[run,test,bench]'
-	(echo '# Every version that is installed, for `pip install -c`. Made by `make lock`.'; \
+	(echo '# The version of every package that is installed, for `pip install -c`. Written by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
 	rm -rf .venv-lock
 
