@@ -195,6 +195,18 @@ def test_the_map_of_the_contributors_page_names_every_module_and_no_other():
     assert named == {str(path) for path in modules if path.name != "__init__.py"}
 
 
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_link_to_a_section_leads_to_one(name):
+    for page, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", PAGES[name]):
+        assert anchor in anchors(PAGES[Path(page).name if page else name]), f"{page}#{anchor}"
+
+
 def numbered(printed: str) -> list[str]:
     """The words of what a command printed, with # for each number."""
     return re.sub(r"\d+", "#", printed).split()
