@@ -1,4 +1,4 @@
-"""The docs' commands, run as they stand."""
+"""Runs the commands of the README, of CONTRIBUTING and of docs/ as they are written, and compares their output."""
 
 import importlib.util
 import json
@@ -40,6 +40,7 @@ DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
 
 def section(page: str, heading: str) -> str:
+    """The part of a page from a heading to the next one of the second level."""
     return page[page.index(heading) :].split("\n## ")[0]
 
 
@@ -68,25 +69,25 @@ def examples(page: str) -> list[tuple[str, str]]:
 
 
 def commands(page: str) -> set[str]:
-    """The commands in blocks that no other test runs as a whole, and the commands in sentences."""
+    """The lines of the blocks that no other test runs as a whole, and the commands in sentences."""
     whole = {block for part, heading in SCRIPTS for block in shell(section(PAGES[part], heading))}
     lines = "".join(block for block in shell(page) if block not in whole).replace("\\\n", "")
     sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
     return set(lines.splitlines()) | {text for text in sentences if COMMAND.match(text)}
 
 
-# Run as a whole: the blocks behind these headings.
+# Other tests run all blocks below these headings, in their order.
 SCRIPTS = [
     ("README.md", "## Make the first call"),
     *(("api.md", heading) for heading in re.findall(r"^## .*$", API, re.MULTILINE)),
     ("durability.md", "## The restore drill"),
-    ("production.md", "## With docker compose"),  # by tests/compose/, which has an engine
+    ("production.md", "## With docker compose"),  # tests/compose/ does, because it has a container engine
     ("CONTRIBUTING.md", "## Profile"),
 ]
 
 
 class Home:
-    """The folder of someone who cloned the project and ran `make run`; `data` is the folder's own."""
+    """The folder of a reader who cloned the project and ran `make run`. `data` belongs to this folder alone."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -94,27 +95,27 @@ class Home:
             if path.name not in (".git", ".env", "data"):
                 (folder / path.name).symlink_to(path)
         (folder / "photo.jpg").write_bytes(photograph())
-        (folder / ".env").write_text("IMAGEGRAM_JWT_SECRET=of the containers, and nothing to those who use make run\n")
+        (folder / ".env").write_text("IMAGEGRAM_JWT_SECRET=only containers read this file, make run must not\n")
         self.start()
 
     def start(self) -> None:
         self.site = Run(self.folder / "data", self.folder)
         self.environment = {**self.site.environment, "HOME": str(self.folder)}
-        del self.environment["IMAGEGRAM_DATA"]  # the default is meant
+        del self.environment["IMAGEGRAM_DATA"]  # commands in this folder must find the data by the default
 
     def stop(self) -> str:
-        """Ctrl-C. What the site had said."""
+        """Sends Ctrl-C. Returns what the site printed."""
         if self.site.make.poll() is None:
             os.killpg(self.site.make.pid, signal.SIGINT)
         return self.site.end()[0]
 
     def run(self, script: str, stdin: str = "") -> str:
-        """What a script prints in a new terminal, after README's first line."""
-        done = self.tried(". .venv/bin/activate\n" + script.replace("http://127.0.0.1:8000", self.site.url), stdin)
+        """Runs a script in a new terminal, after the README's first line. Returns its output. It must succeed."""
+        done = self.attempt(". .venv/bin/activate\n" + script.replace("http://127.0.0.1:8000", self.site.url), stdin)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def tried(self, script: str, stdin: str = "") -> subprocess.CompletedProcess:
+    def attempt(self, script: str, stdin: str = "") -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=self.folder,
@@ -144,17 +145,17 @@ def test_the_readme_makes_the_first_call(home):
     assert (home.folder / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
 
 
-def test_what_make_run_says_works_as_written(home):
-    said = home.run("imagegram-api welcome")
-    assert f"http://127.0.0.1:{home.site.port}" in said and "apt-get install redis-tools" in said
-    lines = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+def test_the_first_call_that_make_run_prints_works_as_written(home):
+    welcome = home.run("imagegram-api welcome")
+    assert f"http://127.0.0.1:{home.site.port}" in welcome and "apt-get install redis-tools" in welcome
+    lines = [line.strip() for line in welcome.splitlines() if line.startswith("  ")]
     assert [line.split(maxsplit=1)[0] for line in lines][1:] == ["curl", "curl", "redis-cli"]
     printed = home.run("\n".join(lines), stdin="PING")
     assert printed.endswith("PONG\n") and '"caption":"Hello"' in printed
 
 
-def pattern(line: str) -> re.Pattern:
-    """What matches a line of an answer: `…` stands for any text. Ids, times and tags differ each time."""
+def answer_pattern(line: str) -> re.Pattern:
+    """What a line of an answer may look like: `…` stands for any text, and ids, times and tags differ each time."""
     line = re.escape(re.sub(r"\s", "", line)).replace("…", ".*?")
     for differs in (
         r"u?01[0-9A-HJKMNP-TV-Z]{24}\\-0",  # post, upload
@@ -170,7 +171,7 @@ def pattern(line: str) -> re.Pattern:
 
 
 def test_the_examples_of_the_api_page_answer_as_written(home):
-    """All in one shell. Each line of an answer is there, in order; the page leaves out lines of headers."""
+    """Runs all examples in one shell. Each line of an answer is printed, in order. The page leaves out some headers."""
     pairs = examples(API)
     assert len(pairs) > 20
     end = "= the end of an example ="
@@ -178,7 +179,7 @@ def test_the_examples_of_the_api_page_answer_as_written(home):
     for (block, answer), output in zip(pairs, printed.split(end), strict=False):
         lines = iter(re.sub(r"[ \t]", "", output).splitlines())
         for expected in re.sub(r"\n +", "", answer).splitlines():
-            matches = pattern(expected)
+            matches = answer_pattern(expected)
             assert any(matches.fullmatch(line) for line in lines), f"{block}\n{output}\nlacks {expected}"
 
 
@@ -208,15 +209,15 @@ def test_a_link_to_a_section_leads_to_one(name):
 
 
 def numbered(printed: str) -> list[str]:
-    """The words of what a command printed, with # for each number."""
+    """The words that a command printed, with # for each number."""
     return re.sub(r"\d+", "#", printed).split()
 
 
 def test_the_restore_drill_of_the_durability_page(home):
-    """At the second that is meant here, and what it prints is what is printed there but for its numbers."""
+    """Restores to a second of this test. The output is that of the page, except for the numbers."""
     drill = section(DURABILITY, "## The restore drill")
-    look, restore = shell(drill)[:2]
-    looked, restored = [numbered(block) for _, block, _ in BLOCK.findall(drill) if block.startswith("generation ")]
+    snapshots, restore = shell(drill)[:2]
+    listed, restored = [numbered(block) for _, block, _ in BLOCK.findall(drill) if block.startswith("generation ")]
     with httpx.Client(base_url=home.site.url, headers=home.site.user) as alice:
         sent = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "Lost"})
         post = f"/v1/posts/{sent.json()['id']}"
@@ -227,23 +228,23 @@ def test_the_restore_drill_of_the_durability_page(home):
         good = int(time.time())
         until(lambda: int(time.time()) > good, what="the next second")
         alice.delete(post).raise_for_status()
-    until(lambda: SECOND.findall(home.run(look))[-1] > format_utc(good), what="the shipper")
-    assert numbered(home.run(look)) == looked
+    until(lambda: SECOND.findall(home.run(snapshots))[-1] > format_utc(good), what="the shipper")
+    assert numbered(home.run(snapshots)) == listed
     home.stop()
-    said = home.run(SECOND.sub(format_utc(good), restore))
-    assert numbered(said) == restored and said.endswith(", 0 flaws)\n")
+    printed = home.run(SECOND.sub(format_utc(good), restore))
+    assert numbered(printed) == restored and printed.endswith(", 0 flaws)\n")
     home.start()
     with httpx.Client(base_url=home.site.url) as client:
         assert client.get(post).json() == before | {"status": client.get(post).json()["status"]}
         until(lambda: client.get(f"/v1/images/{before['id']}.jpg").status_code == 200, what="the picture")
 
 
-# Commands that stand in sentences or by themselves: how each is run
+# How a command is checked that is in a sentence, or in a block that no test runs as a whole
 
 
 def dry(home, command):
-    """It exists and its command line is right; what it does takes minutes, or is what this test is a part of."""
-    done = home.tried(command.replace("make ", "make -n "))
+    """Only that the target exists and its files do. To run it would take minutes, or would run this test again."""
+    done = home.attempt(command.replace("make ", "make -n "))
     assert done.returncode == 0 and "Nothing to be done" not in done.stdout, done.stderr
     for module in re.findall(r"python -m (tests[\w.]+)", done.stdout):
         assert importlib.util.find_spec(module)
@@ -252,7 +253,7 @@ def dry(home, command):
 
 
 def parse(home, command):
-    """argparse reads what stands before --help."""
+    """argparse accepts the arguments before --help."""
     home.run(command + " --help")
 
 
@@ -261,7 +262,7 @@ def succeed(home, command):
 
 
 def ask(home, command):
-    """redis-cli, which waits for commands."""
+    """redis-cli waits for commands."""
     assert home.run(command, stdin="PING") == "PONG\n"
 
 
@@ -273,22 +274,22 @@ def evaluate(home, command):
 
 
 def exist(home, command):
-    """A name alone."""
+    """Only a name: there is such a command."""
     home.run(f"command -v {command}")
 
 
 def install(home, command):
-    """tests/test_wheel.py does it in a venv of its own."""
+    """tests/test_wheel.py runs it in a venv of its own."""
 
 
 def refer(home, command):
-    """Another test runs these files, or they take minutes: they exist."""
+    """Only that the files exist. Other tests run them, or they take minutes."""
     named = re.findall(r"\btests/\w+\.py", command)
     assert named and all((ROOT / path).exists() for path in named)
 
 
 def start(home, command):
-    """One of the parts that are running."""
+    """The command is one of the parts that `make run` has started."""
     assert f"exec .venv/bin/{command}\n" in (ROOT / "Procfile").read_text()
 
 
@@ -297,14 +298,14 @@ def simulate(home, command):
 
 
 def write(home, command):
-    """A line into .env, which is for containers: it goes elsewhere here."""
+    """Writes a line for containers, here into another file than .env."""
     home.run(command.replace(".env", "written.env"))
     name, _, value = (home.folder / "written.env").read_text().strip().partition("=")
     assert re.fullmatch(r"[A-Z_]+", name) and value
 
 
 def contain(home, command):
-    """tests/compose/ does it, which has an engine."""
+    """tests/compose/ runs it, because it has a container engine."""
 
 
 RUN = {
@@ -329,13 +330,13 @@ RUN = {
 @pytest.mark.parametrize("command", sorted(set().union(*map(commands, PAGES.values()))))
 def test_a_command_of_the_docs_runs_as_written(home, command):
     ways = [way for pattern, way in RUN.items() if re.fullmatch(pattern, command)]
-    assert ways, "no test knows how to run this"
+    assert ways, "add a pattern for this command to RUN"
     ways[0](home, command)
 
 
 @pytest.fixture
 def session(working_site, real_server):
-    """Runs redis-cli on a site with what the page's session tells of."""
+    """Runs redis-cli on a site that has the posts, comments and the upload of the page's session."""
     if not shutil.which("redis-cli"):
         pytest.fail("redis-cli is needed: apt-get install redis-tools")
     posts = []
@@ -365,7 +366,7 @@ def session(working_site, real_server):
 
 
 def shape(reply: str) -> str:
-    """A reply without what differs from one session to another."""
+    """A reply, with a placeholder for each part that differs between two sessions."""
     reply = UPLOAD.sub("<upload>", POST.sub("<post>", reply.replace("\r", "")))
     reply = re.sub(r"0-[0-9a-f]{16}", "<chunk>", reply)  # before times: a chunk's name may have 13 digits in a row
     reply = re.sub(r"\d{13}", "<ms>", reply)
@@ -379,7 +380,7 @@ def test_the_example_session_of_the_key_page_is_true(session):
     assert len(commands) >= 8
     for part in commands:
         command, _, printed = part.partition("\n")
-        if command.startswith("INFO"):  # of a server that other tests have used, too
+        if command.startswith("INFO"):  # other tests have used this server too, so only the names are compared
             counted = {line.partition(":")[0] for line in session(command).split()}
             assert {line.partition(":")[0] for line in printed.split()} <= counted
         else:
