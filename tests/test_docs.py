@@ -183,6 +183,19 @@ def test_the_examples_of_the_api_page_answer_as_written(home):
             assert any(matches.fullmatch(line) for line in lines), f"{block}\n{output}\nlacks {expected}"
 
 
+def test_the_api_page_has_an_example_of_every_route_and_of_every_delete_and_patch():
+    lines = "".join(block for block, _ in examples(API)).replace("\\\n", "").splitlines()
+    routes = re.findall(r"^\| `.*?\|", section(README, "## Routes"), re.MULTILINE)
+    for route in routes:
+        for path in re.findall(r"(/[^`]*)`", route):
+            called = re.compile(r"\$URL" + re.sub(r"\\{\w+\\}", lambda found: r"\$\w+", re.escape(path)) + r"(?![\w/])")
+            found = [line for line in lines if called.search(line)]
+            assert found, path
+            if "{" in path:
+                for method in {"DELETE", "PATCH"} & set(re.findall("[A-Z]+", route)):
+                    assert any(f"-X {method} " in line for line in found), (method, path)
+
+
 def test_the_profiles_of_the_contributors_page_are_written(home):
     for script in shell(section(CONTRIBUTING, "## Profile")):
         home.run(script.replace("8001", str(free_port())))
