@@ -34,7 +34,7 @@ PROGRAMS = (
 )
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
 # The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
-PRINTED = "> |generation |ship.1 |found: |1 posts, "
+PRINTED = "> |generation |WARNING imagegram|found: |1 posts, "
 OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER ")
 DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
@@ -250,6 +250,12 @@ def test_the_restore_drill_of_the_durability_page(home):
     with httpx.Client(base_url=home.site.url) as client:
         assert client.get(post).json() == before | {"status": client.get(post).json()["status"]}
         until(lambda: client.get(f"/v1/images/{before['id']}.jpg").status_code == 200, what="the picture")
+    until(lambda: "\n         2  " in home.run(snapshots), what="generation 2")
+    log = " ".join(numbered(home.stop()))
+    (expected,) = [block for _, block, _ in BLOCK.findall(drill) if block.startswith("WARNING ")]
+    for line in expected.splitlines():
+        assert " ".join(numbered(line)) in log
+    home.start()
 
 
 # How a command is checked that is in a sentence, or in a block that no test runs as a whole
