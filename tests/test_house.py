@@ -1,4 +1,7 @@
-"""The house is as its docs say, and stays so."""
+"""The docs and the code agree: headers of scripts, refusals, keys, settings, routes, requirements, imports.
+
+Nothing here judges style or the length of files.
+"""
 
 import ast
 import doctest
@@ -22,7 +25,7 @@ from workers.errors import SENTENCES
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT / "lua" / "shared.lua"
 SCRIPTS = sorted(path for path in (ROOT / "lua").glob("*.lua") if path != SHARED)
-ROOMS = [path for room in ("api", "storage", "workers") for path in sorted((ROOT / room).rglob("*.py"))]
+MODULES = [path for package in ("api", "storage", "workers") for path in sorted((ROOT / package).rglob("*.py"))]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
@@ -30,20 +33,23 @@ API = (ROOT / "docs" / "api.md").read_text()
 LOCK = (ROOT / "requirements.lock").read_text()
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt"}  # distributions whose module has another name
 
 # Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
     "EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
-TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".conf", ".yml", ".cfg"}
+TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".sh", ".conf", ".yml", ".cfg"}
 
 
 def each(paths):
-    return pytest.mark.parametrize("path", paths, ids=lambda path: f"{path.parent.name}.{path.stem}")
+    """Run a test once for each path. The test's id is the path without its ending."""
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
 
 
 def walk(path: Path):
+    """All nodes of a module's syntax tree."""
     return ast.walk(ast.parse(path.read_text()))
 
 
@@ -59,9 +65,9 @@ def split(path: Path) -> tuple[str, str, str]:
 
 
 def rows(page: str, heading: str = "") -> list[list[str]]:
-    """The rows of the tables behind a heading, up to the next one, without those that name the columns."""
-    part = page[page.index(heading) + len(heading) :].split("\n## ")[0].splitlines()
-    body = [line for line, below in zip(part, [*part[1:], ""], strict=True) if not below.startswith("|--")]
+    """The cells of all tables in the section with this heading, row by row, without the rows that name the columns."""
+    section = page[page.index(heading) + len(heading) :].split("\n## ")[0].splitlines()
+    body = [line for line, below in zip(section, [*section[1:], ""], strict=True) if not below.startswith("|--")]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in body if line.startswith("| ")]
 
 
@@ -166,7 +172,7 @@ def test_a_script_is_sent_with_the_shared_functions_behind_its_first_line(path):
     assert "shared" not in client.SCRIPTS
 
 
-# Words and statuses
+# Refusals and statuses
 
 
 def test_every_refusal_has_a_status():
@@ -174,18 +180,18 @@ def test_every_refusal_has_a_status():
 
 
 def test_every_code_is_on_the_api_page_with_its_status():
-    """Codes of refusals, of Sanic's errors, and those that stand in the source of `api/`."""
+    """The codes come from refusals, from Sanic's errors, from the source of `api/`, and from nginx."""
     known = {(refusal.word.lower(), str(status)) for refusal, status in STATUS.items()}
     known |= {(code, str(error.status_code)) for error, (code, _) in SANIC.items()}
-    for path in sorted((ROOT / "api").glob("*.py")):
+    for path in sorted((ROOT / "api").rglob("*.py")):
         for status, code in re.findall(r"""roblem\(\s*(\d{3}),\s*"(\w+)\"""", path.read_text()):
             known.add((code, status))
     front = (ROOT / "deploy" / "nginx.conf").read_text()  # what nginx answers by itself
     known |= {(code, status) for status, code in re.findall(r'"status":(\d+),.*"code":"(\w+)"', front)}
-    told = set()
+    documented = set()
     for statuses, codes, *_ in rows(API, "## Errors"):
-        told |= {(code, status) for code in re.findall(r"`(\w+)`", codes) for status in statuses.split(", ")}
-    assert told == known
+        documented |= {(code, status) for code in re.findall(r"`(\w+)`", codes) for status in statuses.split(", ")}
+    assert documented == known
 
 
 def test_every_reason_for_a_failed_post_is_on_the_api_page():
@@ -211,128 +217,139 @@ def test_workers_fail_a_post_only_with_a_code_that_has_a_sentence():
 # Keys, objects, settings, routes
 
 
-def test_every_key_and_object_is_on_the_key_page_and_the_other_way_round():
-    parts = [node.values[0] for node in walk(Path(keys.__file__)) if isinstance(node, ast.JoinedStr)]
-    begun = [re.match(r"\w+(:\{|/)", part.value) for part in parts if isinstance(part, ast.Constant)]
-    made = {found[0] for found in begun if found}
-    told = {re.match(r"`(\w+(?::\{|/)|rq:)", row[0])[1] for row in rows(KEYS) + rows(KEYS, "## Objects")}
-    assert len(made) > 10
-    assert told == made | {"rq:"}
+def test_the_key_page_lists_exactly_the_keys_and_objects_that_keys_py_names():
+    templates = [node.values[0] for node in walk(Path(keys.__file__)) if isinstance(node, ast.JoinedStr)]
+    beginnings = [re.match(r"\w+(:\{|/)", part.value) for part in templates if isinstance(part, ast.Constant)]
+    named = {beginning[0] for beginning in beginnings if beginning}
+    documented = {re.match(r"`(\w+(?::\{|/)|rq:)", row[0])[1] for row in rows(KEYS) + rows(KEYS, "## Objects")}
+    assert len(named) > 10, "the search for names still works"
+    assert documented == named | {"rq:"}
 
 
-def test_check_knows_the_type_of_every_key_of_the_key_page():
-    told = {row[0].strip("`").split(":{")[0]: row[1] for row in rows(KEYS) if row[0] != "`rq:*`"}
-    assert told == check.TYPES
+def test_check_expects_the_types_that_the_key_page_lists():
+    documented = {row[0].strip("`").split(":{")[0]: row[1] for row in rows(KEYS) if row[0] != "`rq:*`"}
+    assert documented == check.TYPES
 
 
-def test_every_setting_is_in_the_readme_with_its_default():
+def test_the_readme_lists_exactly_the_settings_that_exist_with_their_defaults():
     calls = [node for node in walk(Path(settings.__file__)) if isinstance(node, ast.Call)]
     readers = ("get", "integer", "one_of", "store", "redis")
     read = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id in readers]
     defaults = {name.value: default for name, default, *_ in read if isinstance(name, ast.Constant)}
-    told = {}
+    documented = {}
     for first, default, *_ in rows(README, "## Settings"):
         names = re.findall(r"`IMAGEGRAM_([A-Z_]+)`", first)
-        told.update(zip(names, default.split(", ") if len(names) > 1 else [default], strict=True))
-    assert set(told) == set(defaults)
+        documented.update(zip(names, default.split(", ") if len(names) > 1 else [default], strict=True))
+    assert set(documented) == set(defaults)
     for name, default in defaults.items():
         if isinstance(default, ast.Name):
             value = getattr(settings, default.id, "")
         else:
             value = default.value if isinstance(default, ast.Constant) else ""
         if value != "":
-            assert told[name].strip("`").removeprefix("./") == str(value), name
+            assert documented[name].strip("`").removeprefix("./") == str(value), name
 
 
-def test_every_setting_that_is_named_anywhere_exists():
+def test_every_setting_that_any_file_names_exists():
     known = set(re.findall(r"`IMAGEGRAM_([A-Z_]+)`", README))
-    for path in ours():
+    for path in text_files():
         for name in re.findall(r"IMAGEGRAM_([A-Z_]*[A-Z])", path.read_text()):
             assert name in known, (path.name, name)
 
 
-def test_every_route_is_in_the_readme_and_the_other_way_round():
+def served_routes() -> set[tuple[str, str]]:
+    """The method and the path of every route, with the README's names of its parameters."""
     served = set()
     for route in application().router.routes:
         path = "/" + re.sub(r"<(\w+)(:[^>]*)?>", r"{\1}", route.path).replace("{name}", "{post}.jpg")
         served |= {(method, path) for method in route.methods}
-    told = set()
+    return served
+
+
+def test_the_readme_lists_exactly_the_routes_that_are_served():
+    documented = set()
     for first, _ in rows(README, "## Routes"):
         path = ""
         for method, named in re.findall(r"`([A-Z]+)(?: (/[^`]*))?`", first):
             path = named or path
-            told.add((method, path))
-    assert told == served
-    assert {("HEAD", path) for method, path in served if method == "GET"} <= served, "HEAD on every GET"
+            documented.add((method, path))
+    assert documented == served_routes()
 
 
-def test_a_route_reads_a_body_only_where_it_can_look_at_the_token_first():
-    """Sanic reads the body before it calls a handler that does not stream."""
+def test_every_path_that_takes_get_takes_head():
+    served = served_routes()
+    assert {("HEAD", path) for method, path in served if method == "GET"} <= served
+
+
+def test_every_handler_that_reads_a_body_streams_it():
+    """Sanic reads the body before it calls a handler that does not stream. Then the token would be checked too late."""
     for route in application().router.routes:
         if route.methods & TAKE_A_BODY:
             assert hasattr(route.handler, "is_stream"), route.path
         assert route.methods <= TAKE_A_BODY | {"GET", "HEAD", "OPTIONS", "DELETE"}, route.path
 
 
-def test_the_api_page_tells_of_every_address(tmp_path):
-    for first, _ in rows(README, "## Routes"):
-        for path in re.findall(r"`[A-Z]+ (/[^`]*)`", first):
-            path = path.replace("{post}", "{id}")
-            assert path in API or path.replace("{upload}", "{id}") in API, path
+def test_the_api_page_names_every_path():
+    named = {re.sub(r"\{(post|upload)\}", "{id}", path) for path in re.findall(r"(?<![\w/}])/[\w/{}.-]*[\w}]", API)}
+    for _, path in served_routes():
+        assert re.sub(r"\{(post|upload)\}", "{id}", path) in named, path
 
 
-# The rooms
+# Packages
 
 
-def test_import_linters_lines_hold():
+def test_the_import_contracts_hold():
     linter = Path(sys.executable).with_name("lint-imports")
     run = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 
 
-# Distributions whose module has another name.
-MODULES = {"pillow": "PIL", "pyjwt": "jwt"}
-
-
-def test_what_is_required_is_imported_and_the_other_way_round():
+def test_exactly_the_required_distributions_are_imported():
     imported = set()
-    for node in (node for path in ROOMS for node in walk(path)):
+    for node in (node for path in MODULES for node in walk(path)):
         if isinstance(node, ast.Import):
             imported |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     required = [re.match(r"[\w.-]+", line)[0].lower() for line in SETUP["options"]["install_requires"].split("\n")[1:]]
-    modules = {MODULES.get(name, name.replace("-", "_")) for name in required}
+    modules = {DISTRIBUTION_MODULES.get(name, name.replace("-", "_")) for name in required}
     assert modules == imported - sys.stdlib_module_names - {"api", "storage", "workers"}
 
 
-def test_every_requirement_has_its_version_in_the_lock():
-    """Those of the extras, too. Names are compared as pip does."""
+def test_the_lock_pins_every_requirement():
+    """Also the requirements of the extras. Names are compared as pip compares them."""
     locked = {line.split("==")[0].lower().replace("_", "-") for line in LOCK.splitlines()[1:]}
     lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()]
     assert {re.match(r"[\w.-]+", line)[0].lower() for text in lists for line in text.split()} <= locked
 
 
+def test_setup_cfg_lists_every_package():
+    """A package that is not listed would be missing in the wheel."""
+    packages = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in MODULES}
+    assert set(SETUP["options"]["packages"].split(", ")) == packages | {"lua"}
+
+
 def test_jobs_are_named_by_paths_that_import():
-    named = set()
-    for path in ROOMS:
+    """RQ imports a job by the name in its queue: a wrong one would only fail in a worker."""
+    jobs = set()
+    for path in MODULES:
         for node in walk(path):
-            if isinstance(node, ast.Constant) and re.fullmatch(r"(api|storage|workers)\.\w+\.\w+", str(node.value)):
-                named.add(node.value)
-    assert dispatcher.JOB in named
-    for job in named:
+            if isinstance(node, ast.Constant) and re.fullmatch(r"(api|storage|workers)(\.\w+){2,}", str(node.value)):
+                jobs.add(node.value)
+    assert dispatcher.JOB in jobs
+    for job in jobs:
         module, _, name = job.rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
 
 
-@each(ROOMS)
-def test_a_file_says_what_it_is(path):
+@each(MODULES)
+def test_a_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
 def test_the_examples_in_docstrings_are_true():
     examples = 0
-    for path in ROOMS:
+    for path in MODULES:
         if ">>>" in path.read_text():
             module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
             result = doctest.testmod(module)
@@ -341,27 +358,27 @@ def test_the_examples_in_docstrings_are_true():
     assert examples
 
 
-def ours() -> list[Path]:
-    """The project's text files, without what tools have put beside them."""
-    folders = ["api", "storage", "lua", "workers", "tests", "docs", ".ci", ".github"]
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
-    made = {"node_modules", "__pycache__", "out"}
+def text_files() -> list[Path]:
+    """The project's text files, without what tools have written beside them."""
+    folders = ["api", "storage", "lua", "workers", "tests", "docs", "deploy", ".ci", ".github"]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
+    written_by_tools = {"node_modules", "__pycache__", "out"}
     return [
         path
-        for path in found
-        if path.suffix in TEXT and path.is_file() and not made & set(path.relative_to(ROOT).parts)
+        for path in paths
+        if path.suffix in TEXT and path.is_file() and not written_by_tools & set(path.relative_to(ROOT).parts)
     ]
 
 
-@each([path for path in ROOMS if path.name != "settings.py"])
-def test_the_environment_is_read_in_one_place(path):
+@each([path for path in MODULES if path.name != "settings.py"])
+def test_only_settings_py_reads_the_environment(path):
     for node in walk(path):
         assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))
         assert not (isinstance(node, ast.ImportFrom) and node.module == "os")
 
 
-@each([path for path in ROOMS if path.name != "keys.py"])
-def test_keys_and_objects_are_named_in_one_place(path):
+@each([path for path in MODULES if path.name != "keys.py"])
+def test_only_keys_py_names_keys_and_objects(path):
     names = {re.match(r"`(\w+)", row[0])[1] for row in rows(KEYS) + rows(KEYS, "## Objects")}
     for node in walk(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -369,7 +386,7 @@ def test_keys_and_objects_are_named_in_one_place(path):
 
 
 @each(PAGES)
-def test_a_page_links_to_what_is_there(path):
+def test_the_links_of_a_page_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         assert not target.startswith("/")
         assert "://" in target or (path.parent / target).exists(), target
