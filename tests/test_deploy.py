@@ -1,4 +1,4 @@
-"""What is deployed is what is tested: the same commands and only settings that exist."""
+"""docker-compose.yml and the Dockerfile use the commands, settings, volumes and versions that the tests use."""
 
 import json
 import re
@@ -19,41 +19,47 @@ ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-CODE = "\n".join(path.read_text() for path in (ROOT / "storage").glob("*.py"))
+SETTINGS = (ROOT / "storage" / "settings.py").read_text()
 
 
-def test_compose_runs_what_make_run_runs():
+def test_compose_and_make_run_start_the_same_commands():
     for part in ("api", "worker", "ship"):
         assert "exec .venv/bin/" + " ".join(COMPOSE[part]["command"]) == PROCFILE[part]
 
 
-def test_redis_has_the_same_configuration_everywhere():
+def test_composes_redis_has_the_configuration_of_the_embedded_server():
     assert "./storage/db/redis.conf:/etc/redis.conf:ro" in COMPOSE["redis"]["volumes"]
     assert "exec valkey-server /etc/redis.conf --dir /data/redis " in COMPOSE["redis"]["command"][2]
 
 
 @pytest.mark.parametrize(
-    ("found", "starts"), [((), True), (("redis",), True), (("redis.lost-20261124T120000Z", "redis.new"), False)]
+    ("before", "starts", "after"),
+    [
+        ([], True, ["redis"]),
+        (["redis"], True, ["redis"]),
+        (["redis.lost-20261124T120000Z", "redis.new"], False, ["redis.lost-20261124T120000Z", "redis.new"]),
+    ],
+    ids=["an empty volume", "a volume with data", "a restore that was interrupted"],
 )
-def test_composes_redis_makes_its_folder_on_an_empty_volume_only(tmp_path, found, starts):
-    """Where a restore was interrupted the folder is missing, and an empty Redis would hide it."""
-    for name in found:
+def test_composes_redis_makes_its_folder_on_an_empty_volume_only(tmp_path, before, starts, after):
+    """An interrupted restore leaves a volume without the folder. An empty Redis would hide that."""
+    for name in before:
         (tmp_path / name).mkdir()
     command = COMPOSE["redis"]["command"][2].replace("$$", "$").replace("/data", str(tmp_path))
     command = command.replace("exec valkey-server /etc/redis.conf --dir", "cd")  # it fails as the server would
     command = command[: command.index(" --bind")]
     assert (subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0) == starts
-    assert (tmp_path / "redis").exists() == starts
+    assert sorted(path.name for path in tmp_path.iterdir()) == after
 
 
-def test_only_settings_that_exist_are_set():
-    known = set(re.findall(r'(?:get|integer|one_of|store|redis)\("([A-Z_]+)"', CODE))
-    assert len(known) >= len(fields(settings.Settings)) - 1
+def test_compose_and_the_dockerfile_set_only_settings_that_exist():
+    known = set(re.findall(r'(?:get|integer|one_of|store|redis)\("([A-Z_]+)"', SETTINGS))
+    assert len(known) >= len(fields(settings.Settings)) - 1, "the search for settings still works"
     for text in ((ROOT / "docker-compose.yml").read_text(), DOCKERFILE):
         assert set(re.findall(r"IMAGEGRAM_([A-Z_]+)", text)) <= known
 
 
-def test_every_service_that_runs_on_is_looked_after():
+def test_every_service_is_restarted_and_has_a_health_check():
     for name, service in COMPOSE.items():
         assert service["restart"] == "unless-stopped"
         assert name == "api" or "healthcheck" in service  # the API's is the image's
@@ -61,36 +67,37 @@ def test_every_service_that_runs_on_is_looked_after():
 
 
 def test_each_part_has_the_volumes_it_needs():
-    """The layout is that of a data folder. The API reads how the backup stands, a restore what the store holds."""
+    """The volumes have the layout of a data folder. The API reads the backup's state, a restore reads the store."""
     known = settings.load({"IMAGEGRAM_DATA": "/data"})
     assert known.data / "redis" == Path("/data/redis") and shipper_state.path(known).parent == Path("/data")
     assert COMPOSE["ship"]["volumes"] == ["data:/data", "backup:/backup", "store:/store:ro"]
     assert COMPOSE["api"]["volumes"] == ["data:/data:ro", "store:/store"]
     assert COMPOSE["worker"]["volumes"] == ["store:/store", "backup:/backup:ro"]
     assert "data:/data" in COMPOSE["redis"]["volumes"]
-    assert "IMAGEGRAM_JWT_SECRET" in COMPOSE["api"]["environment"], "without one it would be written to /data"
+    assert "IMAGEGRAM_JWT_SECRET" in COMPOSE["api"]["environment"], "without one the API would write to /data"
 
 
-def test_the_shipper_is_the_user_whose_files_it_reads():
-    """Those of the valkey image are for their owner alone, whose number is 999."""
+def test_the_shipper_runs_as_the_user_who_owns_redis_files():
+    """Only their owner may read the files of the valkey image. The owner's number is 999."""
     assert re.search(r"^USER 999$", DOCKERFILE, re.MULTILINE) and "user" not in COMPOSE["ship"]
 
 
-def test_all_parts_know_one_store_and_one_backup_store():
-    """The worker too: it keeps the originals of deleted posts as long as a backup names them."""
+def test_all_parts_use_the_same_store_and_the_same_backup_store():
+    """Also the worker needs the backup store: it keeps the original of a deleted post while a backup names it."""
     for part in ("api", "worker", "ship"):
         assert COMPOSE[part]["image"] == "imagegram" and COMPOSE[part]["env_file"] == ".env"
         assert not {"IMAGEGRAM_STORE", "IMAGEGRAM_BACKUP_STORE"} & set(COMPOSE[part]["environment"])
     assert "IMAGEGRAM_STORE=file:///store IMAGEGRAM_BACKUP_STORE=file:///backup" in DOCKERFILE
 
 
-def test_what_composes_redis_writes_the_server_of_restore_and_verify_reads():
+def test_composes_redis_has_the_version_of_the_server_that_restore_and_verify_start():
+    """No server reads the files of a newer version."""
     version = ".".join(map(str, server.identify(server.server_program(settings.load({}))).version))
     assert COMPOSE["redis"]["image"] == f"valkey/valkey:{version}-trixie"
 
 
-def test_the_shippers_health_is_its_lag(tmp_path):
-    """The check as it stands, in a data folder with and without a shipper that has just caught up."""
+def test_the_shippers_health_check_fails_without_a_shipper_and_when_it_lags(tmp_path):
+    """Runs the check of docker-compose.yml in a data folder: without a shipper, with its lag at 0 s, and at 200 s."""
     kind, _, option, program = COMPOSE["ship"]["healthcheck"]["test"]
     assert kind == "CMD"
     known = settings.load({"IMAGEGRAM_DATA": str(tmp_path)})

@@ -1,4 +1,4 @@
-"""The wheel is complete: installed elsewhere, it serves, converts, ships and restores on trial from any folder."""
+"""The wheel is complete: installed in another venv, it serves, converts, ships and verifies from any folder."""
 
 import os
 import shutil
@@ -12,79 +12,86 @@ import httpx
 import pytest
 from conftest import ROOT, free_port, photograph, until
 
+PACKAGES = ("api", "lua", "storage", "workers")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of what the Dockerfile copies: setuptools leaves `build/` behind, and reads an old one."""
+    """A wheel, built from a copy of what the Dockerfile copies.
+
+    In the checkout setuptools would leave `build/` behind, and would read one that an earlier build left.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for room in ("api", "lua", "storage", "workers"):
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, source)
-    # Without isolation: the setuptools that Sanic requires is here, and nothing has to be fetched.
+    # Without isolation pip fetches nothing: the setuptools that Sanic requires is installed.
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
     (wheel,) = folder.glob("imagegram-*.whl")
     return wheel
 
 
-def pip(*given) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *given], check=True)
+def pip(*arguments) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments], check=True)
 
 
 @pytest.fixture(scope="module")
 def scripts(wheel):
-    """The console scripts of a new venv: it has the wheel itself, and all other packages from the one of the tests."""
-    made = wheel.parent / "venv"
-    venv.create(made)
-    pip("--python", made / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
-    (packages,) = made.glob("lib/python3*/site-packages")
-    # A folder that a .pth file names has its own .pth files ignored, also that of an editable install.
+    """The folder of the console scripts in a new venv, which has the wheel and shares all other packages with the tests."""
+    environment = wheel.parent / "venv"
+    venv.create(environment)
+    pip("--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    # Python ignores the .pth files of a folder that a .pth file names. So the tests' editable install has no effect.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return made / "bin"
+    return environment / "bin"
 
 
-def test_a_wheel_holds_the_rooms_and_what_they_read(wheel):
-    wanted = {
+def test_a_wheel_holds_all_modules_scripts_and_redis_conf_and_nothing_else(wheel):
+    expected = {
         str(path.relative_to(ROOT))
-        for room, kind in (("api", ".py"), ("lua", ".lua"), ("storage", ".py"), ("workers", ".py"))
-        for path in (ROOT / room).rglob(f"*{kind}")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".lua", ".conf")
     }
-    with zipfile.ZipFile(wheel) as packed:
-        found = {name for name in packed.namelist() if ".dist-info/" not in name}
-    assert found == wanted | {"storage/db/redis.conf"}
+    assert "storage/db/redis.conf" in expected
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert packed == expected
 
 
-def test_a_wheel_that_is_installed_elsewhere_serves_converts_and_ships(scripts, tmp_path):
+def test_an_installed_wheel_serves_converts_ships_and_verifies(scripts, tmp_path):
     url = f"http://127.0.0.1:{(port := free_port())}"
     environment = {
         "PATH": f"{scripts}:{os.environ['PATH']}",
-        "IMAGEGRAM_DATA": "data",  # in the folder of the test, where nothing else is
+        "IMAGEGRAM_DATA": "data",  # a relative path, in the empty folder of the test
         "IMAGEGRAM_PORT": str(port),
         "IMAGEGRAM_WORKERS": "1",
         "IMAGEGRAM_VERIFY_EVERY": "1",
     }
 
-    def says(*command: str) -> str:
+    def output(*command: str) -> str:
         return subprocess.run(command, cwd=tmp_path, env=environment, stdout=-1, text=True, check=True).stdout
 
     program = "import api, storage, workers; print(api.__file__, storage.__file__, workers.__file__)"
-    for file in says("python", "-c", program).split():
+    for file in output("python", "-c", program).split():
         assert file.startswith(f"{scripts.parent}/lib/")
     parts = []
     try:
         for command in ("imagegram-storage redis", "imagegram-api", "imagegram-worker", "imagegram-storage ship"):
             parts.append(subprocess.Popen(command.split(), cwd=tmp_path, env=environment))
         until(lambda: httpx.get(f"{url}/readyz").status_code == 200, what="the API")
-        user = {"Authorization": f"Bearer {says('imagegram-api', 'token', 'alice').strip()}"}
+        user = {"Authorization": f"Bearer {output('imagegram-api', 'token', 'alice').strip()}"}
         sent = httpx.post(f"{url}/v1/posts", headers=user, files={"image": photograph()})
         post = f"{url}/v1/posts/{sent.json()['id']}"
         until(lambda: httpx.get(post).json()["status"] == "ready", what="the image")
-        # Verified by a process that the shipper started.
-        until(lambda: "\nverified 2" in says("imagegram-storage", "snapshots"), 30.0, what="a restore on trial")
-        heading, generation, *_ = says("imagegram-storage", "snapshots").splitlines()
+        # The shipper starts `verify` as a process of its own.
+        until(lambda: "\nverified 2" in output("imagegram-storage", "snapshots"), 30.0, what="a result of verify")
+        heading, generation, *_ = output("imagegram-storage", "snapshots").splitlines()
         assert heading.startswith("generation") and generation.split()[0] == "1"
-        assert says("imagegram-storage", "check", "--deep").startswith("1 posts, 0 comments, 0 open uploads: 0 flaws")
+        assert output("imagegram-storage", "check", "--deep").startswith("1 posts, 0 comments, 0 open uploads: 0 flaws")
     finally:
         for part in reversed(parts):
             part.terminate()
