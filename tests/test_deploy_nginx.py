@@ -1,4 +1,4 @@
-"""The front of docker-compose, as it stands in deploy/, run by Debian's nginx on loopback."""
+"""The front of docker-compose: Debian's nginx runs the configuration from deploy/ on loopback, before a real API."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, free_port, until
 from making import jpeg
+from state import unchanged
 from uploading import BODY, begin, joined, offset, picture
 from wire import FORM, dial, exchange, form, head, hear, request, reset
 
@@ -22,18 +23,20 @@ DEPLOY = ROOT / "deploy"
 
 
 class Front:
+    """nginx before a site, with the configuration from deploy/. It also accepts TLS, with a certificate of its own."""
+
     def __init__(self, site, folder, patience: str = "40s"):
-        """`patience`: how long nginx waits for the API's answer. A site that gives none makes it answer by itself."""
+        """`patience` is how long nginx waits for the API's answer. Then it answers by itself."""
         self.site, self.port, self.tls_port = site, free_port(), free_port()
         self.url, self.token = f"http://127.0.0.1:{self.port}", site.token
         conf = (DEPLOY / "nginx.conf").read_text()
-        for ours, here in {
+        for deployed, tested in {
             "server api:8000 resolve;": f"server 127.0.0.1:{site.port};",  # Debian's nginx does not know `resolve`
             "listen 8080;": f"listen 127.0.0.1:{self.port};",
             "proxy_read_timeout 40s;": f"proxy_read_timeout {patience};",
         }.items():
-            assert conf.count(ours) == 1
-            conf = conf.replace(ours, here)
+            assert conf.count(deployed) == 1
+            conf = conf.replace(deployed, tested)
         (folder / "nginx.conf").write_text(conf.replace("/tmp/", f"{folder}/"))
         (folder / "tls").mkdir()
         tls = (DEPLOY / "tls" / "tls.conf.example").read_text()
@@ -42,7 +45,7 @@ class Front:
         key = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "tls" / "key.pem"]
         certificate = ["-subj", "/CN=localhost", "-days", "2", "-out", folder / "tls" / "chain.pem"]
         subprocess.run(["openssl", "req", "-x509", *key, *certificate], check=True, capture_output=True)
-        nginx = shutil.which("nginx") or "/usr/sbin/nginx"  # where Debian has it, and not every PATH looks
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"  # Debian's place, which is not in every PATH
         command = [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
         self.process = subprocess.Popen(command)
         until(lambda: exchange(self.port, head("GET", "/healthz")).status in (200, 504), what="nginx")
@@ -53,11 +56,12 @@ class Front:
 
 
 class Silent:
-    """Where a site listens that answers nothing, and then nobody does."""
+    """A site that accepts connections and answers nothing. After `socket.close()` it refuses connections."""
 
     def __init__(self):
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port, self.token = self.socket.getsockname()[1], None
+        self.port = self.socket.getsockname()[1]
+        self.token = None
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def patch(front, upload: str, at: int, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("end", ["rst", "fin"])
-async def test_of_an_upload_killed_at_40_mb_at_least_38_are_kept(serving, front, end):
+async def test_an_upload_that_breaks_off_after_40_mb_keeps_38_mb_or_more(serving, front, end):
     image = picture(60 * MB)
     upload = await asyncio.to_thread(begin, front, len(image))
     line, began = dial(front.port), time.monotonic()
@@ -84,55 +88,57 @@ async def test_of_an_upload_killed_at_40_mb_at_least_38_are_kept(serving, front,
     for sent in range(0, 40 * MB, MB // 10):
         line.sendall(image[sent : sent + MB // 10])
         ahead = sent / (10 * MB) - (time.monotonic() - began)
-        await asyncio.sleep(max(0.0, ahead))  # 10 MB/s, the client's own pace
+        await asyncio.sleep(max(0.0, ahead))  # the client sends 10 MB/s
     if end == "rst":
         reset(line)
     else:
         line.close()
-    kept = await asyncio.to_thread(offset, front, upload)
-    assert kept >= 38 * MB, f"{kept / MB:.1f} MB"
-    settled = await asyncio.to_thread(until, lambda: still(front, upload))
-    assert await joined(serving, serving.server, upload) == image[:settled]
-    rest = image[settled:]
-    answer = await asyncio.to_thread(exchange, front.port, patch(front, upload, settled, len(rest)) + rest)
+    stored = await asyncio.to_thread(offset, front, upload)
+    assert stored >= 38 * MB, f"{stored / MB:.1f} MB"
+    final = await asyncio.to_thread(until, lambda: unmoving_offset(front, upload))
+    assert await joined(serving, serving.server, upload) == image[:final]
+    rest = image[final:]
+    answer = await asyncio.to_thread(exchange, front.port, patch(front, upload, final, len(rest)) + rest)
     assert (answer.status, answer.headers["upload-offset"]) == (204, str(len(image)))
     assert await joined(serving, serving.server, upload) == image
 
 
-def still(front, upload: str) -> int:
+def unmoving_offset(front, upload: str) -> int:
+    """The offset of an upload, or 0 while it still moves."""
     first = offset(front, upload)
     return first if offset(front, upload) == first else 0
 
 
-def test_a_form_passes_and_is_refused_as_by_the_api(front):
+def test_a_form_passes_and_the_api_itself_refuses_one_that_is_too_large(front):
     alice = f"Authorization: Bearer {front.token('alice')}"
     body = form(("image", "a.jpg", jpeg()), ("caption", None, b"Hello"))
     sent = exchange(front.port, head("POST", "/v1/posts", alice, FORM, f"Content-Length: {len(body)}") + body)
     assert (sent.status, sent.json()["caption"]) == (201, "Hello")
-    assert sent.headers["location"] == f"/v1/posts/{sent.json()['id']}", "relative, whatever the front is called"
-    large = 100 * 2**20 + 64 * 1024
-    asked = head("POST", "/v1/posts", alice, FORM, f"Content-Length: {large + 1}")
-    with dial(front.port) as line:
-        line.sendall(asked)
+    assert sent.headers["location"] == f"/v1/posts/{sent.json()['id']}", "relative, whatever the front's name"
+    largest = 100 * 2**20 + 64 * 1024
+    too_large = head("POST", "/v1/posts", alice, FORM, f"Content-Length: {largest + 1}")
+    with unchanged(front.site.server.client), dial(front.port) as line:
+        line.sendall(too_large)
         refused = hear(line)
-    assert (refused.status, refused.json()["code"]) == (413, "toolarge"), "the API's word, not nginx's"
+    assert (refused.status, refused.json()["code"]) == (413, "toolarge")
+    assert refused.json()["detail"] != "the request is too large", "nginx's own words"
 
 
-def problem(answer, status: int, code: str) -> None:
-    """What nginx answers by itself is a problem like the API's."""
+def assert_problem(answer, status: int, code: str) -> None:
+    """An answer that nginx gives by itself is a problem in the API's format."""
     assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
     assert answer.headers["cache-control"] == "no-store"
     assert len(answer.headers["request-id"]) == 32 and "date" in answer.headers
-    told = answer.json()
-    assert set(told) == {"type", "title", "status", "detail", "code"}
-    assert (told["status"], told["code"], told["type"]) == (status, code, f"/docs#{code}")
+    problem = answer.json()
+    assert set(problem) == {"type", "title", "status", "detail", "code"}
+    assert (problem["status"], problem["code"], problem["type"]) == (status, code, f"/docs#{code}")
 
 
 REFUSED = {
-    "no host": (b"GET /v1/posts HTTP/1.1\r\n\r\n", 400, "bad_request"),
-    "no request": (b"no sense\r\n\r\n", 400, "bad_request"),
-    "no method": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad_request"),
-    "no path": (head("CONNECT", "x:443"), 400, "bad_request"),
+    "a request without a host": (b"GET /v1/posts HTTP/1.1\r\n\r\n", 400, "bad_request"),
+    "a line that is no request": (b"no sense\r\n\r\n", 400, "bad_request"),
+    "a method with an odd character": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad_request"),
+    "a target without a path": (head("CONNECT", "x:443"), 400, "bad_request"),
     "a path above the root": (head("GET", "/../x"), 400, "bad_request"),
     "a length and chunks": (head("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked"), 400, "bad_request"),
     "an unknown encoding": (head("POST", "/v1/posts", "Transfer-Encoding: gzip"), 400, "bad_request"),
@@ -140,25 +146,26 @@ REFUSED = {
     "a body that is too large": (head("POST", "/v1/posts", "Content-Length: 999999999"), 413, "toolarge"),
     "an address that is too long": (head("GET", "/" + "a" * 9000), 414, "toolarge"),
     "a header that is too large": (head("GET", "/v1/posts", "X: " + "a" * 9000), 413, "toolarge"),
-    "a method of none": (head("TRACE", "/v1/posts"), 405, "method"),
-    "the address of nginx' own errors": (head("GET", "/problem"), 404, "nowhere"),
+    "a method that no address takes": (head("TRACE", "/v1/posts"), 405, "method"),
+    "the address of nginx's own errors": (head("GET", "/problem"), 404, "nowhere"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_nginx_refuses_by_itself_is_a_problem(front, case):
-    asked, status, code = REFUSED[case]
-    answer = exchange(front.port, asked)
-    problem(answer, status, code)
+def test_a_request_that_nginx_refuses_by_itself_gets_a_problem(front, case):
+    sent, status, code = REFUSED[case]
+    with unchanged(front.site.server.client):
+        answer = exchange(front.port, sent)
+    assert_problem(answer, status, code)
     assert ("allow" in answer.headers) == (status == 405)
     assert "tus-resumable" not in answer.headers
 
 
-def test_plain_http_on_the_port_of_tls_is_a_problem(front):
-    problem(exchange(front.tls_port, head("GET", "/v1/posts")), 400, "bad_request")
+def test_plain_http_on_the_tls_port_gets_a_problem(front):
+    assert_problem(exchange(front.tls_port, head("GET", "/v1/posts")), 400, "bad_request")
 
 
-def test_an_api_that_gives_no_answer_is_a_problem_and_its_answer_unknown(tmp_path):
+def test_without_an_answer_of_the_api_nginx_says_that_the_outcome_is_unknown(tmp_path):
     tmp_path.chmod(0o755)
     silent = Silent()
     front = Front(silent, tmp_path, patience="1s")
@@ -166,16 +173,16 @@ def test_an_api_that_gives_no_answer_is_a_problem_and_its_answer_unknown(tmp_pat
         late = exchange(front.port, head("GET", "/v1/posts"))
         silent.socket.close()
         for answer, status in ((late, 504), (exchange(front.port, head("POST", "/v1/posts")), 502)):
-            problem(answer, status, "unknown")
+            assert_problem(answer, status, "unknown")
             assert answer.headers["retry-after"] == "1"
-        looked = exchange(front.port, head("HEAD", "/v1/uploads/x"))
-        assert (looked.status, looked.body, looked.headers["tus-resumable"]) == (502, b"", "1.0.0")
+        upload = exchange(front.port, head("HEAD", "/v1/uploads/x"))
+        assert (upload.status, upload.body, upload.headers["tus-resumable"]) == (502, b"", "1.0.0")
     finally:
         front.close()
 
 
-def test_a_flood_from_one_address_is_limited_and_open_uploads_and_others_are_not(front):
-    """From 127.0.0.2: 2,000 requests at once and 200 a second are let through."""
+def test_a_flood_from_one_address_is_limited_but_not_its_open_uploads_and_no_other_address(front):
+    """127.0.0.2 sends 3,600 requests: 2,000 pass at once, and 200 more each second."""
     upload = begin(front, 10)
     tus = (f"Authorization: Bearer {front.token('alice')}", "Tus-Resumable: 1.0.0", "Connection: close")
     flood = head("GET", "/healthz") * 900 + head("HEAD", f"/v1/uploads/{upload}", *tus)
@@ -193,61 +200,70 @@ def test_a_flood_from_one_address_is_limited_and_open_uploads_and_others_are_not
     passed = [answer for answer in answers if answer.startswith(b"200 ")]
     limited = [answer for answer in answers if answer.startswith(b"429 ")]
     assert len(answers) == len(passed) + len(limited) == 3600
-    assert 2000 <= len(passed) <= 2001 + 200 * (took + 1) and limited
+    assert 2000 <= len(passed) <= 2001 + 200 * (took + 1)
+    assert limited, f"{took:.1f} s for 3,600 requests: nothing was limited"
     top, _, body = limited[-1].partition(b"\r\n\r\n")
     assert b"\r\nRetry-After: 1" in top and b"\r\nContent-Type: application/problem+json" in top
     assert json.loads(body)["code"] == "limited"
-    assert [stream[-1][:3] for stream in streams] == [b"200"] * 4, "what belongs to an open upload passes"
+    assert [stream[-1][:3] for stream in streams] == [b"200"] * 4, "requests to an open upload pass"
     assert exchange(front.port, head("GET", "/healthz")).status == 200, "another address has its own count"
 
 
-def test_the_connection_to_the_api_is_kept(front):
-    before = connections(front)
+def test_nginx_keeps_its_connections_to_the_api_open(front):
+    """Each nginx worker has its own connections. Twenty requests need one new connection a worker at most."""
+    workers = psutil.Process(front.process.pid).children()
+    before, used = api_connections(workers, front.site.port), set()
     for _ in range(20):
         assert exchange(front.port, head("GET", "/v1/posts")).status == 200
-    assert connections(front) - before <= 2
+        used |= api_connections(workers, front.site.port)
+    assert used, "no connection was open after a request"
+    assert len(used - before) <= len(workers)
 
 
-def connections(front) -> int:
-    """Connections that nginx has to the API."""
-    workers = psutil.Process(front.process.pid).children()
-    made = [one for worker in workers for one in worker.net_connections() if one.raddr]
-    return sum(one.raddr.port == front.site.port for one in made)
+def api_connections(workers: list[psutil.Process], port: int) -> set[int]:
+    """The local ports of the open connections that nginx has to the API."""
+    connections = [connection for worker in workers for connection in worker.net_connections() if connection.raddr]
+    return {connection.laddr.port for connection in connections if connection.raddr.port == port}
 
 
-def test_smuggling_shapes_do_not_pass(front):
-    asked = request("POST", "/v1/posts", front.token("alice"), b"{}")
-    shaped = asked.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n", 1)
-    with dial(front.port) as line:
-        line.sendall(shaped)
-        assert hear(line).status == 400
+def test_a_request_that_is_smuggled_in_a_body_does_not_reach_the_api(front):
+    """By its length the second request is a body; by its chunks (RFC 9112, section 6.3) it is a request of its own."""
+    alice = f"Authorization: Bearer {front.token('alice')}"
+    smuggled = head("POST", "/v1/uploads", alice, "Tus-Resumable: 1.0.0", "Upload-Length: 10")
+    outer = request("POST", "/v1/posts", front.token("alice"), b"0\r\n\r\n" + smuggled)
+    ambiguous = outer.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n", 1)
+    with unchanged(front.site.server.client), dial(front.port) as line:
+        line.sendall(ambiguous)
+        assert_problem(hear(line), 400, "bad_request")
+        assert line.recv(1) == b"", "nginx closes the connection"
 
 
-def test_http_2_over_tls(front, tmp_path):
+def test_http_2_over_tls_uploads_a_file_and_reads_the_feed(front, tmp_path):
     if not shutil.which("curl"):
         pytest.fail("curl is needed: apt-get install curl")
     (tmp_path / "image").write_bytes(picture(3 * MB))
     url, alice = f"https://127.0.0.1:{front.tls_port}", f"Authorization: Bearer {front.token('alice')}"
     tus = ["-H", alice, "-H", "Tus-Resumable: 1.0.0"]
-    shown = ["-D", tmp_path / "headers", "-w", "%{http_version} %{http_code}", "-o", "/dev/null"]
-    curl = ["curl", "-ksS", "--http2", *shown]
+    report = ["-D", tmp_path / "headers", "-w", "%{http_version} %{http_code}", "-o", "/dev/null"]
+    curl = ["curl", "-ksS", "--http2", *report]
 
-    def run(*more) -> tuple[str, str]:
-        said = subprocess.run([*curl, *more], check=True, capture_output=True, text=True).stdout
-        return said, (tmp_path / "headers").read_text()
+    def run(*arguments) -> tuple[str, str]:
+        """The HTTP version and status, and the headers of an answer."""
+        output = subprocess.run([*curl, *arguments], check=True, capture_output=True, text=True).stdout
+        return output, (tmp_path / "headers").read_text()
 
-    said, headers = run(*tus, "-H", f"Upload-Length: {3 * MB}", "-X", "POST", f"{url}/v1/uploads")
-    assert said == "2 201"
+    version, headers = run(*tus, "-H", f"Upload-Length: {3 * MB}", "-X", "POST", f"{url}/v1/uploads")
+    assert version == "2 201"
     upload = re.search(r"(?mi)^location: (\S+)", headers)[1]
     body = ["-H", BODY, "-H", "Upload-Offset: 0", "-X", "PATCH", "--data-binary", f"@{tmp_path / 'image'}"]
-    said, headers = run(*tus, *body, url + upload)
-    assert said == "2 204" and f"upload-offset: {3 * MB}" in headers.lower()
-    said, headers = run("-H", "Accept-Encoding: br", f"{url}/v1/posts")
-    assert said == "2 200"
+    version, headers = run(*tus, *body, url + upload)
+    assert version == "2 204" and f"upload-offset: {3 * MB}" in headers.lower()
+    version, headers = run("-H", "Accept-Encoding: br", f"{url}/v1/posts")
+    assert version == "2 200"
     assert "etag" in headers.lower()
 
 
-def test_the_front_of_compose_is_this_one():
+def test_compose_runs_this_configuration_before_the_api():
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert "./deploy/nginx.conf:/etc/nginx/nginx.conf:ro" in services["front"]["volumes"]
-    assert "ports" not in services["api"], "nobody goes round the front"
+    assert "ports" not in services["api"], "the API is reachable only through the front"
