@@ -333,3 +333,22 @@ async def gather_limited(count: int, coroutines) -> list:
             return await coroutine
 
     return await asyncio.gather(*(one(coroutine) for coroutine in coroutines))
+
+
+# The backup: for tests of the shipper, of restores and of verify
+
+
+@pytest.fixture(name="settings", params=["valkey-s3", "redis-folder"])
+def backup_settings(request, tmp_path, monkeypatch):
+    """Settings of a site with an embedded server of one family and a backup store of one kind."""
+    import parts  # not above: it imports moto, which takes a second and which most tests do not need
+
+    family, kind = request.param.split("-")
+    url = parts.s3_url(monkeypatch) if kind == "s3" else (tmp_path / "backup").as_uri()
+    return parts.make_settings(tmp_path / "data", parts.PROGRAMS[family], url)
+
+
+@pytest.fixture
+def backup(settings):
+    """The backup store of these settings."""
+    return objects.open_store(settings.backup_store_url)

@@ -28,7 +28,7 @@ from conftest import until as wait
 from making import make_post
 from parts import redis_on, restored, s3_server, s3_url, shipped, shipping, until, writing
 from proxy import Proxy
-from test_storage_ship import Faulty, begin, end, whole
+from test_storage_ship import Faulty, begin, end, read_all
 
 from storage import comments, keys
 from storage.backup import aof, chain, ship
@@ -103,7 +103,7 @@ async def _cut_off(server: str) -> str:
                     proxy.lose(how=way)
                     assert await asyncio.to_thread(proxy.lost.wait, 20)
             await shipped(shipper)
-        await whole(real)
+        await read_all(real)
         _, lists = await restored(settings, real, writers, Path(folder))
     return f"S3 cut off or silent {len(ways)} times: {_require_all(writers, lists)}"
 
@@ -140,7 +140,7 @@ async def _failing(server: str, kills: int = 20, races: int = 5) -> str:
             async with shipping(settings, real) as shipper:
                 await shipped(shipper)
         await unchanged()
-        await whole(real)
+        await read_all(real)
         _, lists = await restored(settings, real, writers, Path(folder))
         flipped = await _flip_bits(settings, real, Path(folder, "flipped"))
     assert faulty.failed, "the store never failed"
