@@ -39,7 +39,7 @@ def pip(*arguments) -> None:
 
 @pytest.fixture(scope="module")
 def scripts(wheel):
-    """The folder of the console scripts in a new venv, which has the wheel and shares all other packages with the tests."""
+    """The console scripts of a new venv, which has the wheel and shares all other packages with the tests."""
     environment = wheel.parent / "venv"
     venv.create(environment)
     pip("--python", environment / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
