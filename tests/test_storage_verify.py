@@ -15,6 +15,7 @@ from parts import redis_on, shipped, shipping, until
 from storage.backup import chain, ship, snapshots
 from storage.backup import state as shipper_state
 from storage.backup.verify import last_result, verify
+from storage.db import server
 
 
 @pytest.fixture
@@ -102,17 +103,28 @@ async def test_a_verify_that_was_killed_is_not_started_again_at_once(daily, back
         assert shipper_state.read(daily)["verified"] is None
 
 
-async def test_verify_ends_with_its_shipper_and_leaves_neither_server_nor_folder(daily, backup):
+async def test_verify_ends_with_its_shipper_and_leaves_neither_server_nor_folder(daily, backup, monkeypatch, tmp_path):
+    """verify's server takes a minute to load. So verify cannot have ended by itself."""
+    program = tmp_path / "slow-server"
+    # Microseconds a key. A server notices SIGTERM after each interval of bytes that it loads.
+    slow = "--key-load-delay 6000 --loading-process-events-interval-bytes 1024"
+    command = f'exec {server.server_program(daily)} "$@"'
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] || set -- "$@" {slow}\n{command}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEGRAM_REDIS_SERVER", str(program))
     async with redis_on(daily) as redis:
-        # So many keys that verify's server is still loading when the shipper stops.
-        fill = "for i = 1, 10000 do redis.call('SET', ARGV[1] .. i, string.rep('x', 100)) end"
-        for part in range(30):
-            await redis.client.eval(fill, 0, f"{part}-")
+        await redis.client.eval("for i = 1, 10000 do redis.call('SET', i, i) end", 0)
         shipper = ship.Shipper(daily, backup)
         task = asyncio.ensure_future(shipper.run())
         process = await until(lambda: shipper.verifying and psutil.Process(shipper.verifying.pid), "verify runs")
-        (server,) = await until(process.children, "verify's server runs")
+
+        def servers() -> list[psutil.Process]:
+            return [child for child in process.children() if "--unixsocket" in child.cmdline()]
+
+        (loading,) = await until(servers, "verify's server runs")
         shipper.stop.set()
         await asyncio.wait_for(task, 20)
-        await until(lambda: not server.is_running(), "verify's server has ended")
+        await until(lambda: not loading.is_running(), "verify's server has ended")
+        assert not process.is_running()
     assert list(daily.data.glob("verify-*")) == []
+    assert await last_result(backup) is None
