@@ -1,4 +1,4 @@
-"""A process that hangs is killed, and only such a one."""
+"""The watchdog kills a process that hangs, and no other."""
 
 import os
 import re
@@ -31,7 +31,7 @@ LIMIT = 0.5  # seconds
 
 @pytest.fixture
 def program():
-    """Starts a program that is watched, and then does what is given."""
+    """Starts a program under a watchdog. It then runs the coroutine function `then` of the text it is given."""
     started = []
 
     def start(then: str, limit: float = LIMIT) -> subprocess.Popen:
@@ -55,21 +55,26 @@ def watchdog_of(pid: int) -> psutil.Process | None:
 
 
 def ignores(pid: int, *signums: int) -> bool:
-    """By proc(5), status: a mask of the signals that are ignored."""
+    """Whether a process ignores these signals: `SigIgn` in /proc/<pid>/status is a mask of them, see proc(5)."""
     mask = int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
     return all(mask >> (signum - 1) & 1 for signum in signums)
 
 
-def gone(process: psutil.Process) -> bool:
+def ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def waits(process: psutil.Process) -> int:
+    """How often a process has waited for something, since its start."""
+    return process.num_ctx_switches().voluntary
 
 
 SLEEPS = "async def then(): await asyncio.sleep(60)"
 HANGS = {
-    # The interpreter's lock is held: no thread and no signal handler of Python runs.
+    # `re` holds the interpreter's lock: no other thread and no signal handler of Python runs.
     "in C": ("async def then(): re.match('(a+)+$', 'a' * 60 + 'b')", "gave no sign of life for 0.5 s", "in then"),
     "on the loop": ("async def then(): time.sleep(60)", "gave no sign of life for 0.5 s", "in then"),
-    "in one piece of work": (
+    "in a thread that works": (
         "def block(): time.sleep(60)\n"
         "async def then():\n  with watchdog.working('shipping'): await asyncio.to_thread(block)",
         "shipping made no step for 2 s",
@@ -81,53 +86,55 @@ HANGS = {
 def test_a_process_that_hangs_says_where_and_is_killed(program):
     started = {where: program(then) for where, (then, *_) in HANGS.items()}
     for where, (_, message, function) in HANGS.items():
-        said = started[where].communicate(timeout=10)[1]
+        log = started[where].communicate(timeout=30)[1]
         assert started[where].returncode == -signal.SIGKILL, where
-        assert message in said and function in said
+        assert message in log and function in log
 
 
-def test_work_that_makes_steps_is_no_hang(program):
-    """Nor does it count in whose thread a step is made. The pause after it is longer than the work may be silent."""
+def test_work_that_makes_steps_is_not_killed(program):
+    """The work takes 2.25 s and may be silent for 2 s. A thread makes its steps. The pause after it is no work."""
     process = program(
         "def steps():\n  for _ in range(9): time.sleep(0.25); watchdog.step()\n"
         "async def then():\n"
         "  with watchdog.working('work'): await asyncio.to_thread(steps)\n"
         "  await asyncio.sleep(2.2)"
     )
-    assert process.communicate(timeout=10)[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
 
 
-def test_what_freezes_everything_kills_nothing(program):
-    """A laptop that was suspended, `docker pause`."""
+def test_a_process_that_was_frozen_with_its_watchdog_is_not_killed(program):
+    """As on a laptop that was suspended, or by `docker pause`."""
     process = program(SLEEPS)
-    both = psutil.Process(process.pid), watchdog_of(process.pid)
-    for one in both:
+    frozen = psutil.Process(process.pid), watchdog_of(process.pid)
+    until(lambda: waits(frozen[1]) > watchdog.WAITS, what="the watchdog waits for signs of life")
+    for one in frozen:
         one.suspend()
-    time.sleep(3 * LIMIT)
-    for one in reversed(both):
+    time.sleep(3 * LIMIT)  # the time itself is what is tested: it is longer than the limit
+    before = waits(frozen[1])
+    for one in reversed(frozen):
         one.resume()
-    time.sleep(2 * LIMIT)
-    assert process.poll() is None and not gone(both[1])
+    # So many waits without a byte would be enough to kill.
+    until(lambda: ended(frozen[1]) or waits(frozen[1]) > before + 2 * watchdog.WAITS, what="more waits")
+    assert process.poll() is None and not ended(frozen[1])
 
 
-def test_a_process_that_hangs_is_killed_also_where_nobody_reads_what_is_said(program):
+def test_a_process_that_hangs_is_killed_also_where_nobody_reads_its_stderr(program):
     process = program(SLEEPS)
-    watchdog_of(process.pid)
     process.stderr.close()
     psutil.Process(process.pid).suspend()
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(30) == -signal.SIGKILL
 
 
 def test_a_process_whose_watchdog_is_killed_ends_too(program):
     process = program(SLEEPS)
     watchdog_of(process.pid).kill()
-    assert "the watchdog has ended" in process.communicate(timeout=10)[1]
+    assert "the watchdog has ended" in process.communicate(timeout=30)[1]
     assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_watchdog_outlives_its_process(program, signum):
-    """Even though a fork lives on; and it has nothing of its process but the pipe and stderr."""
+    """Even where a fork of the process lives on. The watchdog has only the pipe and stderr of its process."""
     process = program(
         "async def then():\n"
         "  if not (fork := os.fork()): os.close(1); os.close(2); time.sleep(60)\n"
@@ -139,23 +146,23 @@ def test_no_watchdog_outlives_its_process(program, signum):
     until(lambda: ignores(child.pid, signal.SIGTERM, signal.SIGINT, signal.SIGHUP), what="the watchdog")
     assert sorted(int(file) for file in os.listdir(f"/proc/{child.pid}/fd")) == [0, 1, 2]
     assert child.environ() == {}
-    for harmless in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # as a service manager or a terminal sends to all
-        child.send_signal(harmless)
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a service manager or a terminal signals all
+        child.send_signal(ignored)
     process.send_signal(signum)
-    process.wait(10)
-    assert not gone(fork)
-    until(lambda: gone(child), 5, "the watchdog's end")
+    process.wait(30)
+    assert not ended(fork)
+    until(lambda: ended(child), what="the watchdog has ended")
     fork.kill()
 
 
 # The real processes
 
-SECONDS = 2  # of the setting
+SECONDS = 2  # the setting IMAGEGRAM_WATCHDOG
 
 
 @pytest.fixture
 def watched(tmp_path):
-    """A whole site with a short limit: API of two processes, worker, shipper, and a Redis of its own."""
+    """A site with a limit of SECONDS, an API of two processes, and a Redis of its own. The tests start the parts."""
     server = RedisServer("valkey")
     folder = tmp_path / "data"
     folder.mkdir()
@@ -167,9 +174,10 @@ def watched(tmp_path):
     server.close()
 
 
-def test_each_part_that_hangs_is_killed_and_a_converter_is_replaced(watched):
+def test_each_part_that_hangs_is_killed_and_its_worker_replaces_a_converter(watched):
     pipes = {"stderr": subprocess.PIPE, "text": True}
-    api, worker, other = watched.api(**pipes), watched.start("workers", **pipes), watched.start("workers")
+    api = watched.api(**pipes)
+    worker, other = watched.start("workers", **pipes), watched.start("workers")
     ship = watched.start("storage", "ship", **pipes)
     first = until(lambda: family(psutil.Process(other.pid))[1], what="the converter")[0]
     for process in (worker.pid, ship.pid, first.pid):
@@ -180,24 +188,22 @@ def test_each_part_that_hangs_is_killed_and_a_converter_is_replaced(watched):
     watchdogs += [watchdog_of(process.pid) for process in serving]
     for process in (serving[0], psutil.Process(worker.pid), psutil.Process(ship.pid), first):
         process.suspend()
-    began = time.monotonic()
-    told = {process: process.communicate(timeout=20)[1] for process in (api, worker, ship)}
-    until(lambda: gone(first), 20, "the converter's end")
-    assert time.monotonic() - began < 5 * SECONDS  # alone, it is 3 s
-    for process, said in told.items():
-        assert f"gave no sign of life for {SECONDS} s: it is killed" in said
+    logs = {process: process.communicate(timeout=30)[1] for process in (api, worker, ship)}
+    until(lambda: ended(first), what="the converter has ended")
+    for process, log in logs.items():
+        assert f"gave no sign of life for {SECONDS} s: it is killed" in log
         assert process.returncode == (1 if process is api else -signal.SIGKILL)
-    assert f"ERROR imagegram.api: process {serving[0].pid} was ended by signal 9" in told[api]
+    assert f"ERROR imagegram.api: process {serving[0].pid} was ended by signal 9" in logs[api]
     second = until(lambda: family(psutil.Process(other.pid))[1], what="another converter")[0]
     assert second != first
-    until(lambda: all(map(gone, watchdogs)), what="the watchdogs' end")
+    until(lambda: all(map(ended, watchdogs)), what="the watchdogs have ended")
     watched.api()
     with watched.client("alice") as alice:
         turned(alice, publish(alice, photograph()))
 
 
-def test_a_redis_and_a_store_that_are_away_for_long_are_no_hang(watched):
-    """The store takes connections and says nothing; Redis is gone. Longer than work without a step may take."""
+def test_no_part_is_killed_while_redis_and_the_store_are_away_for_long(watched):
+    """The backup store accepts connections and answers nothing; Redis is killed. Work without a step may take 8 s."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
         watched.environment.update(
             {
@@ -209,13 +215,14 @@ def test_a_redis_and_a_store_that_are_away_for_long_are_no_hang(watched):
                 "IMAGEGRAM_BACKUP_STORE": "s3://bucket",
             }
         )
-        said = (watched.folder / "said").open("w+")
-        started = [watched.api(stderr=said)]
-        started += [watched.start(*part, stderr=said) for part in (("workers",), ("storage", "ship"))]
+        log = watched.folder / "log"
+        with log.open("w") as stderr:
+            started = [watched.api(stderr=stderr)]
+            started += [watched.start(*part, stderr=stderr) for part in (("workers",), ("storage", "ship"))]
         until(lambda: watched.server.client.exists("rq:workers"), what="RQ")
         watched.server.kill()
-        time.sleep(watchdog.PATIENCE * SECONDS + 1)
+        time.sleep(watchdog.PATIENCE * SECONDS + 1)  # the time itself is what is tested: it is longer than the limit
+        until(lambda: "store: Generic S3 error" in log.read_text(), 60.0, "the shipper's error")
         assert [process.poll() for process in started] == [None] * 3
         assert httpx.get(f"{watched.url}/healthz").status_code == 200
-        said.seek(0)
-        assert "store: Generic S3 error" in (told := said.read()) and "watchdog" not in told
+        assert "watchdog" not in log.read_text()
