@@ -1,4 +1,4 @@
-"""The embedded server: the folder names who wrote it, and the configuration is in force."""
+"""The embedded server: its configuration is in force, and a data folder has one server, which it names."""
 
 import os
 import signal
@@ -8,12 +8,13 @@ import sys
 import pytest
 import redis
 from conftest import ROOT, SERVERS, until
+from state import files
 
 from storage import settings
 from storage.db import server
 
 
-def chosen(tmp_path, kind):
+def settings_of(tmp_path, kind: str) -> settings.Settings:
     return settings.load({"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_REDIS_SERVER": SERVERS[kind]})
 
 
@@ -24,7 +25,7 @@ def kind(request):
 
 @pytest.fixture
 def started(tmp_path):
-    """Starts `imagegram-storage redis` as often as asked."""
+    """Starts `imagegram-storage redis`. Returns the process and a client of its socket. May be called several times."""
     processes = []
 
     def start(kind: str):
@@ -45,7 +46,7 @@ def started(tmp_path):
 def test_the_configuration_is_in_force(started, kind):
     _, client = started(kind)
     until(client.ping)
-    wanted = {
+    expected = {
         "appendonly": "yes",
         "appendfsync": "always",
         "no-appendfsync-on-rewrite": "no",
@@ -56,31 +57,31 @@ def test_the_configuration_is_in_force(started, kind):
         "hash-max-listpack-value": "8800",
         "port": "0",
     }
-    assert {name: client.config_get(name)[name] for name in wanted} == wanted
+    assert {name: client.config_get(name)[name] for name in expected} == expected
 
 
-def test_what_was_written_is_there_after_a_kill(started, kind):
+def test_a_write_that_was_answered_survives_a_kill(started, kind):
     process, client = started(kind)
     until(client.ping)
-    client.set("kept", "yes")
+    client.set("written", "yes")
     process.send_signal(signal.SIGKILL)
     process.wait()
     _, client = started(kind)
-    assert until(lambda: client.get("kept")) == "yes"
+    assert until(lambda: client.get("written")) == "yes"
 
 
-def test_another_family_is_refused_in_one_line(tmp_path, started, kind):
+def test_a_server_of_another_family_is_refused_in_one_line(tmp_path, started, kind):
     other = {"valkey": "redis", "redis": "valkey"}[kind]
-    server.command(chosen(tmp_path, kind))
+    server.command(settings_of(tmp_path, kind))
     before = (tmp_path / "redis" / "server").read_text()
     process, _ = started(other)
-    said = process.communicate(timeout=20)[1].strip()
+    message = process.communicate(timeout=20)[1].strip()
     assert process.returncode == 1
-    assert "\n" not in said and f"was written by {kind}" in said and f"start that or a newer {kind}" in said
+    assert "\n" not in message and f"was written by {kind}" in message and f"start that or a newer {kind}" in message
     assert (tmp_path / "redis" / "server").read_text() == before
 
 
-def test_an_older_version_is_refused_and_a_newer_one_signs(tmp_path, kind):
+def test_an_older_version_is_refused_and_a_newer_one_is_written_down(tmp_path, kind):
     folder = tmp_path / "redis"
     mine = server.identify(SERVERS[kind])
     newer = mine._replace(version=(mine.version[0] + 1, 0, 0))
@@ -95,22 +96,22 @@ def test_an_older_version_is_refused_and_a_newer_one_signs(tmp_path, kind):
 def test_a_folder_has_one_server_at_a_time(started, kind):
     first, client = started(kind)
     until(client.ping)
-    client.bgrewriteaof()  # its child must not take the lock along
+    client.bgrewriteaof()  # its child must not inherit the lock
     second, _ = started(kind)
-    said = second.communicate(timeout=20)[1].strip()
+    message = second.communicate(timeout=20)[1].strip()
     assert second.returncode == 1
-    assert "\n" not in said and "is in use" in said
-    assert client.info("server")["process_id"] == first.pid  # the socket is still the first one's
+    assert "\n" not in message and "is in use" in message
+    assert client.info("server")["process_id"] == first.pid, "the socket still leads to the first server"
     first.kill()
     first.wait()
     started(kind)
     until(client.ping)
 
 
-def test_check_leaves_a_folder_alone_whose_server_runs_and_one_that_holds_no_data(started, kind, tmp_path):
+def test_check_refuses_a_folder_whose_server_runs_and_one_without_data(started, kind, tmp_path):
     environment = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_REDIS_SERVER": SERVERS[kind]}
 
-    def check(folder):
+    def check(folder) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "storage", "check", "--folder", str(folder)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -124,31 +125,30 @@ def test_check_leaves_a_folder_alone_whose_server_runs_and_one_that_holds_no_dat
     checked = check(tmp_path / "redis")
     assert checked.returncode == 0, checked.stderr
     (tmp_path / "empty").mkdir()
-    for nothing in (tmp_path / "empty", tmp_path / "not there"):
-        refused = check(nothing)
-        assert refused.returncode == 1 and "is not a data folder" in refused.stderr
+    for folder in (tmp_path / "empty", tmp_path / "not there"):
+        refused = check(folder)
+        assert refused.returncode == 1 and "is no data folder" in refused.stderr
     assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "not there").exists()
 
 
 @pytest.mark.parametrize("text", [None, "", "valkey"])
-def test_data_without_the_name_of_its_writer_is_nobodys_guess(tmp_path, kind, text):
+def test_data_that_do_not_name_the_server_that_wrote_them_are_refused(tmp_path, kind, text):
     folder = tmp_path / "redis"
     (folder / "appendonlydir").mkdir(parents=True)
     if text is not None:
         (folder / "server").write_text(text)
     with pytest.raises(SystemExit, match="does not name its writer"):
-        server.command(chosen(tmp_path, kind))
-    assert (folder / "server").exists() == (text is not None)
-    assert text is None or (folder / "server").read_text() == text
+        server.command(settings_of(tmp_path, kind))
+    assert files(folder) == ({} if text is None else {"server": text.encode()})
 
 
-def test_what_is_no_server_is_refused(tmp_path):
+def test_a_program_that_is_no_redis_server_is_refused(tmp_path):
     for path in ("/bin/true", str(tmp_path / "nothing")):
         with pytest.raises(SystemExit, match="IMAGEGRAM_REDIS_SERVER"):
             server.identify(path)
 
 
-def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path):
+def test_a_data_folder_whose_path_is_too_long_for_a_socket_is_refused(tmp_path):
     deep = settings.load({"IMAGEGRAM_DATA": str(tmp_path / ("x" * 100))})
     with pytest.raises(SystemExit, match="IMAGEGRAM_DATA"):
         server.command(deep)

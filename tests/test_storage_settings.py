@@ -1,4 +1,4 @@
-"""Settings that cannot be used end every command with one line that names the variable; odd folders just work."""
+"""A setting that cannot be used ends every command with one line that names the variable. Odd folder names work."""
 
 import asyncio
 import os
@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 from parts import make_settings, redis_on, restored, shipped, shipping, writing
+from state import files
 
 from storage import settings
 from storage.db.client import Redis
@@ -22,16 +23,44 @@ COMMANDS = {
     "restore": ["storage", "restore", "--to", "restored"],
     **{name: ["storage", name] for name in ("redis", "ship", "snapshots", "verify", "check", "sweep", "retry")},
 }
-STORES = ["foo", "", "s3://", "s3://b ucket/x", "s3://id:secret@bucket/x", "file:relative", "file://relative"]
-STORES += ["file://host/x", "file:///a#b", "file:///a?b", "file:///a%00b", "file:///a%FFb", "file:///a\nb", "file://["]
-REDIS = ["foo", "", "http://host", "redis://host:port", "redis://host:99999", "redis://host/name", "redis://["]
-REDIS += ["unix://", "unix://relative/redis.sock", "unix:///a#b", "unix:///a?db=x", "redis://host?no_such_option=1"]
-REDIS += ["redis://:pass#word@host", "rediss://host?ssl_cert_reqs=foo", "redis://ho\nst"]
+WRONG_STORES = [
+    "",
+    "foo",
+    "s3://",
+    "s3://b ucket/x",
+    "s3://id:secret@bucket/x",
+    "file:relative",
+    "file://relative",
+    "file://host/x",
+    "file://[",
+    "file:///a#b",
+    "file:///a?b",
+    "file:///a%00b",
+    "file:///a%FFb",
+    "file:///a\nb",
+]
+WRONG_REDIS_URLS = [
+    "",
+    "foo",
+    "http://host",
+    "redis://host:port",
+    "redis://host:99999",
+    "redis://host/name",
+    "redis://[",
+    "redis://ho\nst",
+    "redis://host?no_such_option=1",
+    "redis://:pass#word@host",
+    "rediss://host?ssl_cert_reqs=foo",
+    "unix://",
+    "unix://relative/redis.sock",
+    "unix:///a#b",
+    "unix:///a?db=x",
+]
 WRONG = {
-    "STORE": STORES,
-    "BACKUP_STORE": STORES,
-    "REDIS_URL": REDIS,
-    "QUEUE_URL": REDIS,
+    "STORE": WRONG_STORES,
+    "BACKUP_STORE": WRONG_STORES,
+    "REDIS_URL": WRONG_REDIS_URLS,
+    "QUEUE_URL": WRONG_REDIS_URLS,
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
     "SANDBOX": ["maybe", "required\n"],
     "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
@@ -41,89 +70,99 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_of_the_wrong_form_is_refused_in_one_line(name, value):
+def test_a_malformed_value_is_refused_in_one_line_that_shows_no_secret(name, value):
     with pytest.raises(SystemExit, match=f"^IMAGEGRAM_{name}[=:]") as ended:
         settings.load({f"IMAGEGRAM_{name}": value})
     assert str(ended.value).isprintable() and "word@host" not in str(ended.value)
 
 
 def run_all(folder, commands, **variables) -> dict[str, tuple[int, str]]:
-    """Runs commands at the same time; the exit status and stderr of each."""
-    known = {"IMAGEGRAM_DATA": f"{folder}/data", "IMAGEGRAM_PORT": "0", "PYTHONPATH": str(ROOT)}
-    environment = {"PATH": os.environ["PATH"], **known, **variables}
+    """Runs commands at the same time. Returns the exit status and the stderr of each."""
+    defaults = {"IMAGEGRAM_DATA": f"{folder}/data", "IMAGEGRAM_PORT": "0", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": os.environ["PATH"], **defaults, **variables}
     running = {}
     for name in commands:
         command = [sys.executable, "-m", *COMMANDS[name]]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         running[name] = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
     try:
-        said = {name: process.communicate(timeout=60)[1] for name, process in running.items()}
-        return {name: (process.returncode, said[name]) for name, process in running.items()}
+        errors = {name: process.communicate(timeout=60)[1] for name, process in running.items()}
+        return {name: (process.returncode, errors[name]) for name, process in running.items()}
     finally:
         for process in running.values():
             process.kill()
             process.wait()
 
 
-def in_one_line(found: dict[str, tuple[int, str]], variable: str) -> None:
-    for name, (status, said) in found.items():
-        assert status == 1 and said.startswith(f"IMAGEGRAM_{variable}") and said.count("\n") == 1, (name, status, said)
+def assert_refused_in_one_line(results: dict[str, tuple[int, str]], variable: str) -> None:
+    for name, (status, error) in results.items():
+        assert status == 1 and error.startswith(f"IMAGEGRAM_{variable}"), (name, status, error)
+        assert error.count("\n") == 1, (name, error)
 
 
-def test_every_command_refuses_a_wrong_variable_in_one_line(tmp_path):
-    in_one_line(run_all(tmp_path, COMMANDS, IMAGEGRAM_REDIS_URL="foo"), "REDIS_URL")
+def test_every_command_refuses_a_malformed_value_in_one_line_and_writes_nothing(tmp_path):
+    assert_refused_in_one_line(run_all(tmp_path, COMMANDS, IMAGEGRAM_REDIS_URL="foo"), "REDIS_URL")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_store_that_is_no_folder_is_refused_by_every_command_that_opens_it(tmp_path):
+def test_a_store_that_is_a_file_is_refused_by_every_command_that_opens_it(tmp_path):
     (tmp_path / "file").write_text("kept")
-    opens = ("api", "workers", "restore", "verify", "check", "sweep")
-    in_one_line(run_all(tmp_path, opens, IMAGEGRAM_STORE=(tmp_path / "file").as_uri()), "STORE")
-    opens = ("workers", "restore", "ship", "snapshots", "verify", "sweep")
-    in_one_line(run_all(tmp_path, opens, IMAGEGRAM_BACKUP_STORE=(tmp_path / "file" / "below").as_uri()), "BACKUP_STORE")
+    url, below = (tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()
+    commands = ("api", "workers", "restore", "verify", "check", "sweep")
+    assert_refused_in_one_line(run_all(tmp_path, commands, IMAGEGRAM_STORE=url), "STORE")
+    commands = ("workers", "restore", "ship", "snapshots", "verify", "sweep")
+    assert_refused_in_one_line(run_all(tmp_path, commands, IMAGEGRAM_BACKUP_STORE=below), "BACKUP_STORE")
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path):
-    commands = [name for name in COMMANDS if name != "retry"]  # which only connects to Redis
-    in_one_line(run_all(tmp_path, commands, IMAGEGRAM_DATA="/proc/imagegram"), "DATA")
+def test_a_data_folder_that_cannot_be_created_is_refused(tmp_path):
+    commands = [name for name in COMMANDS if name != "retry"]  # retry only connects to Redis
+    assert_refused_in_one_line(run_all(tmp_path, commands, IMAGEGRAM_DATA="/proc/imagegram"), "DATA")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_the_data_folder_that_cannot_be_used_are_refused_and_stay(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "redis").write_text("a file")
-    in_one_line(run_all(tmp_path, ["redis"]), "DATA")
+    assert_refused_in_one_line(run_all(tmp_path, ["redis"]), "DATA")
     (tmp_path / "data" / "jwt-secret").write_bytes(b"\xff" * 40)
-    in_one_line(run_all(tmp_path, ["api", "token", "welcome"]), "DATA")
+    assert_refused_in_one_line(run_all(tmp_path, ["api", "token", "welcome"]), "DATA")
+    assert files(tmp_path) == {"data/redis": b"a file", "data/jwt-secret": b"\xff" * 40}
 
 
 @pytest.mark.parametrize("program", ["/etc/passwd", "/tmp", "/bin/ls"])
-def test_what_is_no_server_is_refused_in_one_line(tmp_path, program):
-    in_one_line(run_all(tmp_path, ["redis"], IMAGEGRAM_REDIS_SERVER=program), "REDIS_SERVER")
+def test_a_program_that_is_no_redis_server_is_refused_in_one_line(tmp_path, program):
+    assert_refused_in_one_line(run_all(tmp_path, ["redis"], IMAGEGRAM_REDIS_SERVER=program), "REDIS_SERVER")
+    assert files(tmp_path).keys() <= {"data/redis/lock"}
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300, "256.1.1.1", "a b"])
-def test_a_host_that_is_none_is_refused_in_one_line(tmp_path, host):
-    in_one_line(run_all(tmp_path, ["api"], IMAGEGRAM_HOST=host), "HOST")
+def test_a_host_that_does_not_exist_is_refused_in_one_line(tmp_path, host):
+    assert_refused_in_one_line(run_all(tmp_path, ["api"], IMAGEGRAM_HOST=host), "HOST")
 
 
 def test_a_host_of_another_machine_is_refused_in_one_line(tmp_path):
-    [(status, said)] = run_all(tmp_path, ["api"], IMAGEGRAM_HOST="192.0.2.1").values()  # RFC 5737: documentation
-    assert status == 1 and said.endswith("Set IMAGEGRAM_HOST.\n") and said.count("\n") == 1
+    [(status, error)] = run_all(tmp_path, ["api"], IMAGEGRAM_HOST="192.0.2.1").values()  # RFC 5737: documentation
+    assert status == 1 and error.endswith("Set IMAGEGRAM_HOST.\n") and error.count("\n") == 1
 
 
-def test_s3_settings_of_no_use_are_refused_in_one_line(tmp_path):
-    wrong = {"AWS_ACCESS_KEY_ID": "without its secret"}
-    in_one_line(run_all(tmp_path, ["api", "check"], IMAGEGRAM_STORE="s3://bucket/x", **wrong), "STORE")
-    wrong = {"AWS_ALLOW_HTTP": "perhaps"}
-    in_one_line(run_all(tmp_path, ["ship"], IMAGEGRAM_BACKUP_STORE="s3://bucket", **wrong), "BACKUP_STORE")
+def test_unusable_aws_variables_are_refused_in_one_line(tmp_path):
+    no_secret = {"AWS_ACCESS_KEY_ID": "without its secret"}
+    results = run_all(tmp_path, ["api", "check"], IMAGEGRAM_STORE="s3://bucket/x", **no_secret)
+    assert_refused_in_one_line(results, "STORE")
+    no_boolean = {"AWS_ALLOW_HTTP": "perhaps"}
+    results = run_all(tmp_path, ["ship"], IMAGEGRAM_BACKUP_STORE="s3://bucket", **no_boolean)
+    assert_refused_in_one_line(results, "BACKUP_STORE")
 
 
-def test_stores_of_the_right_form_are_opened(tmp_path):
+def test_well_formed_store_urls_are_opened(tmp_path):
     assert isinstance(open_store((tmp_path / "a #b%20?é").as_uri()), Folder)
     assert (tmp_path / "a #b%20?é").is_dir()
     assert isinstance(open_store("s3://my_Bucket.1/some/prefix"), S3)
 
 
 @pytest.mark.parametrize("name", ["a#b", "a%20b", "a?b", "a b", "aé", "a\"'\\b", "a\nb", "a@b:c"])
-async def test_a_data_folder_of_any_name_works(tmp_path, name):
+async def test_a_data_folder_with_odd_characters_in_its_name_works(tmp_path, name):
     chosen = make_settings(tmp_path / name, "", (tmp_path / name / "backup").as_uri())
     async with redis_on(chosen), shipping(chosen) as shipper:
         async with writing(chosen) as writers:
@@ -133,13 +172,13 @@ async def test_a_data_folder_of_any_name_works(tmp_path, name):
         await db.close()
         assert await asyncio.to_thread(dispatcher.queue(chosen.queue_url).connection.ping)
         await shipped(shipper)
-    _, [found] = await restored(chosen, open_store(chosen.backup_store_url), writers, tmp_path)
-    assert set(writers[0].answered) <= set(found)
+    _, [numbers] = await restored(chosen, open_store(chosen.backup_store_url), writers, tmp_path)
+    assert set(writers[0].answered) <= set(numbers)
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("restored")] == [name]
 
 
 @pytest.mark.parametrize("user", ["", "al ice", "alicé", "a" * 256, "a\n", "\udcff"])
-def test_no_token_is_made_for_a_user_that_the_server_refuses(tmp_path, user):
+def test_no_token_is_issued_for_a_user_name_that_the_api_would_refuse(tmp_path, user):
     command = [sys.executable, "-m", "api", "token", user]
     environment = {**os.environ, "IMAGEGRAM_DATA": str(tmp_path / "data")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
