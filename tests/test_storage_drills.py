@@ -1,4 +1,4 @@
-"""Drills in short: a few rounds of each on both servers. `make drill` has the long forms, with figures."""
+"""Short forms of the drills: a few rounds of each, on both servers. `make drill` runs the long forms, with figures."""
 
 import pytest
 
@@ -14,5 +14,5 @@ SHORT = {
 
 @pytest.mark.parametrize("server", ["valkey", "redis"])
 @pytest.mark.parametrize("drill", SHORT)
-async def test_a_drill_in_short(drill, server):
+async def test_the_short_form_of_a_drill_succeeds(drill, server):
     assert await SHORT[drill](server)

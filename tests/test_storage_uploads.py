@@ -1,8 +1,9 @@
-"""Chunks are put side by side; the offset moves over them in their order, and over none that was refused."""
+"""Chunks are put in parallel. The offset passes them in their order, and never passes one that was not stored."""
 
 import asyncio
 
 import pytest
+from state import unchanged
 from uploading import picture
 
 from storage import keys, uploads
@@ -12,7 +13,7 @@ from storage.settings import MIB
 
 
 class Reversed(Folder):
-    """The first large chunk is durable only after the second."""
+    """A store in which the first large chunk becomes durable only after the second. With `fault` its put fails."""
 
     def __init__(self, root, fault: bool = False):
         super().__init__(root)
@@ -29,7 +30,8 @@ class Reversed(Folder):
             self.second.set()
 
 
-async def appender(db, objects, data: bytes) -> uploads.Appender:
+async def begin(db, objects, data: bytes) -> uploads.Appender:
+    """Opens an upload of this data."""
     upload, _ = await uploads.create(db, "alice", 1, len(data))
     return uploads.Appender(db, objects, upload, 0, len(data))
 
@@ -41,48 +43,53 @@ async def feed(image: uploads.Appender, data: bytes) -> None:
     await image.commit()
 
 
-async def kept(objects: Folder, upload: str) -> list[str]:
+async def chunk_objects(objects: Folder, upload: str) -> list[str]:
+    """The names of an upload's chunks in the store."""
     return [entry.name.split("/")[-1] async for entry in objects.list(f"chunks/{upload}/")]
 
 
-async def test_a_chunk_that_is_durable_before_the_one_in_front_of_it_waits_for_that(db, tmp_path):
+async def test_chunks_that_become_durable_in_another_order_are_appended_in_theirs(db, tmp_path):
     objects, data = Reversed(tmp_path), picture(3 * MIB)
-    image = await appender(db, objects, data)
+    image = await begin(db, objects, data)
     await feed(image, data)
-    found = await uploads.inspect(db, image.upload)
-    assert found.offset == image.offset == len(data)
-    assert b"".join([await objects.get(keys.chunk(image.upload, name)) for name in found.chunks]) == data
+    state = await uploads.inspect(db, image.upload)
+    assert state.offset == image.offset == len(data)
+    assert b"".join([await objects.get(keys.chunk(image.upload, name)) for name in state.chunks]) == data
 
 
-async def test_what_follows_a_chunk_that_could_not_be_put_is_taken_back(db, tmp_path):
+async def test_chunks_behind_one_that_could_not_be_stored_are_removed(db, tmp_path):
     objects, data = Reversed(tmp_path, fault=True), picture(3 * MIB)
-    image = await appender(db, objects, data)
+    image = await begin(db, objects, data)
     with pytest.raises(Unavailable):
         await feed(image, data)
     await image.abandon()
-    found = await uploads.inspect(db, image.upload)
-    assert found.offset == uploads.SMALL_CHUNK
-    assert await kept(objects, image.upload) == found.chunks
+    state = await uploads.inspect(db, image.upload)
+    assert state.offset == uploads.SMALL_CHUNK
+    assert await chunk_objects(objects, image.upload) == state.chunks
 
 
-async def test_of_two_that_append_at_one_offset_the_loser_leaves_no_object(db, tmp_path):
+async def test_of_two_requests_that_append_at_one_offset_the_loser_leaves_no_object(db, tmp_path):
     objects, data = Folder(tmp_path), picture(3 * MIB)
-    first = await appender(db, objects, data)
+    first = await begin(db, objects, data)
     second = uploads.Appender(db, objects, first.upload, 0, len(data))
     results = await asyncio.gather(feed(first, data), feed(second, data), return_exceptions=True)
     assert sorted(map(type, results), key=str) == [type(None), Offset] or set(map(type, results)) == {Offset}
     await asyncio.gather(first.abandon(), second.abandon())
-    found = await uploads.inspect(db, first.upload)
-    assert sorted(await kept(objects, first.upload)) == sorted(found.chunks)
+    state = await uploads.inspect(db, first.upload)
+    assert sorted(await chunk_objects(objects, first.upload)) == sorted(state.chunks)
+    whole = b"".join([await objects.get(keys.chunk(first.upload, name)) for name in state.chunks])
+    assert whole == data[: state.offset]
 
 
-async def test_an_upload_that_is_deleted_while_a_request_resumes_it_is_gone(db, tmp_path):
-    """The request has read the offset; then another deletes the upload, and with it the first bytes."""
+async def test_a_request_that_resumes_an_upload_whose_bytes_were_deleted_meanwhile_is_refused(
+    server, db, tmp_path
+):
+    """The request has read the offset. Then another request deletes the upload, and with it its first bytes."""
     objects = Folder(tmp_path)
-    image = await appender(db, objects, picture(100))
+    image = await begin(db, objects, picture(100))
     await image.write(picture(3))
     await image.commit()
     resumed = uploads.Appender(db, objects, image.upload, 3, 100)
     await objects.delete([keys.chunk(image.upload, name) for name in (await uploads.inspect(db, image.upload)).chunks])
-    with pytest.raises(NoUpload):
+    with unchanged(server.client, tmp_path), pytest.raises(NoUpload):
         await resumed.resume()
