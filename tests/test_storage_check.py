@@ -17,7 +17,7 @@ from storage.db.client import Redis
 from storage.errors import Expired
 from storage.settings import IMAGE_BYTES
 
-NOW = 1_763_971_200_000
+NOW = 1_763_971_200_000  # ms since 1970
 
 
 @pytest.fixture
