@@ -214,7 +214,7 @@ async def test_check_free_space_passes_where_nothing_is_to_be_spared(store):
 
 async def test_a_folder_whose_disk_has_less_free_than_is_to_be_spared_is_full(tmp_path):
     with pytest.raises(Full):
-        Folder(tmp_path, spare=2**60).check_free_space()
+        Folder(tmp_path, min_free=2**60).check_free_space()
 
 
 async def test_a_folder_syncs_the_bytes_then_the_name_then_the_folders_above(tmp_path):
@@ -273,7 +273,7 @@ async def test_a_temporary_file_is_never_listed_and_a_sweep_removes_only_old_one
     new.touch()
     os.utime(old, (0, 0))
     assert await names(store) == ["a/1"]
-    assert await store.sweep() == 1
+    assert await store.remove_leftovers() == 1
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [new.name, "1"]
 
 

@@ -233,7 +233,7 @@ async def test_one_flipped_bit_in_any_object_is_detected_and_nothing_is_restored
         bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
         await backup.put(name, bytes(bad))
         with pytest.raises(Damaged):
-            await restore(settings, backup, tmp_path / "to", say=lambda text: None)
+            await restore(settings, backup, tmp_path / "to", report=lambda text: None)
         assert not (tmp_path / "to").exists()
         await backup.put(name, good)
     await restore(settings, backup, tmp_path / "to")
@@ -246,10 +246,10 @@ async def test_an_object_that_is_missing_or_was_replaced_by_another_is_detected(
     for name in names[:-1]:
         await backup.delete([name])
         with pytest.raises(Damaged):
-            await restore(settings, backup, tmp_path / "to", say=lambda text: None)
+            await restore(settings, backup, tmp_path / "to", report=lambda text: None)
         await backup.put(name, good[names[-1]])
         with pytest.raises(Damaged):
-            await restore(settings, backup, tmp_path / "to", say=lambda text: None)
+            await restore(settings, backup, tmp_path / "to", report=lambda text: None)
         assert not (tmp_path / "to").exists()
         await backup.put(name, good[name])
     await restore(settings, backup, tmp_path / "to")
@@ -395,7 +395,7 @@ async def test_a_missing_original_is_reported_and_the_restore_does_not_fail(sett
         await shipped(shipper)
     await objects.delete([keys.original(post)])
     before = files(settings.data / "store")
-    done = await restore(settings, backup, tmp_path / "to", say=messages.append)
+    done = await restore(settings, backup, tmp_path / "to", report=messages.append)
     assert done.counts["flaws"] == 1 and f"FLAW: {post}: 3 its original is missing" in messages
     assert await verify(settings, backup)
     assert files(settings.data / "store") == before

@@ -82,7 +82,7 @@ async def test_the_shipper_sends_redis_only_info_and_bgrewriteaof(settings, back
 
 
 async def test_a_new_generation_begins_on_schedule(settings, backup, monkeypatch):
-    monkeypatch.setattr(ship, "ASK_AGAIN", 0.1)
+    monkeypatch.setattr(ship, "REWRITE_RETRY", 0.1)
     settings = replace(settings, snapshot_every=2)
     async with redis_on(settings), shipping(settings, backup) as shipper:
         await until(lambda: shipper.chain and shipper.chain.generation >= 2, "a second generation")
@@ -235,7 +235,7 @@ class Faulty:
 
 
 async def test_a_store_that_fails_at_random_leaves_no_gap_and_loses_nothing(settings, backup, tmp_path, monkeypatch):
-    monkeypatch.setattr(ship, "PUT_AGAIN", 0.01)
+    monkeypatch.setattr(ship, "PUT_RETRY", 0.01)
     faulty = Faulty(backup, 0.3)
     async with redis_on(settings) as redis, shipping(settings, faulty) as shipper:
         async with writing(settings, 2) as writers:
@@ -322,13 +322,13 @@ async def test_the_lag_stays_low_while_a_large_base_is_shipped_beside_the_growin
         async with writing(settings) as writers:
             await redis.rewrite()
             watcher = asyncio.ensure_future(lags_until(settings, shipper, 2))
-            await until(lambda: shipper.coming, "the base is being shipped")
+            await until(lambda: shipper.next_chain, "the base is being shipped")
             for _ in range(3):
                 await more_writes(writers[0], 20)
                 await shipped(shipper)
             moment = time.time() - shipper_state.read(settings)["lag"]
             done, (numbers,) = await restored(settings, backup, writers, tmp_path)
-            assert done.generation == 1 and shipper.coming, "the base was shipped before the chain had caught up"
+            assert done.generation == 1 and shipper.next_chain, "the base was shipped before the chain had caught up"
             lags, troubles = await watcher
         assert lags != sorted(lags) and troubles == {""}
     # The reported lag is true: the backup without the new base has every write that is older.
@@ -366,8 +366,8 @@ async def test_the_lag_grows_while_only_the_coming_generation_has_the_newest_dat
             patch.setattr(shipper.files, "refresh", lambda: None)
             await redis.rewrite()
             await redis.rewrite()
-        await until(lambda: shipper.coming, "the next base is being shipped")
-        lags, troubles = await lags_until(settings, shipper, shipper.coming.generation)
+        await until(lambda: shipper.next_chain, "the next base is being shipped")
+        lags, troubles = await lags_until(settings, shipper, shipper.next_chain.generation)
         assert len(lags) > 1 and lags == sorted(lags)
         assert any(text.startswith("generation 2 begins: ") for text in troubles)
     assert (await chain.load(slow, 1)).end["gap"] is True
@@ -435,7 +435,7 @@ async def test_retention_keeps_every_second_of_a_day_and_one_base_a_day_of_a_mon
     settings = make_settings(tmp_path, "", "file:///x")
     ages = [*range(35 * 24, 0, -6)]
     descriptions = descriptions_of_ages(*ages)
-    whole, bases = retain.kept(descriptions, settings, len(ages), NOW)
+    whole, bases = retain.select_kept(descriptions, settings, len(ages), NOW)
     assert sorted(ages[number - 1] for number in whole) == [6, 12, 18, 24, 30]
     days = [descriptions[number]["second"] // 86400 for number in sorted(bases)]
     assert len(days) == len(set(days)) == 29 and days == list(range(days[0], days[0] + 29))
@@ -447,7 +447,7 @@ async def test_retention_keeps_everything_from_the_last_verified_generation_on(t
     """However old the generations are. Without a verified generation it keeps all."""
     settings = make_settings(tmp_path, "", "file:///x")
     descriptions = descriptions_of_ages(*[90 * 24 - number for number in range(5)])
-    whole, bases = retain.kept(descriptions, settings, good, NOW)
+    whole, bases = retain.select_kept(descriptions, settings, good, NOW)
     assert whole >= set(range(good or 1, 6))
     assert whole | bases == set(range(good or 1, 6))
 
@@ -464,12 +464,12 @@ async def test_a_sweep_of_the_backup_removes_only_what_retention_does_not_keep(s
                 await redis.rewrite()
     assert list(await read_all(backup)) == [1, 2, 3, 4], "nothing is removed before a generation is verified"
     await backup.put("verified", b'{"good": 3, "ok": true, "time": 0}')
-    assert await retain.sweep(backup, settings, 4) > 0
+    assert await retain.remove_old(backup, settings, 4) > 0
     left = await read_all(backup)
     assert list(left) == [1, 3, 4] and len(left[1]) == 1 and len(left[3]) > 1
     done, _ = await restored(settings, backup, [], tmp_path, (await chain.descriptions(backup))[1]["second"])
     assert done.generation == 1
-    assert await retain.sweep(backup, settings, 4) == 0
+    assert await retain.remove_old(backup, settings, 4) == 0
 
 
 def test_without_a_state_file_the_state_says_that_no_shipper_has_run(tmp_path):

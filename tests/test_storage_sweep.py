@@ -1,4 +1,4 @@
-"""Objects that nobody owns are found and removed; no other is."""
+"""A sweep removes the objects that nothing in Redis owns, and no others."""
 
 import os
 import subprocess
@@ -15,26 +15,23 @@ from state import unchanged
 from storage import keys, objects, posts, settings, uploads
 from storage.backup import chain
 from storage.backup.retain import KeptBackups
+from storage.db.client import BATCH
 from storage.objects import open_store
-from storage.sweep import DAY, SAFE_COUNT, Mistaken, Report, sweep
+from storage.sweep import DAY, FEW, Found, Mistaken, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
-OLD, OLDEST = 1.1 * DAY, 7.1 * DAY  # seconds; an original may be named by a backup for twice three and a half days
+OLD = 1.1 * DAY  # seconds
+OLDEST = 7.1 * DAY  # seconds. Then no backup can name an object any more: they reach back twice three and a half days
 
 
-async def swept(db, store, chosen: settings.Settings, remove: bool) -> Report:
+async def sweep_with(db, store, chosen: settings.Settings, remove: bool) -> Found:
+    """Sweeps as the command does with these settings."""
     may_name = KeptBackups(open_store(chosen.backup_store_url)).may_name
     return await sweep(db, store, may_name, chosen.backup_reach_ms, remove)
 
 
-@pytest.fixture
-async def db(server):
-    db = connect(server)
-    yield db
-    await db.close()
-
-
 async def put(store, tmp_path, name: str, age: float = OLD) -> str:
+    """Stores an object of this age, in seconds."""
     await store.put(name, b"1234")
     then = time.time() - age
     os.utime(tmp_path / "store" / name, (then, then))
@@ -46,12 +43,12 @@ async def names(store) -> set[str]:
 
 
 async def owned_objects(server, db, store, tmp_path) -> set[str]:
-    """Objects of everything that may own one."""
-    ready, processing, deleted, told = [await make_post(db, "alice") for _ in range(4)]
+    """Stores objects of everything in Redis that may own one. Returns their names."""
+    ready, also_ready, deleted, erased = [await make_post(db, "alice") for _ in range(4)]
     await posts.delete(db, store, "alice", deleted)
-    await posts.delete(db, store, "alice", told)
-    server.client.zrem(keys.gone(0), deleted)  # told of no longer, but not erased yet
-    server.client.zrem(keys.due(0), told)  # erased, but still told of
+    await posts.delete(db, store, "alice", erased)
+    server.client.zrem(keys.gone(0), deleted)  # only `due` still names it: its objects are not erased yet
+    server.client.zrem(keys.due(0), erased)  # only `gone` still names it: its deletion is still among the changes
     opened = await make_upload(db, "bob")
     waiting = await make_processing(db, "bob")
     dropped = await make_upload(db, "bob")
@@ -59,25 +56,25 @@ async def owned_objects(server, db, store, tmp_path) -> set[str]:
     chunks += [keys.chunk(dropped, name) for name in (await uploads.inspect(db, dropped)).chunks]
     named = [keys.uploads(0, "bob"), keys.due(0)]
     await db.call("drop_upload", [keys.upload(dropped), keys.chunks(dropped), *named], db.clock, dropped, 60_000, "")
-    for post in (ready, processing, waiting, deleted, told):
+    for post in (ready, also_ready, waiting, deleted, erased):
         chunks += [keys.original(post), keys.image(post)]
     for name in chunks:
         await put(store, tmp_path, name, OLDEST)
     return set(chunks)
 
 
-async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tmp_path):
+async def test_objects_without_an_owner_are_removed_and_no_others(server, db, store, tmp_path):
     owned = await owned_objects(server, db, store, tmp_path)
     opened = await make_upload(db, "carol")
     lost = [
-        keys.chunk(opened, keys.chunk_name(0)),  # a process was killed before it named this one
+        keys.chunk(opened, keys.chunk_name(0)),  # a process was killed before it wrote this name to Redis
         keys.chunk("u" + NOBODY, "0-a"),
         keys.image(NOBODY),
         keys.original(NOBODY),
     ]
     for name in lost:
         await put(store, tmp_path, name, OLDEST)
-    let_be = [
+    too_young_or_foreign = [
         await put(store, tmp_path, keys.image(keys.new_post_id(0)), 0.9 * DAY),
         await put(store, tmp_path, keys.original(keys.new_post_id(0)), 6.9 * DAY),
         await put(store, tmp_path, "originals/notes.txt", OLDEST),
@@ -85,17 +82,17 @@ async def test_what_is_nobodys_is_removed_and_nothing_else(server, db, store, tm
     ]
     before = await names(store)
     with unchanged(server.client, tmp_path):
-        found = await swept(db, store, CHOSEN, remove=False)
-    assert (found.orphans, found.size, found.waiting) == (4, 16, 1)
+        found = await sweep_with(db, store, CHOSEN, remove=False)
+    assert (found.lost, found.size, found.waiting) == (4, 16, 1)
     assert found.seen == len(owned) + len(lost) + 1
     assert set(found.names) == set(lost)
     with unchanged(server.client):
-        assert await swept(db, store, CHOSEN, remove=True) == found
-    assert await names(store) == before - set(lost) == owned | set(let_be)
-    assert (await swept(db, store, CHOSEN, remove=True)).orphans == 0
+        assert await sweep_with(db, store, CHOSEN, remove=True) == found
+    assert await names(store) == before - set(lost) == owned | set(too_young_or_foreign)
+    assert (await sweep_with(db, store, CHOSEN, remove=True)).lost == 0
 
 
-async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store, tmp_path):
+async def test_originals_and_chunks_that_a_backup_from_before_a_restore_may_name_stay(db, store, tmp_path):
     chosen = replace(CHOSEN, backup_store_url=(tmp_path / "backup").as_uri())
     backup = objects.open_store(chosen.backup_store_url)
     now = int(time.time())
@@ -106,16 +103,16 @@ async def test_what_a_backup_from_before_a_restore_may_name_is_let_be(db, store,
     db.clock = int((now - 10 * DAY) * 1000)
     await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
     db.clock = now * 1000
-    found = await swept(db, store, chosen, remove=True)
-    assert (found.orphans, found.waiting, found.names) == (1, 2, [image])
+    found = await sweep_with(db, store, chosen, remove=True)
+    assert (found.lost, found.waiting, found.names) == (1, 2, [image])
     await backup.delete([chain.description_name(1)])
-    assert (await swept(db, store, chosen, remove=True)).orphans == 2
+    assert (await sweep_with(db, store, chosen, remove=True)).lost == 2
     assert not lost & await names(store)
 
 
 @pytest.fixture
 async def real(embedded):
-    """Of the embedded server: fakeredis does not take a batch."""
+    """storage's client of the embedded server. fakeredis cannot run a batch of calls."""
     embedded.client.flushall()
     db = connect(embedded)
     yield db
@@ -123,50 +120,49 @@ async def real(embedded):
 
 
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
-    count = SAFE_COUNT + 1
-    for number in range(count):
+    for number in range(FEW + 1):
         await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
-    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{count} of {count} objects "):
-        await swept(real, store, CHOSEN, remove=True)
+    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{FEW + 1} of {FEW + 1} objects "):
+        await sweep_with(real, store, CHOSEN, remove=True)
 
 
-async def test_a_sweep_looks_at_more_than_one_batch(real, store, tmp_path):
-    posts = [await make_post(real, "alice") for _ in range(300)]
-    for post in posts:
+async def test_a_sweep_of_more_than_one_batch_finds_the_owners_of_all_objects(real, store, tmp_path):
+    owners = [await make_post(real, "alice") for _ in range(BATCH + 50)]
+    for post in owners:
         await put(store, tmp_path, keys.image(post))
     await put(store, tmp_path, keys.image(NOBODY))
-    assert (await swept(real, store, CHOSEN, remove=True)).orphans == 1
-    assert await names(store) == {keys.image(post) for post in posts}
+    assert (await sweep_with(real, store, CHOSEN, remove=True)).lost == 1
+    assert await names(store) == {keys.image(post) for post in owners}
 
 
-async def test_a_store_in_a_bucket_is_swept_too(real, monkeypatch):
-    """Objects of S3 cannot be made old, but the sweep can come later."""
+async def test_a_bucket_is_swept_too(real, monkeypatch):
+    """The age of an object in S3 cannot be set. So the sweep sees a later clock."""
     store = objects.open_store(s3_url(monkeypatch))
     post = await make_post(real, "alice")
     for name in (keys.image(post), keys.image(NOBODY), keys.chunk("u" + NOBODY, "0-a")):
         await store.put(name, b"1234")
-    assert (await swept(real, store, CHOSEN, remove=True)).seen == 0
+    assert (await sweep_with(real, store, CHOSEN, remove=True)).seen == 0
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + OLD)
-    assert (await swept(real, store, CHOSEN, remove=True)).orphans == 2
+    assert (await sweep_with(real, store, CHOSEN, remove=True)).lost == 2
     assert await names(store) == {keys.image(post)}
 
 
-async def test_the_operator_sweeps_by_hand(embedded, tmp_path):
+async def test_the_command_prints_and_removes_what_nobody_owns(embedded, tmp_path):
     embedded.client.flushall()
     store = objects.open_store((tmp_path / "store").as_uri())
     name = await put(store, tmp_path, keys.image(NOBODY))
     environment = {"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_REDIS_URL": embedded.url}
 
-    def run(*options: str, **changed: str):
+    def run(*options: str, **changed: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "storage", "sweep", *options]
         return subprocess.run(command, cwd=ROOT, env={**environment, **changed}, capture_output=True, text=True)
 
-    told = "nobody owns 1 of 1 objects older than a day (4 bytes); 0 more are kept, because a backup may name them"
-    told += f": {name}\n"
-    assert run("--dry-run").stdout == "found: " + told
+    counts = "nobody owns 1 of 1 objects older than a day (4 bytes); 0 more are kept, because a backup may name them"
+    assert run("--dry-run").stdout == f"found: {counts}: {name}\n"
     assert await names(store) == {name}
-    assert run().stdout == "removed: " + told
+    assert run().stdout == f"removed: {counts}: {name}\n"
     assert await names(store) == set()
     await put(store, tmp_path, name)
-    away = run(IMAGEGRAM_REDIS_URL="unix:///nowhere.sock")
-    assert away.returncode == 1 and away.stderr.startswith("unreachable: ")
+    unreachable = run(IMAGEGRAM_REDIS_URL="unix:///nowhere.sock")
+    assert unreachable.returncode == 1 and unreachable.stderr.startswith("unreachable: ")
+    assert await names(store) == {name}

@@ -81,7 +81,7 @@ async def test_verify_prints_its_result_and_snapshots_shows_it_at_once(daily, ba
 
 
 async def test_the_shipper_also_reports_the_result_of_a_verify_that_another_process_ran(settings, backup, monkeypatch):
-    monkeypatch.setattr(ship, "LOOK_AGAIN", 0.1)
+    monkeypatch.setattr(ship, "RESULT_REFRESH", 0.1)
     async with redis_on(settings), shipping(settings, backup) as shipper:
         await shipped(shipper)
         assert shipper_state.read(settings)["verified"] is None
@@ -116,7 +116,7 @@ async def test_verify_ends_with_its_shipper_and_leaves_neither_server_nor_folder
         await redis.client.eval("for i = 1, 10000 do redis.call('SET', i, i) end", 0)
         shipper = ship.Shipper(daily, backup)
         task = asyncio.ensure_future(shipper.run())
-        process = await until(lambda: shipper.verifying and psutil.Process(shipper.verifying.pid), "verify runs")
+        process = await until(lambda: shipper.trial_process and psutil.Process(shipper.trial_process.pid), "verify runs")
 
         def servers() -> list[psutil.Process]:
             return [child for child in process.children() if "--unixsocket" in child.cmdline()]
