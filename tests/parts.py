@@ -1,4 +1,4 @@
-"""Real parts for the durability tests: a Redis on a folder, a shipper, writers that note the answers."""
+"""Parts of the durability tests: a Redis on a data folder, a shipper, and writers that record each answer."""
 
 import asyncio
 import contextlib
@@ -26,11 +26,11 @@ from storage.objects import open_store
 from storage.settings import Settings, load
 
 PROGRAMS = {"valkey": "", "redis": shutil.which("redis-server") or "redis-server"}
-DEADLINE = 20  # seconds a condition may take to come true
+DEADLINE = 20  # seconds until a condition must be true
 
 
 async def until(condition, what: str, deadline: float = DEADLINE):
-    """The first true value of a condition, plain or awaitable. Asks again every few milliseconds."""
+    """Waits for a condition, a function or a coroutine function, and returns its value. It is polled every 10 ms."""
     end = time.monotonic() + deadline
     while True:
         value = condition()
@@ -43,7 +43,7 @@ async def until(condition, what: str, deadline: float = DEADLINE):
 
 
 class RedisProcess:
-    """A server on `settings.data/redis`, which the test may kill and start again."""
+    """A server on the folder `settings.data/redis`. A test may kill it and start it again."""
 
     def __init__(self, settings: Settings, *options: str):
         self.settings, self.options = settings, options
@@ -77,15 +77,15 @@ class RedisProcess:
         await self.client.aclose()
 
     async def rewrite(self) -> None:
-        """BGREWRITEAOF, until its base is the one in the manifest."""
+        """Runs BGREWRITEAOF and waits until its base is there."""
         before = self.base()
-        await until(self._asked, "a rewrite is begun")
-        await until(lambda: self.base() != before, "a rewrite is done")
+        await until(self._begin_rewrite, "a rewrite has begun")
+        await until(lambda: self.base() != before, "the rewrite has ended")
 
-    async def _asked(self) -> bool:
+    async def _begin_rewrite(self) -> bool:
         try:
             await self.client.bgrewriteaof()
-        except RedisError:  # one is under way
+        except RedisError:  # another rewrite has not ended yet
             return False
         return True
 
@@ -102,7 +102,7 @@ class RedisProcess:
 
 @contextlib.asynccontextmanager
 async def shipping(settings: Settings, store=None):
-    """A shipper in this process. What it raised comes out at the end."""
+    """Runs a shipper in this process. An error of the shipper is raised at the end of the block."""
     shipper = Shipper(settings, store or open_store(settings.backup_store_url))
     task = asyncio.ensure_future(shipper.run())
     shipper.task = task
@@ -116,15 +116,15 @@ async def shipping(settings: Settings, store=None):
 
 
 async def shipped(shipper: Shipper) -> None:
-    """All that is in Redis' files now is in the store, in a generation that restore finds."""
+    """Waits until all that is in Redis' files now is in the store, in a generation that a restore can use."""
     now = time.time()
 
-    def told() -> bool:
+    def reported() -> bool:
         lag = shipper_state.read(shipper.settings)["lag"]
         return lag is not None and time.time() - lag > now
 
     def caught_up() -> bool:
-        return bool(shipper.chain and shipper.chain.second and shipper.caught_up_at > now and told())
+        return bool(shipper.chain and shipper.chain.second and shipper.caught_up_at > now and reported())
 
     await until(lambda: shipper.task.done() or caught_up(), "the shipper caught up")
     if shipper.task.done():
@@ -132,7 +132,7 @@ async def shipped(shipper: Shipper) -> None:
 
 
 class Writer:
-    """Writes number after number; notes when each was begun and answered."""
+    """Writes one number after the other. Records when each write was begun and when it was answered."""
 
     def __init__(self, settings: Settings, name: str = "w"):
         self.client = Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0))
@@ -143,7 +143,7 @@ class Writer:
         self.stopping = False
 
     async def write(self) -> None:
-        """One script's worth: two keys that must never differ."""
+        """Writes the next number to two keys in one transaction, so that they never differ."""
         self.number += 1
         number = self.number
         self.begun[number] = time.time()
@@ -154,7 +154,7 @@ class Writer:
         self.answered[number] = time.time()
 
     async def run(self, pause: float = 0.005) -> None:
-        """Until `stopping`: redis-py may swallow a cancellation. An unanswered write is begun only."""
+        """Writes until `stopping` is set, because redis-py may swallow a cancellation. Errors of Redis are skipped."""
         while not self.stopping:
             try:
                 await self.write()
@@ -163,8 +163,8 @@ class Writer:
             await asyncio.sleep(pause)
 
     async def read(self, client: Redis) -> list[int]:
-        """What is in a Redis. Asserts that no transaction is half there."""
-        pipeline = client.pipeline(transaction=True)  # a moment, because the writer may go on
+        """The numbers in a Redis. Asserts that it has no half of a transaction."""
+        pipeline = client.pipeline(transaction=True)  # both keys at one moment: the writer may go on
         pipeline.lrange(self.key, 0, -1)
         pipeline.get(f"{self.key}:last")
         numbers, last = await pipeline.execute()
@@ -206,7 +206,7 @@ async def redis_on(settings, *options):
 
 
 async def restored(settings, store, writers, tmp_path, at=None):
-    """The lists of the writers as they come out of a restore into a new folder."""
+    """Restores into a new folder. Returns the result of the restore, and the numbers of each writer."""
     to = tmp_path / f"restored-{random.getrandbits(32)}"
     done = await restore(settings, store, to, at)
     async with running(settings, to) as client:
@@ -215,14 +215,14 @@ async def restored(settings, store, writers, tmp_path, at=None):
 
 @functools.cache
 def s3_server() -> str:
-    """The endpoint of an S3 in this process, one for all tests; its thread ends with the process."""
+    """The URL of an S3 server in this process, one for all tests. Its thread ends with the process."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     return "http://{}:{}".format(*server.get_host_and_port())
 
 
 def s3_url(monkeypatch) -> str:
-    """A prefix in a new bucket of it; sets the AWS variables."""
+    """The URL of a prefix in a new bucket of that server. Sets the AWS variables."""
     variables = {"ENDPOINT_URL": s3_server(), "ALLOW_HTTP": "true", "REGION": "us-east-1"}
     for name, value in {**variables, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)

@@ -55,8 +55,8 @@ def test_a_store_has_every_method_of_the_protocol_with_its_parameters(implementa
     methods = [name for name, member in vars(ObjectStore).items() if callable(member) and not name.startswith("_")]
     assert len(methods) > 5
     for name in methods:
-        wanted = inspect.signature(getattr(ObjectStore, name))
-        assert inspect.signature(getattr(implementation, name)).parameters == wanted.parameters, name
+        expected = inspect.signature(getattr(ObjectStore, name))
+        assert inspect.signature(getattr(implementation, name)).parameters == expected.parameters, name
 
 
 async def test_ping_succeeds_where_the_store_is_there(store):

@@ -121,7 +121,20 @@ async def run_outbox(db, store) -> None:
         await end(db, store, KeptBackups(backup_store(store)).may_name, due, DAY_MS)
 
 
-def store_that_is_away(folder):
+async def create_finished_post(db, store, failed: bool) -> str:
+    """A ready post with its objects, or one that has failed. The outbox has run since."""
+    post, _ = await create_post_with_chunks(db, store)
+    due = await lease_post(db, post)
+    if failed:
+        attempt, _ = await outbox.start_image(db, post, due.lease)
+        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
+    else:
+        await make_image(db, store, due)
+    await run_outbox(db, store)
+    return post
+
+
+def store_that_is_away(folder) -> Folder:
     """A store that cannot be reached: its folder is a file."""
     store = Folder(folder / "away")
     (folder / "away").rmdir()
@@ -617,14 +630,7 @@ async def test_the_bytes_of_a_failed_post_stay_until_a_day_after_it_is_deleted(s
 
 @pytest.mark.parametrize("failed", [False, True], ids=["ready", "failed"])
 async def test_the_bytes_of_a_deleted_post_outlive_every_backup_that_may_name_it(server, db, store, failed):
-    post, _ = await create_post_with_chunks(db, store)
-    due = await lease_post(db, post)
-    if failed:
-        attempt, _ = await outbox.start_image(db, post, due.lease)
-        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
-    else:
-        await make_image(db, store, due)
-    await run_outbox(db, store)
+    post = await create_finished_post(db, store, failed)
     await add_kept_backup(store, 1, db.clock - 5000)
     db.clock += 10_000
     await posts.delete(db, store, "alice", post)
@@ -651,14 +657,7 @@ async def test_the_bytes_of_a_deleted_post_outlive_younger_backups_of_an_abandon
 
     A backup of the other timeline is younger than the deletion, and is still kept.
     """
-    post, _ = await create_post_with_chunks(db, store)
-    due = await lease_post(db, post)
-    if failed:
-        attempt, _ = await outbox.start_image(db, post, due.lease)
-        await outbox.fail(db, post, attempt, "damaged", "it is damaged")
-    else:
-        await make_image(db, store, due)
-    await run_outbox(db, store)
+    post = await create_finished_post(db, store, failed)
     await posts.delete(db, store, "alice", post)
     gone = server.client.zrange(keys.gone(0), 0, -1, withscores=True)
     left = await object_names(store)
@@ -739,13 +738,13 @@ async def test_while_the_backups_cannot_be_read_originals_stay_and_jpegs_are_era
 async def test_the_backup_store_is_listed_once_for_many_posts(server, db, store):
     await add_kept_backup(store, 1, NOW - 5000)
     backup = CountingStore(backup_store(store))
-    kept = KeptBackups(backup).may_name
+    may_name = KeptBackups(backup).may_name
     for number in range(20):
         await posts.delete(db, store, f"user{number}", await make_post(db, f"user{number}"))
     db.clock += DAY_MS + LEASE_MS
     due = [due for due in await outbox.lease(db, 0) if due.kind == "erase"]
     for one in due:
-        await outbox.erase(db, store, kept, one, DAY_MS)
+        await outbox.erase(db, store, may_name, one, DAY_MS)
     assert len(due) == 20 and backup.lists == 1
     assert {int(server.client.zscore(keys.due(0), one.id)) for one in due} == {db.clock + DAY_MS}
 

@@ -296,7 +296,7 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
     objects, messages = open_store(settings.store_url), []
     async with redis_on(settings), shipping(settings, backup) as shipper:
         db = Redis(settings.redis_url)
-        kept, deleted = [await publish(db, objects, author) for author in ("alice", "eve")]
+        ready, deleted = [await publish(db, objects, author) for author in ("alice", "eve")]
         token = (await changes.since(db, 1, 10, None)).token
         upload, _ = await uploads.create(db, "carol", 1, 2000)
         image = uploads.Appender(db, objects, upload, 0, 2000)
@@ -317,9 +317,9 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
     assert not any("FLAW" in line for line in messages)
     async with running(settings, tmp_path / "to") as client:
         db = Redis(url(client))
-        assert [post.id for post in (await posts.feed(db, 1, 10)).posts] == [deleted, kept]
+        assert [post.id for post in (await posts.feed(db, 1, 10)).posts] == [deleted, ready]
         assert [image.id for image in await outbox.lease_images(db, 0, 10)] == [deleted], "its JPEG was erased"
-        assert not {kept, late} & {due.id for due in await outbox.lease(db, 0)}
+        assert not {ready, late} & {due.id for due in await outbox.lease(db, 0)}
         assert (await objects.get(keys.original(deleted)))[:8] == picture(8)
         with pytest.raises(Outdated):
             await changes.since(db, 1, 10, token)

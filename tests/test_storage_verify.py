@@ -116,7 +116,8 @@ async def test_verify_ends_with_its_shipper_and_leaves_neither_server_nor_folder
         await redis.client.eval("for i = 1, 10000 do redis.call('SET', i, i) end", 0)
         shipper = ship.Shipper(daily, backup)
         task = asyncio.ensure_future(shipper.run())
-        process = await until(lambda: shipper.trial_process and psutil.Process(shipper.trial_process.pid), "verify runs")
+        verify_process = await until(lambda: shipper.trial_process, "verify runs")
+        process = psutil.Process(verify_process.pid)
 
         def servers() -> list[psutil.Process]:
             return [child for child in process.children() if "--unixsocket" in child.cmdline()]
