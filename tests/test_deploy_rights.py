@@ -7,6 +7,9 @@ import redis
 from conftest import ROOT, RedisServer, Site, photograph, publish, turned, until
 from state import unchanged
 
+from storage import settings
+from storage.backup import state as shipper_state
+
 PAGE = (ROOT / "docs" / "production.md").read_text()
 RULES = re.findall(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)
 
@@ -28,11 +31,14 @@ def url(server, user: str) -> str:
 
 
 def test_each_part_works_with_its_own_rights(guarded, tmp_path):
-    api, worker = Site(url(guarded, "api"), tmp_path), Site(url(guarded, "worker"), tmp_path)
+    """The default user is disabled, so that no part can work without its own user."""
+    (tmp_path / "redis").symlink_to(guarded.folder.name)  # the shipper reads Redis' files here
+    api, worker, ship = [Site(url(guarded, user), tmp_path) for user in ("api", "worker", "ship")]
     try:
         api.api()
         guarded.client.acl_setuser("default", enabled=False)
         worker.worker()
+        ship.start("storage", "ship")
         with api.client("alice") as client:
             post = turned(client, publish(client, photograph()))
             added = client.post(f"/v1/posts/{post['id']}/comments", json={"text": "Hello"})
@@ -44,9 +50,11 @@ def test_each_part_works_with_its_own_rights(guarded, tmp_path):
             assert client.delete(comment).status_code == 204
             assert client.delete(f"/v1/posts/{post['id']}").status_code == 204
             until(lambda: not (tmp_path / "store" / "images" / f"{post['id']}.jpg").exists(), what="the JPEG's removal")
+        known = settings.load({"IMAGEGRAM_DATA": str(tmp_path)})
+        until(lambda: shipper_state.read(known)["generation"] == 1, what="the backup's first generation")
     finally:
-        api.close()
-        worker.close()
+        for site in (api, worker, ship):
+            site.close()
 
 
 def test_no_part_may_run_commands_that_it_does_not_need(guarded):

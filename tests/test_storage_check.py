@@ -55,7 +55,7 @@ async def data(db, store):
     return {**ready, "upload": upload}
 
 
-async def test_data_without_a_flaw_are_reported_so_and_stay_as_they_are(db, store, data, server, tmp_path):
+async def test_a_check_of_sound_data_reports_nothing_and_changes_nothing(db, store, data, server, tmp_path):
     with unchanged(server.client, tmp_path):
         report = await check.check(db, store, repair=True, deep=True)
     assert (report.lines, report.flaws, report.repaired) == ([], 0, 0)
@@ -344,7 +344,7 @@ async def test_restored_data_of_an_older_version_get_their_image_work_into_turns
     assert {without_jpeg, with_jpeg, data[1]} <= set(work)
 
 
-async def test_while_others_write_no_flaw_is_reported(db, store, data):
+async def test_no_flaw_is_reported_while_others_write(db, store, data):
     stop, written = False, 0
 
     async def write(number: int) -> None:

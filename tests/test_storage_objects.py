@@ -78,7 +78,7 @@ async def test_an_object_is_read_whole_by_every_method_and_can_be_replaced(store
     assert await names(store) == ["a/b.jpg"]
 
 
-async def test_of_twenty_concurrent_creates_one_wins_and_its_object_is_never_replaced(store):
+async def test_twenty_concurrent_creates_have_one_winner_whose_object_is_never_replaced(store):
     async def create(number):
         try:
             await store.create("race/it", b"%d" % number)
@@ -265,7 +265,7 @@ async def test_puts_succeed_while_deletes_prune_their_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_temporary_file_is_never_listed_and_a_sweep_removes_only_old_ones(tmp_path):
+async def test_a_temporary_file_is_never_listed_and_only_old_ones_are_removed(tmp_path):
     store = Folder(tmp_path)
     await store.put("a/1", b"x")
     old, new = tmp_path / "a" / f"{TMP}old", tmp_path / "a" / f"{TMP}new"

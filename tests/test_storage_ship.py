@@ -170,7 +170,7 @@ async def end(shipper) -> None:
     await asyncio.wait_for(shipper.task, 20)
 
 
-async def test_of_two_shippers_of_one_redis_one_stops_and_says_why(settings, backup):
+async def test_one_of_two_shippers_of_one_redis_stops_and_says_why(settings, backup):
     async with redis_on(settings), writing(settings, 2):
         first = begin(settings)
         await shipped(first)
@@ -452,7 +452,7 @@ async def test_retention_keeps_everything_from_the_last_verified_generation_on(t
     assert whole | bases == set(range(good or 1, 6))
 
 
-async def test_a_sweep_of_the_backup_removes_only_what_retention_does_not_keep(settings, backup, tmp_path):
+async def test_only_what_retention_does_not_keep_is_removed_from_the_backup(settings, backup, tmp_path):
     settings = replace(settings, keep_seconds=0)
     async with redis_on(settings) as redis, shipping(settings, backup) as shipper, writing(settings):
         for number in range(1, 5):

@@ -68,7 +68,7 @@ async def test_chunks_behind_one_that_could_not_be_stored_are_removed(db, tmp_pa
     assert await chunk_objects(objects, image.upload) == state.chunks
 
 
-async def test_of_two_requests_that_append_at_one_offset_the_loser_leaves_no_object(db, tmp_path):
+async def test_the_loser_of_two_requests_that_append_at_one_offset_leaves_no_object(db, tmp_path):
     objects, data = Folder(tmp_path), picture(3 * MIB)
     first = await begin(db, objects, data)
     second = uploads.Appender(db, objects, first.upload, 0, len(data))
