@@ -250,6 +250,16 @@ async def test_a_folder_syncs_the_bytes_then_the_name_then_the_folders_above(tmp
     ]
 
 
+async def test_a_put_whose_stream_raises_leaves_no_temporary_file(tmp_path):
+    async def broken():
+        yield bytes(2 * MIB)
+        raise RuntimeError("the client went away")
+
+    with pytest.raises(RuntimeError):
+        await Folder(tmp_path).put("a/b", broken())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 async def test_puts_succeed_while_deletes_prune_their_folder(tmp_path):
     """A delete removes folders that became empty. A put that runs at the same time needs them."""
     store = Folder(tmp_path)
