@@ -292,6 +292,21 @@ async def publish(db, objects, author: str) -> str:
     return post
 
 
+async def next_second() -> int:
+    """Waits until this second has passed. Returns it."""
+    second = int(time.time())
+    await until(lambda: int(time.time()) > second, "the next second")
+    return second
+
+
+async def run_outbox(db, objects, backup, ms: int, backup_reach_ms: int) -> None:
+    """Does what the dispatcher would do at a moment, in ms since 1970."""
+    db.clock = ms
+    for due in await outbox.lease(db, 0):
+        end = outbox.end_upload if due.kind == "upload" else outbox.erase
+        await end(db, objects, KeptBackups(backup).may_name, due, backup_reach_ms)
+
+
 async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch(settings, backup, tmp_path):
     objects, messages = open_store(settings.store_url), []
     async with redis_on(settings), shipping(settings, backup) as shipper:
@@ -302,14 +317,11 @@ async def test_a_restored_second_has_its_posts_with_their_images_and_a_new_epoch
         image = uploads.Appender(db, objects, upload, 0, 2000)
         await image.write(picture(1500))
         await image.commit()
-        second = int(time.time())
-        await until(lambda: int(time.time()) > second, "the next second")
+        second = await next_second()
         await posts.delete(db, objects, "eve", deleted, settings.backup_reach_ms)
         await uploads.discard(db, objects, "carol", upload)
         late = await publish(db, objects, "late")
-        for due in await outbox.lease(db, 0):
-            end = outbox.end_upload if due.kind == "upload" else outbox.erase
-            await end(db, objects, KeptBackups(backup).may_name, due, settings.backup_reach_ms)
+        await run_outbox(db, objects, backup, int(time.time() * 1000), settings.backup_reach_ms)
         await db.close()
         await shipped(shipper)
     done = await restore(settings, backup, tmp_path / "to", second, messages.append)
@@ -340,21 +352,6 @@ async def site(settings, data, backup):
         await shipped(shipper)
 
 
-async def next_second() -> int:
-    """Waits until this second has passed. Returns it."""
-    second = int(time.time())
-    await until(lambda: int(time.time()) > second, "the next second")
-    return second
-
-
-async def outbox_at(db, objects, backup, ms: int, backup_reach_ms: int) -> None:
-    """Does what the dispatcher would do at a moment, in ms since 1970."""
-    db.clock = ms
-    for due in await outbox.lease(db, 0):
-        end = outbox.end_upload if due.kind == "upload" else outbox.erase
-        await end(db, objects, KeptBackups(backup).may_name, due, backup_reach_ms)
-
-
 async def test_a_restore_can_be_undone_and_redone_and_no_image_is_lost(settings, backup, tmp_path):
     objects, day_ms = open_store(settings.store_url), 86_400_000
     async with site(settings, settings.data, backup) as db:
@@ -370,7 +367,7 @@ async def test_a_restore_can_be_undone_and_redone_and_no_image_is_lost(settings,
         await next_second()
         await posts.delete(db, objects, "eve", deleted_later, settings.backup_reach_ms)
         after = int(time.time() * 1000) + settings.backup_reach_ms + day_ms
-        await outbox_at(db, objects, backup, after, settings.backup_reach_ms)
+        await run_outbox(db, objects, backup, after, settings.backup_reach_ms)
     # Restore c undoes b: the post that was deleted in b has its original.
     done = await restore(settings, backup, tmp_path / "c" / "redis", first)
     assert done.generation == 1 and done.counts["posts"] == 1 and done.counts["flaws"] == 0
@@ -380,7 +377,7 @@ async def test_a_restore_can_be_undone_and_redone_and_no_image_is_lost(settings,
         await backup.delete([chain.description_name(1)])
         second = (await chain.descriptions(backup))[2]["second"]
         assert second * 1000 > deletion
-        await outbox_at(db, objects, backup, deletion + settings.backup_reach_ms, settings.backup_reach_ms)
+        await run_outbox(db, objects, backup, deletion + settings.backup_reach_ms, settings.backup_reach_ms)
     # Restore d returns to the second generation, which b wrote.
     done = await restore(settings, backup, tmp_path / "d" / "redis", second)
     assert done.generation == 2 and done.counts["posts"] == 2 and done.counts["flaws"] == 0
