@@ -133,7 +133,7 @@ async def test_keys_with_malformed_names_are_reported_and_stay(db, store, data, 
     server.client.set("something:{else}", "a")
     with unchanged(server.client):
         report = await check.check(db, store, repair=True)
-    assert sorted(report.lines) == sorted(f"{name}: 0 no key has such a name" for name in names)
+    assert sorted(report.lines) == sorted(f"{name}: 0 its name is malformed" for name in names)
     assert (report.flaws, report.posts) == (3, 5)
 
 
@@ -233,7 +233,7 @@ async def test_names_and_members_that_are_not_utf_8_are_reported_and_a_repair_re
     client.hset(keys.post(post), "caption", b"\xff")
     report = await check.check(db, store, repair=True)
     assert sorted(report.lines) == [
-        "\\udcff: 0 no id in feed is like this (repaired)",
+        "\\udcff: 0 it is not a valid member of feed (repaired)",
         "\\udcff\\udcfe: 0 its name is not UTF-8",
         "post:{0}:\\udcff: 0 its name is not UTF-8",
     ]

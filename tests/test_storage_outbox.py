@@ -37,12 +37,12 @@ def db(db):
     return db
 
 
-async def lease_post(db, post: str) -> outbox.Image:
+async def lease_post(db, post: str) -> outbox.ImageWork:
     """Leases image work. Returns the lease of this post."""
     return next(image for image in await outbox.lease_images(db, 0, 10) if image.id == post)
 
 
-async def lease_erasure(db, post: str) -> outbox.Due:
+async def lease_erasure(db, post: str) -> outbox.DueEntry:
     """Leases what is due. Returns the lease of this post."""
     return next(due for due in await outbox.lease(db, 0) if due.id == post)
 
@@ -69,7 +69,7 @@ async def create_post_with_chunks(db, store) -> tuple[str, str]:
     return post, image.upload
 
 
-async def make_image(db, store, due: outbox.Image) -> None:
+async def make_image(db, store, due: outbox.ImageWork) -> None:
     """Does what the job does, with a JPEG that shows another picture."""
     _, upload = await outbox.start_image(db, due.id, due.lease)
     await store.put(keys.original(due.id), await join_chunks(db, store, upload))
@@ -791,9 +791,9 @@ async def test_a_late_attempt_leaves_the_original_that_another_attempt_stored(se
     """The late one found no original. Before it reads the chunks, another one publishes and the chunks are erased."""
     post, upload = await create_post_with_chunks(db, store)
     paused, copy = Paused(store._root), io.BytesIO()
-    late = asyncio.create_task(originals.keep(db, paused, post, upload, copy))
+    late = asyncio.create_task(originals.store(db, paused, post, upload, copy))
     await paused.missed.wait()
-    await originals.keep(db, store, post, upload, io.BytesIO())
+    await originals.store(db, store, post, upload, io.BytesIO())
     await posts.put_image(store, post, jpeg())
     await outbox.publish(db, post, "thumbhash")
     await run_outbox(db, store)
@@ -811,7 +811,7 @@ async def test_no_original_is_stored_where_chunks_of_the_upload_are_missing(serv
     server.client.rpop(keys.chunks(upload), lost)
     before = await object_names(store)
     with unchanged(server.client), pytest.raises(NotFound):
-        await originals.keep(db, store, post, upload, io.BytesIO())
+        await originals.store(db, store, post, upload, io.BytesIO())
     assert await object_names(store) == before
 
 
@@ -821,5 +821,5 @@ async def test_an_upload_without_a_length_is_joined_too(server, db, store):
     assert server.client.hgetall(keys.upload(upload)) == {"owner": "alice", "post": post, "length": "202"}
     server.client.hdel(keys.upload(upload), "length")
     copy = io.BytesIO()
-    await originals.keep(db, store, post, upload, copy)
+    await originals.store(db, store, post, upload, copy)
     assert await store.get(keys.original(post)) == copy.getvalue() == b"BM" + bytes(200)

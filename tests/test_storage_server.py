@@ -127,7 +127,7 @@ def test_check_refuses_a_folder_whose_server_runs_and_one_without_data(started, 
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "not there"):
         refused = check(folder)
-        assert refused.returncode == 1 and "is no data folder" in refused.stderr
+        assert refused.returncode == 1 and "is not a data folder" in refused.stderr
     assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "not there").exists()
 
 

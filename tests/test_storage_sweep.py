@@ -17,14 +17,14 @@ from storage.backup import chain
 from storage.backup.retain import KeptBackups
 from storage.db.client import BATCH
 from storage.objects import open_store
-from storage.sweep import DAY, FEW, Found, Mistaken, sweep
+from storage.sweep import DAY, SAFE_COUNT, Mistaken, Report, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
 OLD = 1.1 * DAY  # seconds
 OLDEST = 7.1 * DAY  # seconds. Then no backup can name an object any more: they reach back twice three and a half days
 
 
-async def sweep_with(db, store, chosen: settings.Settings, remove: bool) -> Found:
+async def sweep_with(db, store, chosen: settings.Settings, remove: bool) -> Report:
     """Sweeps as the command does with these settings."""
     may_name = KeptBackups(open_store(chosen.backup_store_url)).may_name
     return await sweep(db, store, may_name, chosen.backup_reach_ms, remove)
@@ -66,13 +66,13 @@ async def owned_objects(server, db, store, tmp_path) -> set[str]:
 async def test_objects_without_an_owner_are_removed_and_no_others(server, db, store, tmp_path):
     owned = await owned_objects(server, db, store, tmp_path)
     opened = await make_upload(db, "carol")
-    lost = [
+    orphans = [
         keys.chunk(opened, keys.chunk_name(0)),  # a process was killed before it wrote this name to Redis
         keys.chunk("u" + NOBODY, "0-a"),
         keys.image(NOBODY),
         keys.original(NOBODY),
     ]
-    for name in lost:
+    for name in orphans:
         await put(store, tmp_path, name, OLDEST)
     too_young_or_foreign = [
         await put(store, tmp_path, keys.image(keys.new_post_id(0)), 0.9 * DAY),
@@ -83,13 +83,13 @@ async def test_objects_without_an_owner_are_removed_and_no_others(server, db, st
     before = await names(store)
     with unchanged(server.client, tmp_path):
         found = await sweep_with(db, store, CHOSEN, remove=False)
-    assert (found.lost, found.size, found.waiting) == (4, 16, 1)
-    assert found.seen == len(owned) + len(lost) + 1
-    assert set(found.names) == set(lost)
+    assert (found.orphans, found.size, found.waiting) == (4, 16, 1)
+    assert found.seen == len(owned) + len(orphans) + 1
+    assert set(found.names) == set(orphans)
     with unchanged(server.client):
         assert await sweep_with(db, store, CHOSEN, remove=True) == found
-    assert await names(store) == before - set(lost) == owned | set(too_young_or_foreign)
-    assert (await sweep_with(db, store, CHOSEN, remove=True)).lost == 0
+    assert await names(store) == before - set(orphans) == owned | set(too_young_or_foreign)
+    assert (await sweep_with(db, store, CHOSEN, remove=True)).orphans == 0
 
 
 async def test_originals_and_chunks_that_a_backup_from_before_a_restore_may_name_stay(db, store, tmp_path):
@@ -98,16 +98,16 @@ async def test_originals_and_chunks_that_a_backup_from_before_a_restore_may_name
     now = int(time.time())
     await backup.put(chain.description_name(1), chain.seal({"second": now - 20 * DAY}, b""))
     named = keys.original(NOBODY), keys.chunk("u" + NOBODY, "0-a")
-    lost = {await put(store, tmp_path, name, 12 * DAY) for name in named}
+    orphans = {await put(store, tmp_path, name, 12 * DAY) for name in named}
     image = await put(store, tmp_path, keys.image(NOBODY), 12 * DAY)
     db.clock = int((now - 10 * DAY) * 1000)
     await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
     db.clock = now * 1000
     found = await sweep_with(db, store, chosen, remove=True)
-    assert (found.lost, found.waiting, found.names) == (1, 2, [image])
+    assert (found.orphans, found.waiting, found.names) == (1, 2, [image])
     await backup.delete([chain.description_name(1)])
-    assert (await sweep_with(db, store, chosen, remove=True)).lost == 2
-    assert not lost & await names(store)
+    assert (await sweep_with(db, store, chosen, remove=True)).orphans == 2
+    assert not orphans & await names(store)
 
 
 @pytest.fixture
@@ -120,9 +120,10 @@ async def real(embedded):
 
 
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
-    for number in range(FEW + 1):
+    count = SAFE_COUNT + 1
+    for number in range(count):
         await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
-    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{FEW + 1} of {FEW + 1} objects "):
+    with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{count} of {count} objects "):
         await sweep_with(real, store, CHOSEN, remove=True)
 
 
@@ -131,7 +132,7 @@ async def test_a_sweep_of_more_than_one_batch_finds_the_owners_of_all_objects(re
     for post in owners:
         await put(store, tmp_path, keys.image(post))
     await put(store, tmp_path, keys.image(NOBODY))
-    assert (await sweep_with(real, store, CHOSEN, remove=True)).lost == 1
+    assert (await sweep_with(real, store, CHOSEN, remove=True)).orphans == 1
     assert await names(store) == {keys.image(post) for post in owners}
 
 
@@ -143,7 +144,7 @@ async def test_a_bucket_is_swept_too(real, monkeypatch):
         await store.put(name, b"1234")
     assert (await sweep_with(real, store, CHOSEN, remove=True)).seen == 0
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + OLD)
-    assert (await sweep_with(real, store, CHOSEN, remove=True)).lost == 2
+    assert (await sweep_with(real, store, CHOSEN, remove=True)).orphans == 2
     assert await names(store) == {keys.image(post)}
 
 
