@@ -1,4 +1,4 @@
-"""Real servers for the tests: Redis-protocol servers, the API and the worker as processes of their own."""
+"""What most tests start from: Redis servers, and sites whose API and worker run as processes of their own."""
 
 import asyncio
 import contextlib
@@ -31,13 +31,16 @@ SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
 
 
 def until(condition, seconds: float = 20.0, what: str = "the condition"):
-    """Poll a condition until it holds; its value. Fails after the deadline."""
+    """Calls `condition` until its value is true, and returns that value. Fails after `seconds`.
+
+    A connection error counts as "not yet": the process that should answer may still be starting.
+    """
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError, httpx.TransportError, redis_client.ConnectionError):
             if value := condition():
                 return value
-        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
         threading.Event().wait(0.02)
 
 
@@ -48,11 +51,11 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """A Redis-protocol server of its own in a temporary folder, with the project's configuration."""
+    """A Valkey or Redis process with the project's configuration, in a temporary folder of its own."""
 
     def __init__(self, kind: str, *options: str):
         self.kind = kind
-        self.folder = tempfile.TemporaryDirectory(prefix="ig-")  # short: a socket's path has at most 107 bytes
+        self.folder = tempfile.TemporaryDirectory(prefix="ig-")  # short: the path of a socket has at most 107 bytes
         self.socket = f"{self.folder.name}/redis.sock"
         self.url = f"unix://{self.socket}"
         self.options = options
@@ -60,9 +63,10 @@ class RedisServer:
 
     def start(self) -> None:
         conf = str(ROOT / "storage" / "db" / "redis.conf")
-        where = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
-        # Signals as Python has them: a file at its limit is a write's error, not the server's death (SIGXFSZ).
-        command = [SERVERS[self.kind], conf, *where, *self.options]
+        place = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
+        command = [SERVERS[self.kind], conf, *place, *self.options]
+        # Python ignores SIGXFSZ, and the server inherits that. So a file that reaches its size limit makes a write
+        # fail. It does not kill the server.
         self.process = subprocess.Popen(command, restore_signals=False)
         self.client = redis_client.Redis(unix_socket_path=self.socket, decode_responses=True)
         until(self.client.ping, what="Redis")
@@ -77,7 +81,7 @@ class RedisServer:
 
 
 class FakeServer:
-    """fakeredis, in this process."""
+    """fakeredis, which runs in this process."""
 
     kind = "fake"
 
@@ -90,7 +94,7 @@ class FakeServer:
 
 
 class FakeChannel:
-    """A storage.db.client.Channel whose connection is fakeredis, which does not know the `#!lua` line of a script."""
+    """Takes the place of storage.db.client.Channel, and sends the commands to fakeredis."""
 
     def __init__(self, server: fakeredis.FakeServer):
         self.client = fakeredis.FakeAsyncRedis(server=server, decode_responses=True, encoding_errors="replace")
@@ -103,13 +107,27 @@ class FakeChannel:
 
 
 def connect(server) -> Redis:
-    """storage's client of a server."""
+    """The client that storage uses, connected to `server`."""
     if server.kind != "fake":
         return Redis(server.url)
+    # fakeredis does not know the `#!lua` line with which a script begins.
     plain = {name: script(known.text.split("\n", 1)[1]) for name, known in SCRIPTS.items()}
     db = Redis("redis://unused", plain)
     db._reads = db._writes = FakeChannel(server.server)
     return db
+
+
+def run_with_db(server, work):
+    """Runs `work(db)`, a coroutine, with a client of `server` that is closed afterwards. Returns its result."""
+
+    async def run():
+        db = connect(server)
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    return asyncio.run(run())
 
 
 def start_server(kind: str):
@@ -118,7 +136,7 @@ def start_server(kind: str):
 
 @pytest.fixture(scope="session", params=["fake", "valkey", "redis"])
 def any_server(request):
-    """Each of: fakeredis, the embedded server, Debian's redis-server."""
+    """Runs a test three times: on fakeredis, on the embedded server and on Debian's redis-server."""
     server = start_server(request.param)
     yield server
     server.close()
@@ -126,6 +144,7 @@ def any_server(request):
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])
 def real_server(request):
+    """Runs a test twice: on the embedded server and on Debian's redis-server."""
     server = start_server(request.param)
     yield server
     server.close()
@@ -133,6 +152,7 @@ def real_server(request):
 
 @pytest.fixture
 def server(any_server):
+    """`any_server`, emptied."""
     any_server.client.flushall()
     return any_server
 
@@ -150,9 +170,9 @@ def store(tmp_path):
 
 
 class Site:
-    """The API and, if wanted, the worker, as they run in production: processes with an environment."""
+    """One installation of Imagegram: the API and, if a test starts it, the worker, each a process as in production."""
 
-    root = ROOT  # of the checkout whose code runs
+    root = ROOT  # the checkout whose code runs
 
     def __init__(self, redis_url: str, folder: Path, **settings: object):
         self.port = free_port()
@@ -170,12 +190,13 @@ class Site:
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *command: str, **given) -> subprocess.Popen:
-        """Start `python -m …`. What else is given goes to Popen."""
+        """Starts `python -m COMMAND`. The keyword arguments go to Popen."""
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=self.root, env=self.environment, **given)
         self.processes.append(process)
         return process
 
     def api(self, **given) -> subprocess.Popen:
+        """Starts the API, and returns when it answers."""
         process = self.start("api", **given)
         until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, what="the API")
         return process
@@ -188,6 +209,13 @@ class Site:
 
         claims = {"sub": user, "exp": int(time.time()) + 600, **claims}
         return jwt.encode(claims, self.environment["IMAGEGRAM_JWT_SECRET"], "HS256")
+
+    def authorization(self, user: str = "alice") -> str:
+        """A whole header line, for requests over bare sockets."""
+        return f"Authorization: Bearer {self.token(user)}"
+
+    def open_store(self):
+        return objects.open_store((self.folder / "store").as_uri())
 
     def client(self, user: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.token(user)}"} if user else {}
@@ -204,19 +232,29 @@ class Site:
                 process.kill()
 
 
+@contextlib.contextmanager
+def running_site(server, folder: Path, **settings: object):
+    """A site whose API runs. Its `server` is the Redis server that it uses."""
+    site = Site(server.url, folder, **settings)
+    site.server = server
+    try:
+        site.api()
+        yield site
+    finally:
+        site.close()
+
+
 @pytest.fixture
 def site(real_server, tmp_path):
-    """A site with an API; tests start a worker where they need one."""
+    """A site with an API, for one test. A test starts a worker where it needs one."""
     real_server.client.flushall()
-    site = Site(real_server.url, tmp_path)
-    site.api()
-    yield site
-    site.close()
+    with running_site(real_server, tmp_path) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")
 def embedded():
-    """The embedded server alone, for what does not depend on which server it is."""
+    """The embedded server alone, for tests that do not depend on which server it is."""
     server = start_server("valkey")
     yield server
     server.close()
@@ -224,13 +262,16 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def serving(embedded, tmp_path_factory):
-    """A site on the embedded server for all tests of a file, without a worker: what is taken stays as it came."""
+    """A site on the embedded server, for all tests of a file. It has no worker, so posts stay in processing."""
     embedded.client.flushall()
-    site = Site(embedded.url, tmp_path_factory.mktemp("site"), processing=1000)
-    site.server = embedded
-    site.api()
-    yield site
-    site.close()
+    with running_site(embedded, tmp_path_factory.mktemp("site"), processing=1000) as site:
+        yield site
+
+
+@pytest.fixture
+def empty(serving):
+    """Empties the Redis of `serving` before a test."""
+    serving.server.client.flushall()
 
 
 @pytest.fixture
@@ -241,34 +282,33 @@ def working_site(site):
 
 @functools.cache
 def application():
-    """The API's application, to look at: a process may have one of its name."""
+    """The API's Sanic application, for tests that read its routes. One process may create it only once."""
     return create(settings.load({"IMAGEGRAM_JWT_SECRET": SECRET}))
 
 
 SECRET = "a secret of the tests, long enough for HS256 and, in a test, for HS512"
-NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # a post id that was never minted
+NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # the id of a post that never existed
 
 
-class Standing(Site):
-    """A site for all tests of a file, furnished with a little of everything."""
+class Furnished(Site):
+    """A site that has a post of alice's with a comment of hers, and a second post of hers that is in processing."""
 
     def furnish(self, server) -> None:
         self.server = server
 
-        async def furnish():
-            db = connect(server)
+        async def furnish(db):
             self.post = await make_post(db, "alice", caption="hers")
             self.comment = (await comments.add(db, "alice", self.post, "hers"))[0].id
             self.processing = await make_processing(db, "alice")
-            await db.close()
 
-        asyncio.run(furnish())
+        run_with_db(server, furnish)
 
-    def filled(self, target: str) -> str:
+    def fill_in(self, target: str) -> str:
+        """Puts the ids of what the site has in the place of {post}, {comment}, {processing} and {nobody}."""
         return target.format(post=self.post, comment=self.comment, processing=self.processing, nobody=NOBODY)
 
-    def refused(self, request: bytes, status: int, code: str):
-        """Send a request; the problem that answers it."""
+    def assert_refused(self, request: bytes, status: int, code: str):
+        """Sends a request, and checks that it is answered by this problem and changes nothing. Returns the answer."""
         with unchanged(self.server.client, self.folder):
             answer, _ = pour(self.port, [request])
         assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
@@ -284,9 +324,10 @@ class Standing(Site):
 
 
 @pytest.fixture(scope="module")
-def standing(real_server, tmp_path_factory):
+def furnished(real_server, tmp_path_factory):
+    """A furnished site for all tests of a file. It has no worker."""
     real_server.client.flushall()
-    site = Standing(real_server.url, tmp_path_factory.mktemp("site"), processing=1000)
+    site = Furnished(real_server.url, tmp_path_factory.mktemp("site"), processing=1000)
     site.api()
     site.furnish(real_server)
     yield site
@@ -294,17 +335,21 @@ def standing(real_server, tmp_path_factory):
 
 
 def publish(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> dict:
-    made = client.post("/v1/posts", files={"image": (name, data)}, data={"caption": caption})
-    assert made.status_code == 201
-    assert made.headers["Location"] == f"/v1/posts/{made.json()['id']}"
-    assert made.json()["status"] == "processing"
-    return made.json()
+    """Creates a post by a form. Returns the post, which is still in processing."""
+    answer = client.post("/v1/posts", files={"image": (name, data)}, data={"caption": caption})
+    assert answer.status_code == 201
+    assert answer.headers["Location"] == f"/v1/posts/{answer.json()['id']}"
+    assert answer.json()["status"] == "processing"
+    return answer.json()
 
 
 def turned(client, post: dict) -> dict:
-    """The post once it is no longer processing; until then it says when to ask again, and has no image."""
+    """Waits until a post is no longer in processing, and returns it: it is ready, or it failed.
 
-    def look():
+    Until then every answer is the post as it was created, with a Retry-After.
+    """
+
+    def read():
         answer = client.get(f"/v1/posts/{post['id']}")
         assert answer.status_code == 200
         if answer.json()["status"] == "processing":
@@ -314,18 +359,18 @@ def turned(client, post: dict) -> dict:
         assert "Retry-After" not in answer.headers
         return answer.json()
 
-    return until(look, 30.0, "the image")
+    return until(read, 30.0, "the image")
 
 
 def photograph() -> bytes:
-    """A real photograph: Grace Hopper's portrait, which comes with matplotlib."""
+    """A real photograph: the portrait of Grace Hopper that comes with matplotlib."""
     import matplotlib
 
     return (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
 
 
 async def gather_limited(count: int, coroutines) -> list:
-    """Run coroutines, at most `count` at once."""
+    """Runs coroutines, at most `count` at a time. Returns their results in order."""
     gate = asyncio.Semaphore(count)
 
     async def one(coroutine):

@@ -32,18 +32,19 @@ async def make_post(db: Redis, author: str, partitions: int = 1, caption: str = 
 
 
 def jpeg(width: int = 640, height: int = 480, colour: str = "teal") -> bytes:
-    return _encoded("JPEG", width, height, colour)
+    return encode_image("JPEG", width, height, colour)
 
 
 def png(width: int = 320, height: int = 200, colour: str = "tomato") -> bytes:
-    return _encoded("PNG", width, height, colour)
+    return encode_image("PNG", width, height, colour)
 
 
 def bmp(width: int = 200, height: int = 320, colour: str = "gold") -> bytes:
-    return _encoded("BMP", width, height, colour)
+    return encode_image("BMP", width, height, colour)
 
 
-def _encoded(file_format: str, width: int, height: int, colour: str) -> bytes:
+def encode_image(file_format: str, width: int, height: int, colour: str) -> bytes:
+    """An image of one colour, in any format that Pillow can write and whose plugin is loaded."""
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, file_format)
     return file.getvalue()

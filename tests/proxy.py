@@ -1,6 +1,6 @@
-"""A line that can be made bad: a proxy between a client and a server that loses, delays, throttles, cuts and counts.
+"""A proxy that makes a network line bad: it loses, delays, throttles and cuts what passes, and counts the bytes.
 
-It runs in a thread of its own, so that blocking tests and asyncio's may both use it.
+It runs in a thread of its own, so that blocking tests and asyncio tests can both use it.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ PIECE = 64 * 1024  # bytes read at once
 
 
 class Proxy:
-    """Listens on a socket file and on a port of loopback, and passes on to `target`: a socket's path or a port."""
+    """Listens on a socket file and on a port of 127.0.0.1. Passes on to `target`: the path of a socket, or a port."""
 
     def __init__(self, target: str | int):
         self.target = target
-        self.delay = 0.0  # seconds that each piece waits, either way
-        self.rate: float | None = None  # bytes a second, either way; None: as fast as it goes
+        self.delay = 0.0  # seconds that each piece waits, in both directions
+        self.rate: float | None = None  # bytes a second, in each direction; None: no limit
         self.up = 0  # bytes passed on to the server
         self.down = 0  # bytes passed on to the client
-        self.lost = threading.Event()  # what `lose` waits for has happened
-        self.before: dict[bytes, Callable] = {}  # called in a thread before bytes that hold the key reach the server
+        self.lost = threading.Event()  # set when the loss that `lose` ordered has happened
+        self.before: dict[bytes, Callable] = {}  # bytes → what to call before they reach the server
         self._losing: tuple[int, str] | None = None
-        self._lines: set[Connection] = set()
+        self._connections: set[Connection] = set()
         self._folder = tempfile.TemporaryDirectory(prefix="ig-")
         self.path = f"{self._folder.name}/proxy.sock"
         self.url = f"unix://{self.path}"
@@ -35,21 +35,23 @@ class Proxy:
         self._run(self._listen())
 
     def lose(self, after: int = 0, how: str = "fin") -> None:
-        """Of the server's next bytes pass on so many; then lose what follows in the same piece, and cut the line.
+        """Passes on `after` more bytes of the server's answer, loses the rest of that piece, and cuts the connection.
 
-        `how` is fin, rst or silence: the line then stays open, and nothing is heard any more.
+        `how` is "fin", "rst" or "silence". After "silence" the connection stays open, and no more bytes pass.
         """
         self.lost.clear()
         self._losing = after, how
 
-    def cut(self, how: str = "fin") -> None:
-        """Cut all lines now."""
+    def cut(self, how: str = "fin") -> int:
+        """Cuts all connections now, and returns how many there were."""
 
-        async def cut():
-            for line in list(self._lines):
-                line.cut(how)
+        async def cut() -> int:
+            connections = list(self._connections)
+            for connection in connections:
+                connection.cut(how)
+            return len(connections)
 
-        self._run(cut())
+        return self._run(cut())
 
     def close(self) -> None:
         self.cut("rst")
@@ -57,10 +59,10 @@ class Proxy:
         async def end():
             for server in self._servers:
                 server.close()
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -92,21 +94,24 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        line = Connection(self, writer, server[1])
-        self._lines.add(line)
+        connection = Connection(self, writer, server[1])
+        self._connections.add(connection)
         try:
-            await asyncio.gather(line.pump(reader, server[1], "up"), line.pump(server[0], writer, "down"))
+            await asyncio.gather(connection.pump(reader, server[1], "up"), connection.pump(server[0], writer, "down"))
         finally:
-            self._lines.discard(line)
+            self._connections.discard(connection)
 
 
 class Connection:
+    """The two connections that the proxy joins: from the client, and to the server."""
+
     def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter):
         self.proxy = proxy
         self.ends = client, server
         self.silent = self.ended = False
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        """Passes on the bytes of one direction: "up" to the server, or "down" to the client."""
         proxy = self.proxy
         try:
             while data := await reader.read(PIECE):
@@ -138,7 +143,7 @@ class Connection:
             self.cut("rst")
 
     def cut(self, how: str) -> None:
-        """The client's end as told; the server sees its own end closed, unless by silence."""
+        """Cuts the client's connection by `how`. The server sees its connection closed, except after "silence"."""
         if how == "silence":
             self.silent = True
             return

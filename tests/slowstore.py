@@ -1,11 +1,11 @@
-"""The API over a slow disk: `python -m tests.slowstore`. The last byte of a chunk chooses how long its put takes."""
+"""The API with a slow object store: `python -m tests.slowstore`. A chunk's last byte selects how long its put takes."""
 
 import asyncio
 
 from api.__main__ import main
 from storage.objects import Folder
 
-SECONDS = [0.0, 0.3, 1.2, 2.5, 6.0]
+SECONDS = [0.0, 0.3, 1.2, 2.5, 6.0]  # selected by the last byte: 0 to 4
 
 if __name__ == "__main__":
     put = Folder.put

@@ -1,4 +1,4 @@
-"""What Redis and the store hold, to be compared before and after."""
+"""Reads all that Redis and folders contain, so that a test can compare it before and after."""
 
 import contextlib
 import os
@@ -15,19 +15,19 @@ READERS = {
 
 
 def contents(client) -> dict[str, object]:
-    """Every key with all it holds, and whether it expires."""
+    """Every key with its value, and whether it expires."""
     found = {}
     for key in client.keys("*"):
         kind = client.type(key)
-        if kind != "none":  # it went a moment ago
+        if kind != "none":  # the key expired or was deleted a moment ago
             found[key] = READERS[kind](client, key), client.pttl(key) >= 0
     return found
 
 
 def files(folder: Path) -> dict[str, bytes | int]:
-    """Every file below a folder, also what is being written, with its bytes (of a big one only their number)."""
+    """Every file below a folder, temporary files too, with its bytes. A file of 1 MiB or more has its size instead."""
     found = {}
-    for parent, _, names in os.walk(folder):  # passes over folders that go meanwhile
+    for parent, _, names in os.walk(folder):  # it skips folders that are removed meanwhile
         for path in (Path(parent, name) for name in names):
             with contextlib.suppress(FileNotFoundError):
                 size = path.stat().st_size
@@ -37,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes | int]:
 
 @contextlib.contextmanager
 def unchanged(client, *folders: Path):
-    """What happens within changes nothing in Redis and in the folders."""
+    """Checks that the block changes nothing in Redis and in the folders."""
     before = contents(client), [files(folder) for folder in folders]
     yield before
     assert (contents(client), [files(folder) for folder in folders]) == before

@@ -86,7 +86,7 @@ def test_a_form_is_refused_before_its_body(site):
         for _ in range(MOST):
             sent(alice).raise_for_status()
     line = dial(site.port)
-    bearer = f"Authorization: Bearer {site.token('alice')}"
+    bearer = site.authorization()
     with unchanged(site.server.client, site.folder):
         line.sendall(head("POST", "/v1/posts", bearer, FORM, "Content-Length: 1000000"))
         assert hear(line).status == 429
@@ -96,7 +96,7 @@ def test_a_form_is_refused_before_its_body(site):
 def test_of_forms_that_arrive_together_no_more_are_taken_than_may_be_processing(site):
     """Each of them began when there was room."""
     body = form(("image", "a.jpg", jpeg(64, 48)))
-    bearer = f"Authorization: Bearer {site.token('alice')}"
+    bearer = site.authorization()
     lines = [dial(site.port) for _ in range(MOST + 3)]
     for line in lines:
         line.sendall(head("POST", "/v1/posts", bearer, FORM, f"Content-Length: {len(body)}") + body[:-1])

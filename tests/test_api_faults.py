@@ -17,7 +17,7 @@ from making import make_post
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from state import unchanged
-from uploading import begin, joined, offset, picture, stored
+from uploading import begin, count_chunks, joined, offset, picture
 from wire import FORM, Line, dial, exchange, form, head, hear
 
 from storage import keys, uploads
@@ -183,7 +183,7 @@ async def test_whoever_comes_while_redis_hangs_waits_no_longer_than_the_first(ki
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
 
     body = form(("image", "a.png", picture(100 * KIB)))
-    bearer = f"Authorization: Bearer {site.token('alice')}"
+    bearer = site.authorization()
     line = dial(site.port)
     line.sendall(head("POST", "/v1/posts", bearer, FORM, f"Content-Length: {len(body)}") + body[:KIB])
     until(lambda: site.server.client.exists("uploads:{0}:alice"), what="its upload")
@@ -232,7 +232,7 @@ HEADS = {
 @pytest.mark.parametrize("what", HEADS)
 def test_below_the_mark_is_refused_before_its_body(crowded, what):
     method, target, *more = HEADS[what]
-    bearer = f"Authorization: Bearer {crowded.token('alice')}"
+    bearer = crowded.authorization()
     asked = ["Tus-Resumable: 1.0.0", "Content-Length: 900", "Expect: 100-continue", bearer, *more]
     with unchanged(crowded.server.client, crowded.folder):
         answer = exchange(crowded.port, head(method, target.format(upload=crowded.upload), *asked))
@@ -260,7 +260,7 @@ def test_what_fills_the_store_is_refused_and_what_it_took_before_stays(serving):
             answer = send(0)
             assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (507, "full", "60")
             kept = offset(serving, upload)
-            assert 64 * KIB <= kept <= 200 * KIB and stored(serving, upload) == 1
+            assert 64 * KIB <= kept <= 200 * KIB and count_chunks(serving, upload) == 1
         with file_limit(api.pid, 60 * KIB), unchanged(serving.server.client, serving.folder):
             assert send(kept).status_code == 507
         with file_limit(api.pid, 60 * KIB):

@@ -19,7 +19,7 @@ SLACK = 64 * 1024  # bytes a form may be longer than its image
 
 
 def start(site, *headers: str) -> bytes:
-    return head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", *headers)
+    return head("POST", "/v1/posts", site.authorization(), *headers)
 
 
 def send(site, body: bytes, kind: str = FORM):
@@ -97,10 +97,10 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_a_form_is_refused_that_has(standing, case):
+def test_a_form_is_refused_that_has(furnished, case):
     parts, status, code = FIELDS[case]
-    with unchanged(standing.server.client, standing.folder):
-        assert a_problem(send(standing, form(*parts)), status, code)
+    with unchanged(furnished.server.client, furnished.folder):
+        assert a_problem(send(furnished, form(*parts)), status, code)
 
 
 WHOLE = form(("caption", None, b"a"), ("image", "a.jpg", JPEG))
@@ -152,23 +152,23 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_a_form_is_refused_that(standing, case):
+def test_a_form_is_refused_that(furnished, case):
     kind, body, status, code = ODD[case]
     if code is None:
-        assert send(standing, body, kind).status == status
+        assert send(furnished, body, kind).status == status
         return
-    with unchanged(standing.server.client, standing.folder):
-        assert a_problem(send(standing, body, kind), status, code)
+    with unchanged(furnished.server.client, furnished.folder):
+        assert a_problem(send(furnished, body, kind), status, code)
 
 
-def test_a_form_may_come_in_any_order_and_in_any_pieces(standing):
+def test_a_form_may_come_in_any_order_and_in_any_pieces(furnished):
     caption = "😀" * 2200
     parts = [("image", "☃.jpg", JPEG), ("caption", None, caption.encode())]
     for ordered in (parts, parts[::-1]):
         body = form(*ordered)
         for step in (len(body), 4096, 17):
-            with dial(standing.port) as line:
-                line.sendall(start(standing, FORM, "Transfer-Encoding: chunked"))
+            with dial(furnished.port) as line:
+                line.sendall(start(furnished, FORM, "Transfer-Encoding: chunked"))
                 for at in range(0, len(body), step):
                     piece = body[at : at + step]
                     line.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
@@ -176,7 +176,7 @@ def test_a_form_may_come_in_any_order_and_in_any_pieces(standing):
                 made = hear(line)
             assert made.status == 201
             assert made.json()["caption"] == caption
-            assert httpx.get(standing.url + made.headers["location"]).json()["caption"] == caption
+            assert httpx.get(furnished.url + made.headers["location"]).json()["caption"] == caption
 
 
 # Too large
@@ -205,33 +205,33 @@ def overhead() -> int:
 
 
 @pytest.mark.parametrize("length", [BIG + SLACK + 1, 10 * BIG, 10**17])
-def test_a_form_that_declares_to_be_too_long_is_refused_before_it_is_read(standing, length):
-    with unchanged(standing.server.client, standing.folder):
+def test_a_form_that_declares_to_be_too_long_is_refused_before_it_is_read(furnished, length):
+    with unchanged(furnished.server.client, furnished.folder):
         began = time.monotonic()
-        request = start(standing, FORM, f"Content-Length: {length}")
-        answer, sent = pour(standing.port, [request, *declared(20 * MIB)])
+        request = start(furnished, FORM, f"Content-Length: {length}")
+        answer, sent = pour(furnished.port, [request, *declared(20 * MIB)])
         assert a_problem(answer, 413, "toolarge")
         assert answer.headers["connection"] == "close"
         assert sent < 8 * MIB  # what the sockets' buffers hold
         assert time.monotonic() - began < 2
 
 
-def test_a_client_that_asks_first_is_refused_without_being_told_to_go_on(standing):
-    with unchanged(standing.server.client, standing.folder), dial(standing.port) as line:
-        line.sendall(start(standing, FORM, f"Content-Length: {2 * BIG}", "Expect: 100-continue"))
+def test_a_client_that_asks_first_is_refused_without_being_told_to_go_on(furnished):
+    with unchanged(furnished.server.client, furnished.folder), dial(furnished.port) as line:
+        line.sendall(start(furnished, FORM, f"Content-Length: {2 * BIG}", "Expect: 100-continue"))
         heard = line.recv(65536)
     assert heard.startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_client_that_asks_first_is_told_to_go_on(standing):
-    with dial(standing.port) as line:
-        line.sendall(start(standing, FORM, f"Content-Length: {len(WHOLE)}", "Expect: 100-continue"))
+def test_a_client_that_asks_first_is_told_to_go_on(furnished):
+    with dial(furnished.port) as line:
+        line.sendall(start(furnished, FORM, f"Content-Length: {len(WHOLE)}", "Expect: 100-continue"))
         assert line.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         line.sendall(WHOLE)
         assert hear(line).status == 201
 
 
-def test_an_image_of_100_mib_and_a_byte_is_refused_as_soon_as_it_is_read(standing):
+def test_an_image_of_100_mib_and_a_byte_is_refused_as_soon_as_it_is_read(furnished):
     """With its length declared and without: the slack is the form's, not the image's."""
     long = overhead() + BIG + 1
     bodies = {
@@ -239,50 +239,50 @@ def test_an_image_of_100_mib_and_a_byte_is_refused_as_soon_as_it_is_read(standin
         "Transfer-Encoding: chunked": chunked(declared(2 * BIG)),
     }
     for header, pieces in bodies.items():
-        with unchanged(standing.server.client, standing.folder):
-            request = start(standing, FORM, header)
-            answer, sent = pour(standing.port, (piece for part in ([request], pieces) for piece in part))
+        with unchanged(furnished.server.client, furnished.folder):
+            request = start(furnished, FORM, header)
+            answer, sent = pour(furnished.port, (piece for part in ([request], pieces) for piece in part))
             assert a_problem(answer, 413, "toolarge")
             assert sent < BIG + 8 * MIB
 
 
-def test_an_image_of_100_mib_is_taken(standing):
+def test_an_image_of_100_mib_is_taken(furnished):
     pieces = chunked(declared(overhead() + BIG))
-    request = start(standing, FORM, "Transfer-Encoding: chunked")
-    answer, _ = pour(standing.port, (piece for part in ([request], pieces) for piece in part))
+    request = start(furnished, FORM, "Transfer-Encoding: chunked")
+    answer, _ = pour(furnished.port, (piece for part in ([request], pieces) for piece in part))
     assert answer.status == 201
-    chunks = [size for name, size in files(standing.folder / "store").items()]
+    chunks = [size for name, size in files(furnished.folder / "store").items()]
     assert sum(size if isinstance(size, int) else len(size) for size in chunks) >= BIG
     assert httpx.delete(
-        standing.url + answer.headers["location"],
-        headers={"Authorization": f"Bearer {standing.token('alice')}"},
+        furnished.url + answer.headers["location"],
+        headers={"Authorization": f"Bearer {furnished.token('alice')}"},
     )
 
 
-def test_an_endless_image_of_no_format_of_ours_is_refused_at_its_first_bytes(standing):
+def test_an_endless_image_of_no_format_of_ours_is_refused_at_its_first_bytes(furnished):
     def endless():
         yield form(("image", "a.bmp", b"GIF89a"), end=False)[:-2]
         for _ in range(1000):
             yield bytes(64 * 1024)
 
-    with unchanged(standing.server.client, standing.folder):
-        request = start(standing, FORM, "Transfer-Encoding: chunked")
+    with unchanged(furnished.server.client, furnished.folder):
+        request = start(furnished, FORM, "Transfer-Encoding: chunked")
         answer, sent = pour(
-            standing.port, (piece for part in ([request], chunked(endless())) for piece in part)
+            furnished.port, (piece for part in ([request], chunked(endless())) for piece in part)
         )
         assert a_problem(answer, 415, "format")
         assert sent < 8 * MIB
 
 
-def test_what_is_refused_first_of_all_is_not_read_either(standing):
-    with unchanged(standing.server.client, standing.folder):
+def test_what_is_refused_first_of_all_is_not_read_either(furnished):
+    with unchanged(furnished.server.client, furnished.folder):
         for request, status in [
             (head("POST", "/v1/posts", FORM, f"Content-Length: {BIG}"), 401),
             (head("POST", "/v1/nothing", FORM, f"Content-Length: {BIG}"), 404),
             (head("PUT", "/v1/posts", FORM, f"Content-Length: {BIG}"), 405),
-            (start(standing, "Content-Type: image/jpeg", f"Content-Length: {BIG}"), 415),
+            (start(furnished, "Content-Type: image/jpeg", f"Content-Length: {BIG}"), 415),
         ]:
-            answer, sent = pour(standing.port, [request, *declared(20 * MIB)])
+            answer, sent = pour(furnished.port, [request, *declared(20 * MIB)])
             assert answer.status == status
             assert sent < 8 * MIB
 
@@ -303,7 +303,7 @@ def half(line) -> None:
 
 @pytest.mark.parametrize("cut", [fin, reset, half])
 @pytest.mark.parametrize("sent", ["nothing", "a part's head", "little", "a chunk", "several chunks"])
-def test_a_form_whose_connection_breaks_leaves_nothing(standing, cut, sent):
+def test_a_form_whose_connection_breaks_leaves_nothing(furnished, cut, sent):
     lengths = {
         "nothing": 0,
         "a part's head": 40,
@@ -311,24 +311,24 @@ def test_a_form_whose_connection_breaks_leaves_nothing(standing, cut, sent):
         "a chunk": MIB + 5000,
         "several chunks": 3 * MIB + 7,
     }
-    client, before = standing.server.client, (contents(standing.server.client), files(standing.folder))
+    client, before = furnished.server.client, (contents(furnished.server.client), files(furnished.folder))
     body = form(("image", "a.bmp", bmp(1200, 1200)))  # 4 MiB
-    line = dial(standing.port)
-    line.sendall(start(standing, FORM, f"Content-Length: {len(body)}") + body[: lengths[sent]])
+    line = dial(furnished.port)
+    line.sendall(start(furnished, FORM, f"Content-Length: {len(body)}") + body[: lengths[sent]])
     until(lambda: client.zcard("due:{0}") > len(before[0].get("due:{0}", [[]])[0]), what="the upload")
     if lengths[sent] > MIB:
-        until(lambda: len(files(standing.folder)) > len(before[1]), what="a chunk")
+        until(lambda: len(files(furnished.folder)) > len(before[1]), what="a chunk")
     cut(line)
-    until(lambda: (contents(client), files(standing.folder)) == before, what="the end of what it left")
+    until(lambda: (contents(client), files(furnished.folder)) == before, what="the end of what it left")
 
 
-def test_forms_that_break_at_any_moment_leave_nothing(standing):
+def test_forms_that_break_at_any_moment_leave_nothing(furnished):
     """Cut after each of many delays, so that some are cut in the midst of a chunk's put or a script's call."""
-    client, before = standing.server.client, (contents(standing.server.client), files(standing.folder))
+    client, before = furnished.server.client, (contents(furnished.server.client), files(furnished.folder))
     body = form(("image", "a.bmp", bmp(1200, 1200)))
     for step in range(60):
-        line = dial(standing.port)
-        line.sendall(start(standing, FORM, f"Content-Length: {len(body)}"))
+        line = dial(furnished.port)
+        line.sendall(start(furnished, FORM, f"Content-Length: {len(body)}"))
         line.setblocking(False)
         view = memoryview(body)[: -1 - step]
         deadline = time.monotonic() + step * 0.0005
@@ -336,6 +336,6 @@ def test_forms_that_break_at_any_moment_leave_nothing(standing):
             if select.select([], [line], [], 0)[1]:
                 view = view[line.send(view[:100_000]) :]
         (reset if step % 2 else fin)(line)
-    until(lambda: (contents(client), files(standing.folder)) == before, what="the end of what they left")
-    with unchanged(client, standing.folder):
-        assert a_problem(send(standing, b""), 422, "form")
+    until(lambda: (contents(client), files(furnished.folder)) == before, what="the end of what they left")
+    with unchanged(client, furnished.folder):
+        assert a_problem(send(furnished, b""), 422, "form")

@@ -123,7 +123,7 @@ def comments(site, post: str) -> int:
 def test_a_request_that_could_mean_two_things_is_refused_and_the_connection_closed(serving, post, shape):
     headers, body = SHAPES[shape]
     headers = [header.encode().decode("latin-1") for header in headers]
-    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *headers)
+    asked = head("POST", f"/v1/posts/{post}/comments", serving.authorization(), *headers)
     before = comments(serving, post)
     answers = closed_with(serving, asked + body + SECOND)
     assert [answer[:3] for answer in answers] == [b"400"]
@@ -137,7 +137,7 @@ def test_a_request_line_that_is_none_is_refused_and_the_connection_closed(servin
 
 
 def test_a_right_request_in_chunks_is_taken_and_the_connection_kept(serving, post):
-    asked = head("POST", f"/v1/posts/{post}/comments", f"Authorization: Bearer {serving.token('alice')}", *CHUNKED)
+    asked = head("POST", f"/v1/posts/{post}/comments", serving.authorization(), *CHUNKED)
     body = b'5;a="b"\r\n{"tex\r\n0F\r\n' + b't": "two parts"}'[:15] + b"\r\n1\r\n}\r\n0\r\n\r\n"
     last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     answers = closed_with(serving, asked + body + last)
@@ -164,7 +164,7 @@ def test_an_address_as_target_is_taken_for_its_path(serving):
     ],
 )
 def test_chunks_in_any_case_and_trailers_are_taken_and_the_connection_kept(serving, post, header, end):
-    token = f"Authorization: Bearer {serving.token('alice')}"
+    token = serving.authorization()
     asked = head("POST", f"/v1/posts/{post}/comments", token, header) + chunked(b'{"text": "in chunks"}', end=end)
     last = SECOND.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert [answer[:3] for answer in closed_with(serving, asked + last)] == [b"201", b"200"]
@@ -206,7 +206,7 @@ def test_a_body_that_no_method_takes_is_ignored_and_the_connection_closed(servin
 
 async def test_a_body_that_trickles_holds_no_connection_whatever_the_method(serving):
     """100 of DELETE, 10 of each other, all at once; POST, which is refused before its body, is the measure."""
-    alice = f"Authorization: Bearer {serving.token('alice')}"
+    alice = serving.authorization()
     upload = await asyncio.to_thread(begin, serving, 100)
     override = head("POST", f"/v1/uploads/{upload}", alice, TUS, "X-HTTP-Method-Override: DELETE", "Content-Length: 99")
     crowd = [Bad("401", head("POST", "/v1/posts", FORM, "Content-Length: 1000"), b"x", 0.3) for _ in range(10)]
@@ -225,7 +225,7 @@ async def test_a_body_that_trickles_holds_no_connection_whatever_the_method(serv
 
 def test_a_delete_does_its_work_without_its_body(serving):
     upload = begin(serving, 100)
-    asked = head("DELETE", f"/v1/uploads/{upload}", f"Authorization: Bearer {serving.token('alice')}", TUS)
+    asked = head("DELETE", f"/v1/uploads/{upload}", serving.authorization(), TUS)
     answers = closed_with(serving, asked.replace(b"\r\n\r\n", b"\r\nContent-Length: 99\r\n\r\n"))
     assert [answer[:3] for answer in answers] == [b"204"]
     assert not serving.server.client.exists(f"upload:{{0}}:{upload}")
@@ -237,7 +237,7 @@ def test_what_a_client_sends_wrong_leaves_nothing_in_the_log(embedded, tmp_path)
     with (tmp_path / "log").open("w+") as log:
         try:
             site.api(stderr=log)
-            token = f"Authorization: Bearer {site.token('alice')}"
+            token = site.authorization()
             for headers, body in SHAPES.values():
                 headers = [header.encode().decode("latin-1") for header in headers]
                 closed_with(site, head("POST", "/v1/posts/x/comments", token, *headers) + body + SECOND)
@@ -262,7 +262,7 @@ def test_what_a_client_sends_wrong_leaves_nothing_in_the_log(embedded, tmp_path)
 
 def refused(site) -> dict[str, tuple[bytes, bytes]]:
     """Requests whose bodies are not wanted, and what they are told."""
-    alice, big = f"Authorization: Bearer {site.token('alice')}", "Content-Length: 104857600"
+    alice, big = site.authorization(), "Content-Length: 104857600"
     upload = f"/v1/uploads/{begin(site, 100)}"
     tus = "Tus-Resumable: 1.0.0"
     return {
@@ -348,7 +348,7 @@ async def healthy(site, seconds: float, times: list[float]) -> None:
 
 def crowd(site, post: str, count: int) -> dict[str, list[Bad]]:
     """So many slow headers, and a quarter as many of each other sort. Limits are those of the contract, in seconds."""
-    alice = f"Authorization: Bearer {site.token('alice')}"
+    alice = site.authorization()
     comment = head("POST", f"/v1/posts/{post}/comments", alice, "Content-Type: application/json", "Content-Length: 99")
     form = head("POST", "/v1/posts", alice, FORM, "Content-Length: 1000000")
     unwanted = head("POST", "/v1/posts", FORM, "Content-Length: 1000000")
@@ -367,7 +367,7 @@ async def test_a_crowd_of_bad_connections_harms_nobody_and_goes_in_time(serving,
     lasts."""
     client = serving.server.client
     upload = await asyncio.to_thread(begin, serving, 1000)
-    alice = f"Authorization: Bearer {serving.token('alice')}"
+    alice = serving.authorization()
     tus = (alice, "Tus-Resumable: 1.0.0", BODY, "Upload-Offset: 0")
     stalled = Bad("upload", head("PATCH", f"/v1/uploads/{upload}", *tus, "Content-Length: 1000") + picture(700))
     slow_upload = await asyncio.to_thread(begin, serving, 36)

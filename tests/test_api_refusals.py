@@ -55,44 +55,44 @@ COMMENTS = {
 
 
 @pytest.mark.parametrize("case", COMMENTS)
-def test_a_comment_is_refused_for(standing, case):
+def test_a_comment_is_refused_for(furnished, case):
     body, status, code = COMMENTS[case]
-    target = standing.filled("/v1/posts/{post}/comments")
-    standing.refused(request("POST", target, standing.token("bob"), body), status, code)
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    furnished.assert_refused(request("POST", target, furnished.token("bob"), body), status, code)
 
 
-def test_a_long_json_body_is_refused_also_without_its_length(standing):
-    target = standing.filled("/v1/posts/{post}/comments")
+def test_a_long_json_body_is_refused_also_without_its_length(furnished):
+    target = furnished.fill_in("/v1/posts/{post}/comments")
     start = head(
-        "POST", target, f"Authorization: Bearer {standing.token('bob')}", "Transfer-Encoding: chunked"
+        "POST", target, furnished.authorization("bob"), "Transfer-Encoding: chunked"
     )
-    standing.refused(start + b"%x\r\n" % 70_000 + b" " * 70_000 + b"\r\n0\r\n\r\n", 413, "toolarge")
+    furnished.assert_refused(start + b"%x\r\n" % 70_000 + b" " * 70_000 + b"\r\n0\r\n\r\n", 413, "toolarge")
 
 
 CODINGS = ["gzip", "br", "GZIP", "x-own", "identity, gzip", "gzip\r\nContent-Encoding: identity"]
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_a_body_with_an_encoding_is_refused(standing, coding):
-    token = f"Authorization: Bearer {standing.token('alice')}"
+def test_a_body_with_an_encoding_is_refused(furnished, coding):
+    token = furnished.authorization()
     for target in ("/v1/posts", "/v1/posts/{post}/comments", "/v1/uploads"):
-        asked = head("POST", standing.filled(target), token, f"Content-Encoding: {coding}", "Content-Length: 9")
-        answer = standing.refused(asked + b"123456789", 415, "encoding")
+        asked = head("POST", furnished.fill_in(target), token, f"Content-Encoding: {coding}", "Content-Length: 9")
+        answer = furnished.assert_refused(asked + b"123456789", 415, "encoding")
         assert answer.headers["accept-encoding"] == "identity"
 
 
-def test_a_body_with_the_encoding_identity_is_taken(standing):
-    with standing.client("bob") as client:
-        target, headers = standing.filled("/v1/posts/{post}/comments"), {"Content-Encoding": "identity"}
+def test_a_body_with_the_encoding_identity_is_taken(furnished):
+    with furnished.client("bob") as client:
+        target, headers = furnished.fill_in("/v1/posts/{post}/comments"), {"Content-Encoding": "identity"}
         made = client.post(target, json={"text": "plain"}, headers=headers)
         assert made.status_code == 201
         assert client.delete(made.headers["Location"]).status_code == 204
 
 
-def test_the_longest_comment_is_taken_however_it_is_written(standing):
-    with standing.client("bob") as client:
+def test_the_longest_comment_is_taken_however_it_is_written(furnished):
+    with furnished.client("bob") as client:
         for text in ("😀" * 2200, "\t" * 2199 + "x", "\u202e" * 2199 + "x"):
-            made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
+            made = client.post(furnished.fill_in("/v1/posts/{post}/comments"), json={"text": text})
             assert made.status_code == 201
             assert client.get(made.headers["Location"]).json()["text"] == text
             assert client.delete(made.headers["Location"]).status_code == 204
@@ -103,24 +103,24 @@ CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code
 
 
 @pytest.mark.parametrize("character", CONTROLS, ids=lambda character: f"U+{ord(character):04X}")
-def test_a_text_with_a_control_character_is_refused(standing, character):
+def test_a_text_with_a_control_character_is_refused(furnished, character):
     body = json.dumps({"text": f"one{character}two"}).encode()
-    target = standing.filled("/v1/posts/{post}/comments")
-    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "control")
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    answer = furnished.assert_refused(request("POST", target, furnished.token("bob"), body), 422, "control")
     assert answer.json()["errors"][0]["pointer"] == "#/text"
     assert f"U+{ord(character):04X} at position 3" in answer.json()["detail"]
 
 
-def test_a_caption_with_a_control_character_is_refused_in_a_form_and_in_json(standing):
-    with standing.client("bob") as client:
-        upload = begin(standing, 10, "bob")
+def test_a_caption_with_a_control_character_is_refused_in_a_form_and_in_json(furnished):
+    with furnished.client("bob") as client:
+        upload = begin(furnished, 10, "bob")
         caption = b'{"upload": "%b", "caption": "a\\u0085"}' % upload.encode()
-        answer = standing.refused(request("POST", "/v1/posts", standing.token("bob"), caption), 422, "control")
+        answer = furnished.assert_refused(request("POST", "/v1/posts", furnished.token("bob"), caption), 422, "control")
         assert answer.json()["errors"][0]["pointer"] == "#/caption"
         assert client.delete(f"/v1/uploads/{upload}", headers={"Tus-Resumable": "1.0.0"}).status_code == 204
         kind = {"Content-Type": "multipart/form-data; boundary=frontier"}
         body = form(("image", "a.jpg", jpeg()), ("caption", None, b"a\rb"))
-        with unchanged(standing.server.client, standing.folder):
+        with unchanged(furnished.server.client, furnished.folder):
             refused = client.post("/v1/posts", content=body, headers=kind)
         assert (refused.status_code, refused.json()["code"]) == (422, "control")
         assert refused.json()["errors"][0]["parameter"] == "caption"
@@ -146,10 +146,10 @@ BLANK = {
 
 
 @pytest.mark.parametrize("blank", BLANK)
-def test_a_comment_that_cannot_be_seen_is_blank(standing, blank):
+def test_a_comment_that_cannot_be_seen_is_blank(furnished, blank):
     body = json.dumps({"text": BLANK[blank]}).encode()
-    target = standing.filled("/v1/posts/{post}/comments")
-    answer = standing.refused(request("POST", target, standing.token("bob"), body), 422, "invalid")
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    answer = furnished.assert_refused(request("POST", target, furnished.token("bob"), body), 422, "invalid")
     assert "blank" in answer.json()["detail"]
 
 
@@ -177,10 +177,10 @@ UNCHANGED = {
 
 
 @pytest.mark.parametrize("sort", UNCHANGED)
-def test_a_text_comes_back_as_it_was_sent(standing, sort):
+def test_a_text_comes_back_as_it_was_sent(furnished, sort):
     text = UNCHANGED[sort]
-    with standing.client("bob") as client:
-        made = client.post(standing.filled("/v1/posts/{post}/comments"), json={"text": text})
+    with furnished.client("bob") as client:
+        made = client.post(furnished.fill_in("/v1/posts/{post}/comments"), json={"text": text})
         assert made.status_code == 201, made.text
         assert made.json()["text"] == client.get(made.headers["Location"]).json()["text"] == text
         assert client.delete(made.headers["Location"]).status_code == 204
@@ -189,8 +189,8 @@ def test_a_text_comes_back_as_it_was_sent(standing, sort):
         assert client.delete(sent.headers["Location"]).status_code == 204
 
 
-def test_a_caption_may_be_blank(standing):
-    with standing.client("bob") as client:
+def test_a_caption_may_be_blank(furnished):
+    with furnished.client("bob") as client:
         for caption in ("", " ", "\u200b"):
             sent = client.post("/v1/posts", files={"image": jpeg()}, data={"caption": caption})
             assert (sent.status_code, sent.json()["caption"]) == (201, caption)
@@ -221,22 +221,22 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_422_names_the_part_of_the_request_that_is_wrong(standing, case):
+def test_a_422_names_the_part_of_the_request_that_is_wrong(furnished, case):
     method, target, kind, body, where = WRONG[case]
-    headers = [f"Authorization: Bearer {standing.token('alice')}"]
+    headers = [furnished.authorization()]
     if body is not None:
         if b"{empty}" in body:
-            body = body.replace(b"{empty}", begin(standing, 0, "alice").encode())
+            body = body.replace(b"{empty}", begin(furnished, 0, "alice").encode())
         headers += [f"Content-Type: {kind.removeprefix('Content-Type: ')}", f"Content-Length: {len(body)}"]
-    with dial(standing.port) as line:
-        line.sendall(head(method, standing.filled(target), *headers) + (body or b""))
+    with dial(furnished.port) as line:
+        line.sendall(head(method, furnished.fill_in(target), *headers) + (body or b""))
         problem = hear(line).json()
     assert problem["errors"] == [{**where, "detail": problem["detail"]}]
 
 
-def test_a_422_names_the_idempotency_key(standing):
-    target = standing.filled("/v1/posts/{post}/comments")
-    with standing.client("bob") as client:
+def test_a_422_names_the_idempotency_key(furnished):
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    with furnished.client("bob") as client:
         for key, text in (("", "a"), ("reused", "a"), ("reused", "b")):
             answer = client.post(target, json={"text": text}, headers={"Idempotency-Key": key})
             if answer.status_code == 201:
@@ -257,46 +257,46 @@ def etags(site, target: str) -> list[str]:
 
 
 @pytest.mark.parametrize("encoding", range(3))
-def test_a_delete_with_if_match_happens_only_to_what_was_seen(standing, encoding):
-    with standing.client("alice") as alice:
+def test_a_delete_with_if_match_happens_only_to_what_was_seen(furnished, encoding):
+    with furnished.client("alice") as alice:
         post = alice.post("/v1/posts", files={"image": jpeg()}, data={"caption": "x" * 300}).headers["Location"]
-        tag = etags(standing, post)[encoding]
+        tag = etags(furnished, post)[encoding]
         weak, part, unquoted = f"W/{tag}", f'"x{tag[1:]}', tag.strip('"')
         for listed in ('"other"', weak, part, unquoted, f'"other", {weak}', f"{tag} nonsense"):
-            asked = head("DELETE", post, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {listed}")
-            standing.refused(asked, 412, "precondition")
-        asked = head("DELETE", post, f"Authorization: Bearer {standing.token('bob')}", 'If-Match: "other"')
-        standing.refused(asked, 403, "forbidden")
-        bearer = f"Authorization: Bearer {standing.token('alice')}"
+            asked = head("DELETE", post, furnished.authorization(), f"If-Match: {listed}")
+            furnished.assert_refused(asked, 412, "precondition")
+        asked = head("DELETE", post, furnished.authorization("bob"), 'If-Match: "other"')
+        furnished.assert_refused(asked, 403, "forbidden")
+        bearer = furnished.authorization()
         asked = head("DELETE", post, bearer, 'If-Match: "a"', f"If-Match: {tag}")
-        assert exchange(standing.port, asked).status == 204
-        standing.refused(asked, 404, "nopost")
+        assert exchange(furnished.port, asked).status == 204
+        furnished.assert_refused(asked, 404, "nopost")
 
 
-def test_a_comment_is_deleted_with_if_match(standing):
-    comments = standing.filled("/v1/posts/{post}/comments")
-    with standing.client("bob") as bob:
+def test_a_comment_is_deleted_with_if_match(furnished):
+    comments = furnished.fill_in("/v1/posts/{post}/comments")
+    with furnished.client("bob") as bob:
         for listed in ("*", None):
             comment = bob.post(comments, json={"text": "a"}).headers["Location"]
-            tag = etags(standing, comment)[0]
-            bearer = f"Authorization: Bearer {standing.token('bob')}"
-            standing.refused(head("DELETE", comment, bearer, 'If-Match: "other"'), 412, "precondition")
-            asked = head("DELETE", comment, f"Authorization: Bearer {standing.token('alice')}", f"If-Match: {tag}")
-            standing.refused(asked, 403, "forbidden")
+            tag = etags(furnished, comment)[0]
+            bearer = furnished.authorization("bob")
+            furnished.assert_refused(head("DELETE", comment, bearer, 'If-Match: "other"'), 412, "precondition")
+            asked = head("DELETE", comment, furnished.authorization(), f"If-Match: {tag}")
+            furnished.assert_refused(asked, 403, "forbidden")
             assert bob.delete(comment, headers={"If-Match": listed or tag}).status_code == 204
-            standing.refused(head("DELETE", comment, bearer, f"If-Match: {listed or tag}"), 404, "nocomment")
+            furnished.assert_refused(head("DELETE", comment, bearer, f"If-Match: {listed or tag}"), 404, "nocomment")
 
 
-def test_a_comment_that_came_meanwhile_keeps_its_post(standing):
+def test_a_comment_that_came_meanwhile_keeps_its_post(furnished):
     """And one that went: with it the post is as it was, and its first ETag counts again."""
-    target = standing.filled("/v1/posts/{post}")
-    bearer = f"Authorization: Bearer {standing.token('alice')}"
-    before = etags(standing, target)[0]
-    with standing.client("bob") as bob:
+    target = furnished.fill_in("/v1/posts/{post}")
+    bearer = furnished.authorization()
+    before = etags(furnished, target)[0]
+    with furnished.client("bob") as bob:
         comment = bob.post(f"{target}/comments", json={"text": "a"}).headers["Location"]
-        standing.refused(head("DELETE", target, bearer, f"If-Match: {before}"), 412, "precondition")
+        furnished.assert_refused(head("DELETE", target, bearer, f"If-Match: {before}"), 412, "precondition")
         assert bob.delete(comment).status_code == 204
-    assert etags(standing, target)[0] == before
+    assert etags(furnished, target)[0] == before
 
 
 # What is asked for
@@ -343,8 +343,8 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("method, target, status, code", ADDRESSES)
-def test_what_is_not_there_or_not_theirs_is_refused(standing, method, target, status, code):
-    standing.refused(request(method, standing.filled(target), standing.token("bob")), status, code)
+def test_what_is_not_there_or_not_theirs_is_refused(furnished, method, target, status, code):
+    furnished.assert_refused(request(method, furnished.fill_in(target), furnished.token("bob")), status, code)
 
 
 METHODS = [
@@ -362,10 +362,10 @@ METHODS = [
 
 @pytest.mark.parametrize("method, target, allowed", METHODS)
 def test_a_method_that_an_address_does_not_take_is_refused_with_those_it_takes(
-    standing, method, target, allowed
+    furnished, method, target, allowed
 ):
-    answer = standing.refused(
-        request(method, standing.filled(target), standing.token("alice")), 405, "method"
+    answer = furnished.assert_refused(
+        request(method, furnished.fill_in(target), furnished.token("alice")), 405, "method"
     )
     assert set(answer.headers["allow"].split(", ")) == allowed
 
@@ -388,13 +388,13 @@ IDS += ["01jd4q7zk5w8y3n6r2t9v0xabc-0", "A" * 7000, "%D9%A0"]
 
 
 @pytest.mark.parametrize("id", IDS, ids=lambda id: id[:40])
-def test_an_id_of_any_shape_is_a_post_that_is_not_there(standing, id):
-    id, token = standing.filled(id), standing.token("alice")
-    standing.refused(request("GET", f"/v1/posts/{id}"), 404, "nopost")
-    standing.refused(request("DELETE", f"/v1/posts/{id}", token), 404, "nopost")
-    standing.refused(request("GET", f"/v1/posts/{id}/comments"), 404, "nopost")
-    standing.refused(request("POST", f"/v1/posts/{id}/comments", token, b'{"text": "a"}'), 404, "nopost")
-    standing.refused(request("GET", f"/v1/images/{id}.jpg"), 404, "nopost")
+def test_an_id_of_any_shape_is_a_post_that_is_not_there(furnished, id):
+    id, token = furnished.fill_in(id), furnished.token("alice")
+    furnished.assert_refused(request("GET", f"/v1/posts/{id}"), 404, "nopost")
+    furnished.assert_refused(request("DELETE", f"/v1/posts/{id}", token), 404, "nopost")
+    furnished.assert_refused(request("GET", f"/v1/posts/{id}/comments"), 404, "nopost")
+    furnished.assert_refused(request("POST", f"/v1/posts/{id}/comments", token, b'{"text": "a"}'), 404, "nopost")
+    furnished.assert_refused(request("GET", f"/v1/images/{id}.jpg"), 404, "nopost")
 
 
 COMMENT_IDS = [
@@ -422,34 +422,34 @@ COMMENT_IDS += [
 
 
 @pytest.mark.parametrize("id", COMMENT_IDS)
-def test_an_id_of_any_shape_is_a_comment_that_is_not_there(standing, id):
-    target = standing.filled("/v1/posts/{post}/comments/" + id)
-    standing.refused(request("GET", target), 404, "nocomment")
-    standing.refused(request("DELETE", target, standing.token("alice")), 404, "nocomment")
+def test_an_id_of_any_shape_is_a_comment_that_is_not_there(furnished, id):
+    target = furnished.fill_in("/v1/posts/{post}/comments/" + id)
+    furnished.assert_refused(request("GET", target), 404, "nocomment")
+    furnished.assert_refused(request("DELETE", target, furnished.token("alice")), 404, "nocomment")
 
 
-def test_a_post_that_is_not_ready_takes_no_comment(standing):
-    target = standing.filled("/v1/posts/{processing}/comments")
-    standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "notready")
+def test_a_post_that_is_not_ready_takes_no_comment(furnished):
+    target = furnished.fill_in("/v1/posts/{processing}/comments")
+    furnished.assert_refused(request("POST", target, furnished.token("bob"), b'{"text": "a"}'), 409, "notready")
 
 
-async def test_a_post_whose_image_failed_takes_no_comment(standing):
-    db = connect(standing.server)
+async def test_a_post_whose_image_failed_takes_no_comment(furnished):
+    db = connect(furnished.server)
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, "undecodable", "it is damaged")
     await db.close()
     target = f"/v1/posts/{failed}/comments"
-    standing.refused(request("POST", target, standing.token("bob"), b'{"text": "a"}'), 409, "failed")
+    furnished.assert_refused(request("POST", target, furnished.token("bob"), b'{"text": "a"}'), 409, "failed")
 
 
-def test_an_address_beyond_ascii_is_a_bad_request(standing):
+def test_an_address_beyond_ascii_is_a_bad_request(furnished):
     for target in ("/v1/posts/\xff", "/v1/posts?cursor=\xff\xfe", "/v1/posts/\xc3\xa9"):
-        standing.refused(head("GET", target), 400, "bad_request")
+        furnished.assert_refused(head("GET", target), 400, "bad_request")
 
 
-def test_a_head_of_16_kib_is_too_large(standing):
-    standing.refused(head("GET", "/v1/posts/" + "A" * 16_384), 413, "toolarge")
-    standing.refused(head("GET", "/v1/posts", "X: " + "A" * 16_384), 413, "toolarge")
+def test_a_head_of_16_kib_is_too_large(furnished):
+    furnished.assert_refused(head("GET", "/v1/posts/" + "A" * 16_384), 413, "toolarge")
+    furnished.assert_refused(head("GET", "/v1/posts", "X: " + "A" * 16_384), 413, "toolarge")
 
 
 # Pages
@@ -474,10 +474,10 @@ LIMITS = [
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit[:10])
-def test_a_limit_is_a_whole_number_from_1_to_100(standing, limit):
-    standing.refused(request("GET", f"/v1/posts?limit={limit}"), 422, "invalid")
-    standing.refused(
-        request("GET", standing.filled("/v1/posts/{post}/comments") + f"?limit={limit}"), 422, "invalid"
+def test_a_limit_is_a_whole_number_from_1_to_100(furnished, limit):
+    furnished.assert_refused(request("GET", f"/v1/posts?limit={limit}"), 422, "invalid")
+    furnished.assert_refused(
+        request("GET", furnished.fill_in("/v1/posts/{post}/comments") + f"?limit={limit}"), 422, "invalid"
     )
 
 
@@ -513,29 +513,29 @@ CURSORS += [
 
 
 @pytest.mark.parametrize("cursor", CURSORS, ids=lambda cursor: cursor[:40])
-def test_a_forged_cursor_is_refused(standing, cursor):
-    standing.refused(request("GET", f"/v1/posts?cursor={cursor}"), 422, "invalid")
-    target = standing.filled("/v1/posts/{post}/comments")
-    standing.refused(request("GET", f"{target}?cursor={cursor}"), 422, "invalid")
+def test_a_forged_cursor_is_refused(furnished, cursor):
+    furnished.assert_refused(request("GET", f"/v1/posts?cursor={cursor}"), 422, "invalid")
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    furnished.assert_refused(request("GET", f"{target}?cursor={cursor}"), 422, "invalid")
 
 
-def test_a_cursor_of_one_list_is_none_of_another(standing):
-    standing.refused(request("GET", f"/v1/posts?cursor={cursor('1763971200000-0')}"), 422, "invalid")
-    target = standing.filled("/v1/posts/{post}/comments")
-    standing.refused(request("GET", f"{target}?cursor={cursor(f'0:{NOBODY}')}"), 422, "invalid")
+def test_a_cursor_of_one_list_is_none_of_another(furnished):
+    furnished.assert_refused(request("GET", f"/v1/posts?cursor={cursor('1763971200000-0')}"), 422, "invalid")
+    target = furnished.fill_in("/v1/posts/{post}/comments")
+    furnished.assert_refused(request("GET", f"{target}?cursor={cursor(f'0:{NOBODY}')}"), 422, "invalid")
 
 
-async def test_a_cursor_whose_post_moved_or_went_is_a_place_all_the_same(standing):
+async def test_a_cursor_whose_post_moved_or_went_is_a_place_all_the_same(furnished):
     """Posts, by comments: a 2, b 1, c 1, d 0. The cursor stands behind b."""
-    db = connect(standing.server)
+    db = connect(furnished.server)
     d, c, b, a = [await make_post(db, "alice") for _ in range(4)]
     assert d < c < b < a
     for post, count in ((a, 2), (b, 1), (c, 1)):
         for _ in range(count):
             await comments.add(db, "alice", post, "counts")
-    everyone = standing.server.client
-    token = standing.token("alice")
-    async with Line(standing.port, token) as line:
+    everyone = furnished.server.client
+    token = furnished.token("alice")
+    async with Line(furnished.port, token) as line:
         first = (await line.ask("GET", "/v1/posts?limit=3")).json()
         shown = [item["id"] for item in first["items"]]
         assert shown[:2] == [a, b] and everyone.zscore("feed:{0}", b) == 1
@@ -546,16 +546,16 @@ async def test_a_cursor_whose_post_moved_or_went_is_a_place_all_the_same(standin
             assert answer.status == 200
             return [item["id"] for item in answer.json()["items"]]
 
-        rest = [c, standing.post, d]
+        rest = [c, furnished.post, d]
         assert await following() == rest
         for _ in range(3):
             await comments.add(db, "alice", b, "moves up")
         assert await following() == rest
         for comment in (await comments.page(db, b, 100)).comments:
             await comments.delete(db, "alice", b, comment.id)
-        assert await following() == [c, standing.post, b, d]
+        assert await following() == [c, furnished.post, b, d]
         for post in (b, a, c, d):
             assert (await line.ask("DELETE", f"/v1/posts/{post}")).status == 204
             assert b not in await following()
-        assert await following() == [standing.post]
+        assert await following() == [furnished.post]
     await db.close()

@@ -9,7 +9,7 @@ import pytest
 from conftest import connect
 from making import jpeg, make_post
 from proxy import Proxy
-from uploading import BODY, begin, picture, stored
+from uploading import BODY, begin, count_chunks, picture
 from wire import FORM, dial, exchange, form, head, hear
 from wiretrace import play
 
@@ -42,7 +42,7 @@ def post(serving, empty):
 
 
 def ask(site, method: str, target: str, *headers: str, body: bytes = b"", user: str = "alice"):
-    token = f"Authorization: Bearer {site.token(user)}"
+    token = site.authorization(user)
     return exchange(site.port, head(method, target, token, *headers, f"Content-Length: {len(body)}") + body)
 
 
@@ -140,7 +140,7 @@ def test_twenty_forms_with_one_key_are_one_post_and_the_others_leave_nothing(ser
 
 def test_of_two_forms_at_once_the_second_to_finish_gets_the_post_of_the_first(serving):
     """Both are half way when neither has made a post; their captions differ, and the first one's stays."""
-    asked = (f"Authorization: Bearer {serving.token('alice')}", FORM, KEY + "one")
+    asked = (serving.authorization(), FORM, KEY + "one")
     bodies = [form(("caption", None, text), ("image", "a.jpg", jpeg())) for text in (b"first", b"other")]
     lines = [dial(serving.port) for _ in bodies]
     for line, body in zip(lines, bodies, strict=True):
@@ -159,7 +159,7 @@ def test_a_form_that_was_taken_is_answered_again_before_its_body_is_read(serving
     body = form(("image", "a.jpg", jpeg()))
     first = ask(serving, "POST", "/v1/posts", FORM, KEY + "one", body=body)
     with dial(serving.port) as line:
-        asked = (f"Authorization: Bearer {serving.token('alice')}", FORM, KEY + "one", "Expect: 100-continue")
+        asked = (serving.authorization(), FORM, KEY + "one", "Expect: 100-continue")
         line.sendall(head("POST", "/v1/posts", *asked, "Content-Length: 100000000"))
         data = b""
         while piece := line.recv(65536):
@@ -261,7 +261,7 @@ def test_an_upload_made_again_goes_on_where_it_is(serving):
     again = ask(serving, "POST", "/v1/uploads", *tus, body=image[:600])
     assert first.headers["upload-offset"] == again.headers["upload-offset"] == "600"
     assert first.headers["location"] == again.headers["location"]
-    assert stored(serving, first.headers["location"].rsplit("/", 1)[1]) == 1
+    assert count_chunks(serving, first.headers["location"].rsplit("/", 1)[1]) == 1
 
 
 def test_a_deleted_upload_is_not_made_again_by_its_key(serving):

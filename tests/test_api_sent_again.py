@@ -35,9 +35,9 @@ SINCE += [
 
 
 @pytest.mark.parametrize("since", SINCE, ids=lambda since: since[:30])
-def test_a_token_of_changes_that_was_never_issued_is_outdated(standing, since):
+def test_a_token_of_changes_that_was_never_issued_is_outdated(furnished, since):
     since = since.replace("{h}", str(int(time.time()) // 3600))
-    standing.refused(head("GET", f"/v1/changes?since={since}"), 410, "outdated")
+    furnished.assert_refused(head("GET", f"/v1/changes?since={since}"), 410, "outdated")
 
 
 KEYS = ["", " ", "a b", "a\tb", "é".encode().decode("latin-1"), "\xff", "a" * 256, "\x7f"]
@@ -45,19 +45,19 @@ KEYS = ["", " ", "a b", "a\tb", "é".encode().decode("latin-1"), "\xff", "a" * 2
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: repr(key)[:20])
 @pytest.mark.parametrize("target", ["/v1/posts/{post}/comments", "/v1/posts", "/v1/uploads"])
-def test_an_idempotency_key_of_another_shape_is_refused(standing, key, target):
+def test_an_idempotency_key_of_another_shape_is_refused(furnished, key, target):
     body = b'{"text": "a", "upload": "a"}'
     sent = head(
         "POST",
-        standing.filled(target),
-        f"Authorization: Bearer {standing.token('bob')}",
+        furnished.fill_in(target),
+        furnished.authorization("bob"),
         "Tus-Resumable: 1.0.0",
         "Upload-Length: 100",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         f"Idempotency-Key: {key}",
     )
-    standing.refused(sent + body, 422, "invalid")
+    furnished.assert_refused(sent + body, 422, "invalid")
 
 
 ADOPTIONS = {
@@ -79,9 +79,9 @@ ADOPTIONS = {
 
 
 @pytest.mark.parametrize("case", ADOPTIONS)
-def test_a_post_of_an_upload_is_refused_for(standing, case):
+def test_a_post_of_an_upload_is_refused_for(furnished, case):
     body, status, code = ADOPTIONS[case]
-    standing.refused(request("POST", "/v1/posts", standing.token("bob"), body), status, code)
+    furnished.assert_refused(request("POST", "/v1/posts", furnished.token("bob"), body), status, code)
 
 
 TUS = {
@@ -115,16 +115,16 @@ TUS = {
 
 
 @pytest.mark.parametrize("case", TUS)
-def test_an_upload_is_refused_for(standing, case):
+def test_an_upload_is_refused_for(furnished, case):
     method, target, others, status = TUS[case]
     headers = {
-        "Authorization": f"Bearer {standing.token('bob')}",
+        "Authorization": f"Bearer {furnished.token('bob')}",
         "Tus-Resumable": "1.0.0",
         "Upload-Length": "10",
         "Content-Length": "0",
         "Content-Type": "application/offset+octet-stream",
     } | others
     sent = head(method, target, *(f"{name}: {value}" for name, value in headers.items() if value is not None))
-    with unchanged(standing.server.client, standing.folder):
-        answer = exchange(standing.port, sent)
+    with unchanged(furnished.server.client, furnished.folder):
+        answer = exchange(furnished.port, sent)
     assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")

@@ -29,7 +29,7 @@ def leaving(embedded, tmp_path):
 
 
 async def test_a_server_that_stops_keeps_what_came_and_finishes_what_is_short(leaving):
-    alice = f"Authorization: Bearer {leaving.token('alice')}"
+    alice = leaving.authorization()
     db = connect(leaving.server)
     post = await make_post(db, "alice")
     image = picture(900_000)

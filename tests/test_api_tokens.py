@@ -15,30 +15,30 @@ from api.tokens import LEEWAY, mint
 from storage import settings
 
 
-def test_a_sub_with_braces_and_colons_is_a_user_like_any_other(standing):
+def test_a_sub_with_braces_and_colons_is_a_user_like_any_other(furnished):
     users = ["{0}:x", "{1}", "x}:{0", ":", "a:b", "a", '"a"', "\\", "{0}:x:y", "%00", "*", "a" * 255]
     posted = {}
     for user in users:
-        with standing.client(user) as client:
+        with furnished.client(user) as client:
             made = client.post("/v1/posts", files={"image": ("a.bmp", b"BM" + bytes(100))})
             assert (made.status_code, made.json()["author"]) == (201, user)
             posted[user] = made.json()["id"]
     for user in users:
-        with standing.client(user) as client:
+        with furnished.client(user) as client:
             for owner, post in posted.items():
                 if owner != user:
                     assert client.delete(f"/v1/posts/{post}").status_code == 403
     for user, post in posted.items():
-        with standing.client(user) as client:
+        with furnished.client(user) as client:
             assert client.delete(f"/v1/posts/{post}").status_code == 204
 
 
-def test_a_sub_is_a_user_to_the_letter(standing):
+def test_a_sub_is_a_user_to_the_letter(furnished):
     for user in ("Alice", "alic", "alicee", "alice:", "{alice}"):
-        target = standing.filled("/v1/posts/{post}")
-        standing.refused(request("DELETE", target, standing.token(user)), 403, "forbidden")
-        target = standing.filled("/v1/posts/{post}/comments/{comment}")
-        standing.refused(request("DELETE", target, standing.token(user)), 403, "forbidden")
+        target = furnished.fill_in("/v1/posts/{post}")
+        furnished.assert_refused(request("DELETE", target, furnished.token(user)), 403, "forbidden")
+        target = furnished.fill_in("/v1/posts/{post}/comments/{comment}")
+        furnished.assert_refused(request("DELETE", target, furnished.token(user)), 403, "forbidden")
 
 
 def signed(claims: dict, secret: str | None = SECRET, algorithm: str = "HS256") -> str:
@@ -90,17 +90,17 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("case", TOKENS)
-def test_nobody_writes_with_a_token(standing, case):
+def test_nobody_writes_with_a_token(furnished, case):
     token = TOKENS[case]()
     for method, target in [("DELETE", "/v1/posts/{post}"), ("POST", "/v1/posts")]:
-        answer = standing.refused(request(method, standing.filled(target), token, b"{}"), 401, "unauthorized")
+        answer = furnished.assert_refused(request(method, furnished.fill_in(target), token, b"{}"), 401, "unauthorized")
         assert answer.headers["www-authenticate"] == 'Bearer realm="imagegram", error="invalid_token"'
 
 
 @pytest.mark.parametrize(
     "header", ["", "Authorization:", "Authorization: Bearer", "Authorization: Basic YTpi"]
 )
-def test_nobody_writes_without_a_token(standing, header):
+def test_nobody_writes_without_a_token(furnished, header):
     for method, target in [
         ("POST", "/v1/posts"),
         ("DELETE", "/v1/posts/{post}"),
@@ -108,7 +108,7 @@ def test_nobody_writes_without_a_token(standing, header):
         ("DELETE", "/v1/posts/{post}/comments/{comment}"),
     ]:
         headers = [header] if header else []
-        answer = standing.refused(head(method, standing.filled(target), *headers), 401, "unauthorized")
+        answer = furnished.assert_refused(head(method, furnished.fill_in(target), *headers), 401, "unauthorized")
         assert answer.headers["www-authenticate"] == 'Bearer realm="imagegram"'
 
 
@@ -117,16 +117,16 @@ def asks(site, token: str) -> int:
     return exchange(site.port, request("DELETE", f"/v1/posts/{NOBODY}", token)).status
 
 
-def test_clocks_may_differ_by_30_seconds(standing):
+def test_clocks_may_differ_by_30_seconds(furnished):
     now = int(time.time())
     for claim in ("nbf", "iat"):
-        assert asks(standing, signed(claims(**{claim: now + LEEWAY}))) == 404
-    assert asks(standing, signed(claims(exp=now - LEEWAY + 5))) == 404
+        assert asks(furnished, signed(claims(**{claim: now + LEEWAY}))) == 404
+    assert asks(furnished, signed(claims(exp=now - LEEWAY + 5))) == 404
 
 
-async def test_a_token_that_is_remembered_expires_with_its_leeway_and_not_before(standing):
+async def test_a_token_that_is_remembered_expires_with_its_leeway_and_not_before(furnished):
     ends = int(time.time()) + 2
-    async with Line(standing.port, signed(claims(exp=ends - LEEWAY))) as line:
+    async with Line(furnished.port, signed(claims(exp=ends - LEEWAY))) as line:
         seen, status = set(), 404
         while status == 404:
             began = time.time()
@@ -137,9 +137,9 @@ async def test_a_token_that_is_remembered_expires_with_its_leeway_and_not_before
     assert seen == {404, 401}
 
 
-def test_an_audience_is_ignored_where_none_is_set(standing):
+def test_an_audience_is_ignored_where_none_is_set(furnished):
     for audience in ("others", ["a", "b"], 7, None):
-        assert asks(standing, signed(claims(aud=audience, iss="anybody"))) == 404
+        assert asks(furnished, signed(claims(aud=audience, iss="anybody"))) == 404
 
 
 def test_issuer_and_audience_are_checked_where_they_are_set(embedded, tmp_path):
@@ -158,7 +158,7 @@ def test_issuer_and_audience_are_checked_where_they_are_set(embedded, tmp_path):
         site.close()
 
 
-def test_a_refused_token_is_told_why_in_our_words(standing):
+def test_a_refused_token_is_told_why_in_our_words(furnished):
     for token, reason in {
         TOKENS["expired"](): "it has expired",
         TOKENS["signed with another secret"](): "its signature is wrong",
@@ -166,7 +166,7 @@ def test_a_refused_token_is_told_why_in_our_words(standing):
         TOKENS["with a number as sub"](): "`sub` must be a string",
         "/w.e30.e30": "it is malformed",
     }.items():
-        answer = exchange(standing.port, request("DELETE", f"/v1/posts/{NOBODY}", token))
+        answer = exchange(furnished.port, request("DELETE", f"/v1/posts/{NOBODY}", token))
         assert answer.json()["detail"] == f"the token is not accepted: {reason}"
 
 

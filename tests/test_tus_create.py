@@ -261,7 +261,7 @@ def forms(site, stack: contextlib.ExitStack, count: int, *headers: str) -> list:
     known, lines = site.server.client.hlen("uploads:{0}:alice"), []
     for _ in range(count):
         lines.append(stack.enter_context(dial(site.port)))
-        lines[-1].sendall(head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", FORM, *headers))
+        lines[-1].sendall(head("POST", "/v1/posts", site.authorization(), FORM, *headers))
     until(lambda: site.server.client.hlen("uploads:{0}:alice") == known + count, what="the forms")
     return lines
 
@@ -295,7 +295,7 @@ def test_forms_that_do_not_tell_their_length_reserve_two_gibibytes_at_most_and_n
 
 
 def form_request(site, body: bytes, *headers: str) -> bytes:
-    return head("POST", "/v1/posts", f"Authorization: Bearer {site.token('alice')}", FORM, *headers) + body
+    return head("POST", "/v1/posts", site.authorization(), FORM, *headers) + body
 
 
 def test_an_upload_made_again_with_its_key_says_where_it_is_now(serving):

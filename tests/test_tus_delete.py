@@ -2,7 +2,7 @@
 
 import pytest
 from state import contents, files
-from uploading import begin, picture, stored
+from uploading import begin, count_chunks, picture
 from wiretrace import play
 
 TRACES = {
@@ -110,4 +110,4 @@ def test_a_post_keeps_the_bytes_of_its_upload(serving):
         known=known,
         post=b'{"upload": "%b"}' % known["upload"].encode(),
     )
-    assert stored(serving, known["upload"]) == 1
+    assert count_chunks(serving, known["upload"]) == 1

@@ -21,7 +21,7 @@ def empty(serving):
 
 def listed(site, user: str = "alice") -> list[dict]:
     """No header of tus is needed."""
-    answer = exchange(site.port, head("GET", "/v1/uploads", f"Authorization: Bearer {site.token(user)}"))
+    answer = exchange(site.port, head("GET", "/v1/uploads", site.authorization(user)))
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert answer.headers["cache-control"] == "no-store"
     assert set(answer.json()) == {"items"}
@@ -63,7 +63,7 @@ def test_what_nobody_can_go_on_with_is_not_listed(serving):
     play(serving, done, whole=picture(100), post=b'{"upload": "%b"}' % post.encode())
     serving.server.client.hset(f"upload:{{0}}:{expired}", "expires", 1)
     with dial(serving.port) as line:
-        form = head("POST", "/v1/posts", f"Authorization: Bearer {serving.token('alice')}", FORM, "Content-Length: 900")
+        form = head("POST", "/v1/posts", serving.authorization(), FORM, "Content-Length: 900")
         line.sendall(form)
         until(lambda: "form 4194304" in serving.server.client.hvals("uploads:{0}:alice"), what="the form")
         assert listed(serving) == []

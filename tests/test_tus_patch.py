@@ -7,7 +7,7 @@ import socket
 import pytest
 from conftest import connect, until
 from state import contents, files, unchanged
-from uploading import BODY, begin, joined, offset, picture, stored
+from uploading import BODY, begin, count_chunks, joined, offset, picture
 from wire import dial, exchange, head, hear, reset
 from wiretrace import chunked, play
 
@@ -214,7 +214,7 @@ def test_patch(serving, case):
     known = {"upload": begin(serving, 100)}
     play(serving, TRACES[case], known=known, **bodies)
     chunks = serving.server.client.lrange(f"chunks:{{0}}:{known['upload']}", 0, -1)
-    assert stored(serving, known["upload"]) == len(chunks), "no bytes that are nobody's"
+    assert count_chunks(serving, known["upload"]) == len(chunks), "no bytes that are nobody's"
 
 
 def test_only_its_owner_may(serving):
@@ -264,7 +264,7 @@ def test_a_post_is_made_of_a_finished_upload_once(serving):
 
 
 def patch(site, upload: str, at: int, *headers: str) -> bytes:
-    token = f"Authorization: Bearer {site.token('alice')}"
+    token = site.authorization()
     return head(
         "PATCH", f"/v1/uploads/{upload}", token, "Tus-Resumable: 1.0.0", BODY, f"Upload-Offset: {at}", *headers
     )
@@ -329,7 +329,7 @@ def test_a_broken_upload_is_ended_by_delete_while_its_connection_hangs(serving):
         play(serving, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": upload})
         old.sendall(bytes(500))
         assert hear(old).status == 404
-    assert stored(serving, upload) == 0
+    assert count_chunks(serving, upload) == 0
 
 
 async def test_a_trickle_makes_few_objects(serving, store, monkeypatch):
@@ -394,7 +394,7 @@ def test_an_upload_whose_first_bytes_came_one_by_one_is_told_to_be_no_image_at_t
 def test_head_and_patch_cost_redis_the_same_for_one_chunk_and_for_ten_thousand(serving):
     """Counted by Redis. The 10,000 names alone would be 300 kB and a millisecond for each request."""
     client, asked, cost = serving.server.client, 20, {}
-    head_ = ["Tus-Resumable: 1.0.0", f"Authorization: Bearer {serving.token('alice')}"]
+    head_ = ["Tus-Resumable: 1.0.0", serving.authorization()]
     for count in (1, CHUNKS - asked - 1):
         upload = in_chunks(serving, count)
         client.config_resetstat()

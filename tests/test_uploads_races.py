@@ -38,7 +38,7 @@ def sites(embedded, tmp_path):
 
 
 def patch(site, upload: str, at: int, length: int) -> bytes:
-    token = f"Authorization: Bearer {site.token('alice')}"
+    token = site.authorization()
     return head(
         "PATCH",
         f"/v1/uploads/{upload}",

@@ -1,4 +1,4 @@
-"""HTTP over bare sockets: what no polite client sends, and requests as fast as a test can send them."""
+"""HTTP over bare sockets: requests that no HTTP client would send, and requests as fast as a test can send them."""
 
 import asyncio
 import http.client
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 class Answer(NamedTuple):
     status: int
-    headers: dict[str, str]  # names in small letters
+    headers: dict[str, str]  # names in lower case
     body: bytes
 
     def json(self):
@@ -20,10 +20,12 @@ class Answer(NamedTuple):
 
 
 def head(method: str, target: str, *headers: str) -> bytes:
+    """A request's line and headers, up to and with the empty line. `headers` are whole header lines."""
     return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode("latin-1")
 
 
 def request(method: str, target: str, token: str | None = None, body: bytes | None = None) -> bytes:
+    """A whole request. Its body is sent as JSON."""
     headers = [f"Authorization: Bearer {token}"] if token else []
     if body is not None:
         headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
@@ -31,7 +33,7 @@ def request(method: str, target: str, token: str | None = None, body: bytes | No
 
 
 def form(*parts: tuple[str, str | None, bytes], boundary: str = "frontier", end: bool = True) -> bytes:
-    """A multipart/form-data body of (field, file name or None, bytes)."""
+    """A multipart/form-data body, by default with its last boundary. A part is (field, file name or None, bytes)."""
     body = b""
     for field, name, data in parts:
         file = f'; filename="{name}"\r\nContent-Type: application/octet-stream' if name else ""
@@ -48,22 +50,22 @@ def dial(port: int) -> socket.socket:
 
 
 def hear(line: socket.socket, method: str = "GET") -> Answer:
-    """The answer to a request that was sent; a 100 is passed over."""
+    """Reads the answer to a request that was sent. It skips a 100 Continue."""
     response = http.client.HTTPResponse(line, method=method)
     response.begin()
-    return Answer(
-        response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-    )
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, response.read())
 
 
 def exchange(port: int, data: bytes) -> Answer:
+    """Sends a whole request on a new connection, and returns the answer."""
     with dial(port) as line:
         line.sendall(data)
         return hear(line, data[: data.index(b" ")].decode())
 
 
 def pour(port: int, pieces: Iterable[bytes]) -> tuple[Answer, int]:
-    """Send until an answer comes, as a client does that listens while it sends. The answer, and the bytes sent."""
+    """Sends until an answer comes, as a client does that reads while it sends. Returns (answer, bytes sent)."""
     sent = 0
     with dial(port) as line:
         for piece in pieces:
@@ -78,13 +80,13 @@ def pour(port: int, pieces: Iterable[bytes]) -> tuple[Answer, int]:
 
 
 def reset(line: socket.socket) -> None:
-    """Close with an RST, as a dying network does it, not with a FIN."""
+    """Closes with an RST, as when a network fails. A plain close sends a FIN."""
     line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     line.close()
 
 
 class Line:
-    """A connection that is kept, for asyncio: one request after the other, some thousands a second."""
+    """A keep-alive connection for asyncio. It sends one request after the other, some thousands a second."""
 
     def __init__(self, port: int, token: str | None = None):
         self._port = port
@@ -106,6 +108,6 @@ class Line:
         self._writer.write(head(method, target, *headers) + data)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = (line.partition(": ") for line in lines[1:-2])
-        found = {name.lower(): value for name, _, value in fields}
-        content = await self._reader.readexactly(int(found.get("content-length", 0)))
-        return Answer(int(lines[0].split()[1]), found, content)
+        answered = {name.lower(): value for name, _, value in fields}
+        content = await self._reader.readexactly(int(answered.get("content-length", 0)))
+        return Answer(int(lines[0].split()[1]), answered, content)

@@ -1,15 +1,20 @@
-"""Wire traces: requests and the answers they get, side by side, played against a running server.
+"""Wire traces: a text with requests and the answers they must get, which is played against a running server.
 
-    > HEAD /v1/uploads/<upload>
-    < 200
-    < Upload-Offset: 0
-    < -Upload-Metadata          this header must be missing
-    < Upload-Expires: *         whatever it says
-    < code: noupload            of the problem in the body
+| line                          | meaning
+|-------------------------------|----------------------------------------
+| `> HEAD /v1/uploads/<upload>` | a request begins, on a connection of its own
+| `> Upload-Offset: 0`          | a header of the request
+| `> Host:`                     | a header without a value is not sent
+| `> [first]`                   | the body: the bytes that `play` was given as `first`
+| `< 200`                       | the status of the answer
+| `< Upload-Offset: 0`          | a header of the answer
+| `< Upload-Expires: *`         | a header that must be there; `*` stands for any text
+| `< -Upload-Metadata`          | a header that must not be there
+| `< code: noupload`            | the `code` of the problem in the body
+| `<upload>`                    | in an answer: remembers the text under that name; afterwards: stands for that text
 
-A request is sent on a connection of its own, with Host, the user's token and `Tus-Resumable: 1.0.0` unless it says
-them itself; a header without a value is left out. `> [first]` sends the bytes given under that name, with their
-Content-Length unless the request has one or is chunked. `<upload>` in an answer is learnt there and used afterwards.
+A request has a Host, the user's token and `Tus-Resumable: 1.0.0`, unless the trace gives these headers. A body has
+its Content-Length, unless the trace gives one or the request has a Transfer-Encoding.
 """
 
 import re
@@ -20,7 +25,7 @@ NAME = re.compile(r"<(\w+)>")
 
 
 def play(site, trace: str, user: str | None = "alice", known: dict[str, str] | None = None, **bodies: bytes):
-    """Play a trace; returns what was learnt. Fails at the first answer that differs."""
+    """Plays a trace, and fails at the first answer that differs. Returns the remembered texts by their names."""
     known = dict(known or {})
     for asked, expected in steps(trace):
         answer = exchange(site.port, request(site, asked, user, known, bodies))
@@ -31,7 +36,7 @@ def play(site, trace: str, user: str | None = "alice", known: dict[str, str] | N
 
 
 def steps(trace: str):
-    """(request lines, answer lines) of each step."""
+    """Yields (lines of the request, lines of the answer) for each request."""
     asked, expected = [], []
     for line in map(str.strip, trace.strip().splitlines()):
         if line.startswith(">"):
