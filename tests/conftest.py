@@ -233,9 +233,9 @@ class Site:
 
 
 @contextlib.contextmanager
-def running_site(server, folder: Path, **settings: object):
-    """A site whose API runs. Its `server` is the Redis server that it uses."""
-    site = Site(server.url, folder, **settings)
+def running_site(server, folder: Path, redis_url: str = "", **settings: object):
+    """A site whose API runs. It uses `server`, by `redis_url` if there is a proxy in between."""
+    site = Site(redis_url or server.url, folder, **settings)
     site.server = server
     try:
         site.api()
