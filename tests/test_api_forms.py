@@ -1,24 +1,26 @@
-"""Forms that are refused or break off leave nothing behind, in Redis as in the store; and are answered at once."""
+"""Multipart forms that create posts. One that is refused or breaks off leaves nothing in Redis or in the store."""
 
-import io
 import select
+import socket
 import time
 from base64 import b64decode
 
 import httpx
 import pytest
 from conftest import until
-from making import bmp, jpeg, png
-from PIL import GifImagePlugin, IcoImagePlugin, Image, TiffImagePlugin  # noqa: F401  the pipeline loads none but its own
+from making import bmp, encode_image, jpeg, png
+from PIL import GifImagePlugin, IcoImagePlugin, TiffImagePlugin  # noqa: F401  loads these plugins for encode_image
 from state import contents, files, unchanged
 from wire import FORM, dial, exchange, form, head, hear, pour, reset
 
-MIB = 2**20
+from storage.settings import MIB
+
 BIG = 100 * MIB  # the largest image
-SLACK = 64 * 1024  # bytes a form may be longer than its image
+SLACK = 64 * 1024  # bytes that a form may have beside its image
 
 
 def start(site, *headers: str) -> bytes:
+    """The head of a form of alice's."""
     return head("POST", "/v1/posts", site.authorization(), *headers)
 
 
@@ -26,32 +28,20 @@ def send(site, body: bytes, kind: str = FORM):
     return exchange(site.port, start(site, kind, f"Content-Length: {len(body)}") + body)
 
 
-def a_problem(answer, status: int, code: str) -> bool:
-    assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json"), (
-        answer.body
-    )
-    return (answer.json()["status"], answer.json()["code"]) == (status, code)
-
-
-def image(format: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (60, 40), "teal").save(file, format, **options)
-    return file.getvalue()
+def assert_problem(answer, status: int, code: str) -> None:
+    assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json"), answer.body
+    assert (answer.json()["status"], answer.json()["code"]) == (status, code)
 
 
 JPEG = jpeg(60, 40)
-# One pixel, lossy, from libwebp's encoder, which not every Pillow is compiled with.
+# One pixel, made by libwebp's lossy encoder. Not every Pillow is compiled with libwebp.
 WEBP = b64decode("UklGRiIAAABXRUJQVlA4IBYAAAAwAQCdASoBAAEADsD+JaQAA3AAAAAA")
 FIELDS = {
     "no image": ([("caption", None, b"a")], 422, "form"),
     "no fields": ([], 422, "form"),
     "two images": ([("image", "a.jpg", JPEG), ("image", "b.jpg", JPEG)], 422, "form"),
-    "two captions": (
-        [("image", "a.jpg", JPEG), ("caption", None, b"a"), ("caption", None, b"b")],
-        422,
-        "form",
-    ),
-    "two captions around an image": (
+    "two captions": ([("image", "a.jpg", JPEG), ("caption", None, b"a"), ("caption", None, b"b")], 422, "form"),
+    "a caption before and after an image": (
         [("caption", None, b"a"), ("image", "a.jpg", JPEG), ("caption", None, b"b")],
         422,
         "form",
@@ -64,18 +54,14 @@ FIELDS = {
     "text named .jpg": ([("image", "a.jpg", b"this is no picture\n" * 100)], 415, "format"),
     "HTML": ([("image", "a.png", b"<html><script>alert(1)</script>")], 415, "format"),
     "SVG": ([("image", "a.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>')], 415, "format"),
-    "GIF": ([("image", "a.jpg", image("GIF"))], 415, "format"),
+    "GIF": ([("image", "a.jpg", encode_image("GIF", 60, 40, "teal"))], 415, "format"),
     "WebP": ([("image", "a.png", WEBP)], 415, "format"),
-    "TIFF": ([("image", "a.bmp", image("TIFF"))], 415, "format"),
-    "ICO": ([("image", "a.bmp", image("ICO"))], 415, "format"),
+    "TIFF": ([("image", "a.bmp", encode_image("TIFF", 60, 40, "teal"))], 415, "format"),
+    "ICO": ([("image", "a.bmp", encode_image("ICO", 60, 40, "teal"))], 415, "format"),
     "a JPEG after a space": ([("image", "a.jpg", b" " + JPEG)], 415, "format"),
     "one byte that might become a BMP": ([("image", "a.bmp", b"B")], 415, "format"),
     "seven bytes that might become a PNG": ([("image", "a.png", png()[:7])], 415, "format"),
-    "a caption of 2,201 characters": (
-        [("image", "a.jpg", JPEG), ("caption", None, b"a" * 2201)],
-        422,
-        "invalid",
-    ),
+    "a caption of 2,201 characters": ([("image", "a.jpg", JPEG), ("caption", None, b"a" * 2201)], 422, "invalid"),
     "a caption of 2,201 characters first": (
         [("caption", None, b"a" * 2201), ("image", "a.jpg", JPEG)],
         422,
@@ -88,7 +74,7 @@ FIELDS = {
         422,
         "form",
     ),
-    "a caption cut amid a character": (
+    "a caption that ends inside a character": (
         [("image", "a.jpg", JPEG), ("caption", None, "é".encode()[:1])],
         422,
         "form",
@@ -97,10 +83,10 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_a_form_is_refused_that_has(furnished, case):
+def test_a_form_is_refused_because_of_its_fields(furnished, case):
     parts, status, code = FIELDS[case]
     with unchanged(furnished.server.client, furnished.folder):
-        assert a_problem(send(furnished, form(*parts)), status, code)
+        assert_problem(send(furnished, form(*parts)), status, code)
 
 
 WHOLE = form(("caption", None, b"a"), ("image", "a.jpg", JPEG))
@@ -111,7 +97,7 @@ ODD = {
     "is empty": (FORM, b"", 422, "form"),
     "ends before it begins": (FORM, b"--frontier--\r\n", 422, "form"),
     "has another boundary": (FORM, WHOLE.replace(b"frontier", b"border"), 422, "form"),
-    "has a broken boundary amid": (
+    "has a broken boundary in the middle": (
         FORM,
         WHOLE.replace(b"\r\n--frontier\r\n", b"\r\n--fronter\r\n"),
         422,
@@ -127,7 +113,6 @@ ODD = {
         "form",
     ),
     "has no disposition": (FORM, WHOLE.replace(b"Content-Disposition", b"Content-Position"), 422, "form"),
-    "has a disposition beyond Latin": (FORM, WHOLE.replace(b"a.jpg", "☃.jpg".encode()), 201, None),
     "names no boundary": ("Content-Type: multipart/form-data", WHOLE, 422, "form"),
     "names an empty boundary": ("Content-Type: multipart/form-data; boundary=", WHOLE, 422, "form"),
     "names a boundary of 300 letters": (
@@ -137,12 +122,7 @@ ODD = {
         "form",
     ),
     "names a boundary beyond ASCII": ("Content-Type: multipart/form-data; boundary=\xff", WHOLE, 422, "form"),
-    "names a boundary in UTF-8": (
-        "Content-Type: multipart/form-data; boundary=\xe2\x98\x83",
-        WHOLE,
-        422,
-        "form",
-    ),
+    "names a boundary in UTF-8": ("Content-Type: multipart/form-data; boundary=\xe2\x98\x83", WHOLE, 422, "form"),
     "is of a type beyond ASCII": ("Content-Type: \xff", WHOLE, 415, "type"),
     "is of no type": ("X: y", WHOLE, 415, "type"),
     "is url-encoded": ("Content-Type: application/x-www-form-urlencoded", WHOLE, 415, "type"),
@@ -152,16 +132,13 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_a_form_is_refused_that(furnished, case):
+def test_a_form_is_refused_because_it(furnished, case):
     kind, body, status, code = ODD[case]
-    if code is None:
-        assert send(furnished, body, kind).status == status
-        return
     with unchanged(furnished.server.client, furnished.folder):
-        assert a_problem(send(furnished, body, kind), status, code)
+        assert_problem(send(furnished, body, kind), status, code)
 
 
-def test_a_form_may_come_in_any_order_and_in_any_pieces(furnished):
+def test_the_parts_of_a_form_may_come_in_any_order_and_in_pieces_of_any_size(furnished):
     caption = "😀" * 2200
     parts = [("image", "☃.jpg", JPEG), ("caption", None, caption.encode())]
     for ordered in (parts, parts[::-1]):
@@ -179,11 +156,11 @@ def test_a_form_may_come_in_any_order_and_in_any_pieces(furnished):
             assert httpx.get(furnished.url + made.headers["location"]).json()["caption"] == caption
 
 
-# Too large
+# Forms that are too large
 
 
-def declared(length: int):
-    """A form with an image and as many bytes in all, in pieces."""
+def form_of(length: int):
+    """A form with an image that has `length` bytes in all, in pieces."""
     first = form(("image", "a.bmp", b"BM"), end=False)[:-2]
     last = b"\r\n--frontier--\r\n"
     yield first
@@ -195,35 +172,37 @@ def declared(length: int):
 
 
 def chunked(pieces):
+    """A body in chunked encoding, which is made while it is sent. (wiretrace.chunked makes it at once.)"""
     for piece in pieces:
         yield b"%x\r\n%b\r\n" % (len(piece), piece)
     yield b"0\r\n\r\n"
 
 
 def overhead() -> int:
+    """The bytes of a form beside its image."""
     return len(form(("image", "a.bmp", b"")))
 
 
 @pytest.mark.parametrize("length", [BIG + SLACK + 1, 10 * BIG, 10**17])
-def test_a_form_that_declares_to_be_too_long_is_refused_before_it_is_read(furnished, length):
+def test_a_form_whose_content_length_is_too_large_is_refused_before_its_body_is_read(furnished, length):
     with unchanged(furnished.server.client, furnished.folder):
         began = time.monotonic()
         request = start(furnished, FORM, f"Content-Length: {length}")
-        answer, sent = pour(furnished.port, [request, *declared(20 * MIB)])
-        assert a_problem(answer, 413, "toolarge")
+        answer, sent = pour(furnished.port, [request, *form_of(20 * MIB)])
+        assert_problem(answer, 413, "toolarge")
         assert answer.headers["connection"] == "close"
-        assert sent < 8 * MIB  # what the sockets' buffers hold
+        assert sent < 8 * MIB  # no more than the buffers of the sockets hold
         assert time.monotonic() - began < 2
 
 
-def test_a_client_that_asks_first_is_refused_without_being_told_to_go_on(furnished):
+def test_a_form_with_expect_100_continue_that_is_too_large_is_refused_without_a_100(furnished):
     with unchanged(furnished.server.client, furnished.folder), dial(furnished.port) as line:
         line.sendall(start(furnished, FORM, f"Content-Length: {2 * BIG}", "Expect: 100-continue"))
-        heard = line.recv(65536)
-    assert heard.startswith(b"HTTP/1.1 413 ")
+        answer = line.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_client_that_asks_first_is_told_to_go_on(furnished):
+def test_a_form_with_expect_100_continue_gets_a_100_before_its_body(furnished):
     with dial(furnished.port) as line:
         line.sendall(start(furnished, FORM, f"Content-Length: {len(WHOLE)}", "Expect: 100-continue"))
         assert line.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -231,35 +210,33 @@ def test_a_client_that_asks_first_is_told_to_go_on(furnished):
         assert hear(line).status == 201
 
 
-def test_an_image_of_100_mib_and_a_byte_is_refused_as_soon_as_it_is_read(furnished):
-    """With its length declared and without: the slack is the form's, not the image's."""
+def test_an_image_of_more_than_100_mib_is_refused_as_soon_as_that_many_bytes_came(furnished):
+    """With a Content-Length and without. The 64 KiB beyond the image are for the other parts of the form."""
     long = overhead() + BIG + 1
     bodies = {
-        f"Content-Length: {long}": declared(long),
-        "Transfer-Encoding: chunked": chunked(declared(2 * BIG)),
+        f"Content-Length: {long}": form_of(long),
+        "Transfer-Encoding: chunked": chunked(form_of(2 * BIG)),
     }
     for header, pieces in bodies.items():
         with unchanged(furnished.server.client, furnished.folder):
             request = start(furnished, FORM, header)
             answer, sent = pour(furnished.port, (piece for part in ([request], pieces) for piece in part))
-            assert a_problem(answer, 413, "toolarge")
+            assert_problem(answer, 413, "toolarge")
             assert sent < BIG + 8 * MIB
 
 
-def test_an_image_of_100_mib_is_taken(furnished):
-    pieces = chunked(declared(overhead() + BIG))
+def test_an_image_of_100_mib_is_accepted(furnished):
+    pieces = chunked(form_of(overhead() + BIG))
     request = start(furnished, FORM, "Transfer-Encoding: chunked")
     answer, _ = pour(furnished.port, (piece for part in ([request], pieces) for piece in part))
     assert answer.status == 201
     chunks = [size for name, size in files(furnished.folder / "store").items()]
     assert sum(size if isinstance(size, int) else len(size) for size in chunks) >= BIG
-    assert httpx.delete(
-        furnished.url + answer.headers["location"],
-        headers={"Authorization": f"Bearer {furnished.token('alice')}"},
-    )
+    with furnished.client("alice") as alice:
+        assert alice.delete(answer.headers["location"]).status_code == 204
 
 
-def test_an_endless_image_of_no_format_of_ours_is_refused_at_its_first_bytes(furnished):
+def test_an_endless_image_of_another_format_is_refused_at_its_first_bytes(furnished):
     def endless():
         yield form(("image", "a.bmp", b"GIF89a"), end=False)[:-2]
         for _ in range(1000):
@@ -267,14 +244,12 @@ def test_an_endless_image_of_no_format_of_ours_is_refused_at_its_first_bytes(fur
 
     with unchanged(furnished.server.client, furnished.folder):
         request = start(furnished, FORM, "Transfer-Encoding: chunked")
-        answer, sent = pour(
-            furnished.port, (piece for part in ([request], chunked(endless())) for piece in part)
-        )
-        assert a_problem(answer, 415, "format")
+        answer, sent = pour(furnished.port, (piece for part in ([request], chunked(endless())) for piece in part))
+        assert_problem(answer, 415, "format")
         assert sent < 8 * MIB
 
 
-def test_what_is_refused_first_of_all_is_not_read_either(furnished):
+def test_a_form_that_is_refused_because_of_its_head_is_not_read(furnished):
     with unchanged(furnished.server.client, furnished.folder):
         for request, status in [
             (head("POST", "/v1/posts", FORM, f"Content-Length: {BIG}"), 401),
@@ -282,32 +257,33 @@ def test_what_is_refused_first_of_all_is_not_read_either(furnished):
             (head("PUT", "/v1/posts", FORM, f"Content-Length: {BIG}"), 405),
             (start(furnished, "Content-Type: image/jpeg", f"Content-Length: {BIG}"), 415),
         ]:
-            answer, sent = pour(furnished.port, [request, *declared(20 * MIB)])
+            answer, sent = pour(furnished.port, [request, *form_of(20 * MIB)])
             assert answer.status == status
             assert sent < 8 * MIB
 
 
-# Cut connections
+# Forms whose connection is cut
 
 
-def fin(line) -> None:
+def close(line) -> None:
+    """Sends a FIN."""
     line.close()
 
 
-def half(line) -> None:
-    """The client ends its side only, and would still read an answer."""
-    line.shutdown(1)
+def half_close(line) -> None:
+    """Sends a FIN, and would still read an answer."""
+    line.shutdown(socket.SHUT_WR)
     select.select([line], [], [], 10)
     line.close()
 
 
-@pytest.mark.parametrize("cut", [fin, reset, half])
-@pytest.mark.parametrize("sent", ["nothing", "a part's head", "little", "a chunk", "several chunks"])
+@pytest.mark.parametrize("cut", [close, reset, half_close])
+@pytest.mark.parametrize("sent", ["only its head", "the head of a part", "5 kB", "a chunk", "several chunks"])
 def test_a_form_whose_connection_breaks_leaves_nothing(furnished, cut, sent):
     lengths = {
-        "nothing": 0,
-        "a part's head": 40,
-        "little": 5000,
+        "only its head": 0,
+        "the head of a part": 40,
+        "5 kB": 5000,
         "a chunk": MIB + 5000,
         "several chunks": 3 * MIB + 7,
     }
@@ -315,15 +291,15 @@ def test_a_form_whose_connection_breaks_leaves_nothing(furnished, cut, sent):
     body = form(("image", "a.bmp", bmp(1200, 1200)))  # 4 MiB
     line = dial(furnished.port)
     line.sendall(start(furnished, FORM, f"Content-Length: {len(body)}") + body[: lengths[sent]])
-    until(lambda: client.zcard("due:{0}") > len(before[0].get("due:{0}", [[]])[0]), what="the upload")
+    until(lambda: client.zcard("due:{0}") > len(before[0].get("due:{0}", [[]])[0]), what="the upload of the form")
     if lengths[sent] > MIB:
         until(lambda: len(files(furnished.folder)) > len(before[1]), what="a chunk")
     cut(line)
-    until(lambda: (contents(client), files(furnished.folder)) == before, what="the end of what it left")
+    until(lambda: (contents(client), files(furnished.folder)) == before, what="the removal of all that the form left")
 
 
 def test_forms_that_break_at_any_moment_leave_nothing(furnished):
-    """Cut after each of many delays, so that some are cut in the midst of a chunk's put or a script's call."""
+    """Each form is cut after another delay, so that some are cut during the put of a chunk or the call of a script."""
     client, before = furnished.server.client, (contents(furnished.server.client), files(furnished.folder))
     body = form(("image", "a.bmp", bmp(1200, 1200)))
     for step in range(60):
@@ -335,7 +311,7 @@ def test_forms_that_break_at_any_moment_leave_nothing(furnished):
         while view and time.monotonic() < deadline:
             if select.select([], [line], [], 0)[1]:
                 view = view[line.send(view[:100_000]) :]
-        (reset if step % 2 else fin)(line)
-    until(lambda: (contents(client), files(furnished.folder)) == before, what="the end of what they left")
+        (reset if step % 2 else close)(line)
+    until(lambda: (contents(client), files(furnished.folder)) == before, what="the removal of all that the forms left")
     with unchanged(client, furnished.folder):
-        assert a_problem(send(furnished, b""), 422, "form")
+        assert_problem(send(furnished, b""), 422, "form")
