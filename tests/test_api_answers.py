@@ -1,6 +1,5 @@
-"""Few bytes: validators for each encoding, 304 without a body, compression by quality values, ranges of images."""
+"""Answers with few bytes: ETags for each encoding, 304 without a body, compression by quality values, and ranges."""
 
-import asyncio
 import gzip
 import json
 import random
@@ -12,15 +11,14 @@ from email.utils import parsedate_to_datetime
 
 import brotli
 import pytest
-from conftest import connect
+from conftest import run_with_db
 from making import jpeg, make_post, make_processing
 from wire import dial, exchange, head, hear
 
 from storage import comments, outbox, posts
-from storage.objects import open_store
 
-DECODE = {"br": brotli.decompress, "gzip": gzip.decompress, "": lambda body: body}
-SAID = """
+DECODE = {"br": brotli.decompress, "gzip": gzip.decompress, "": lambda body: body}  # by Content-Encoding
+PROSE = """
 We got up at four to see this, and it was worth every minute of lost sleep. The road was closed, so we walked the
 last two kilometres along the river. My grandmother's kitchen, unchanged since 1974. Does anybody know which bird this
 is? Third attempt at sourdough and finally it has risen! First snow of the year, and of course I forgot my gloves. The
@@ -32,16 +30,16 @@ day. Is the path open again? Great shot, which lens did you use? Miss you all. W
 
 
 def sentences(chance: random.Random, most: int) -> str:
-    return ". ".join(chance.sample([part.strip() for part in SAID.split(". ")], chance.randint(1, most)))
+    """1 to `most` sentences, as a caption or a comment may have them."""
+    return ". ".join(chance.sample([part.strip() for part in PROSE.split(". ")], chance.randint(1, most)))
 
 
 @pytest.fixture(scope="module")
 def pages(serving):
-    """Addresses that can be asked for again, of a feed of 20 posts as people write them."""
+    """Addresses by name, on a site with 20 posts. Captions and comments are sentences, because they compress so."""
     chance = random.Random(20)
 
-    async def fill():
-        db = connect(serving.server)
+    async def fill(db):
         made = []
         for n in range(20):
             post = await make_processing(db, f"user{n * 37 % 101}", caption=sentences(chance, 3))
@@ -49,13 +47,12 @@ def pages(serving):
             for _ in range(chance.randint(0, 6)):
                 await comments.add(db, f"user{chance.randint(1, 999)}", post, sentences(chance, 2))
             made.append(post)
-        await open_store((serving.folder / "store").as_uri()).put(f"images/{made[0]}.jpg", jpeg(600, 600))
+        await serving.open_store().put(f"images/{made[0]}.jpg", jpeg(600, 600))
         commented = (await posts.feed(db, 1, 1)).posts[0].id
         comment = (await comments.page(db, commented, 1)).comments[0].id
-        await db.close()
         return made[0], commented, comment
 
-    post, commented, comment = asyncio.run(fill())
+    post, commented, comment = run_with_db(serving.server, fill)
     return {
         "feed": "/v1/posts",
         "post": f"/v1/posts/{post}",
@@ -76,101 +73,100 @@ JSON = ["feed", "post", "comments", "changes"]
 
 
 @pytest.mark.parametrize("page", JSON)
-def test_each_encoding_has_its_validator_and_says_the_same(serving, pages, page):
-    answers = {coding: get(serving, pages[page], f"Accept-Encoding: {coding}") for coding in DECODE}
+def test_each_encoding_has_an_etag_of_its_own_and_the_same_content(serving, pages, page):
+    answers = {encoding: get(serving, pages[page], f"Accept-Encoding: {encoding}") for encoding in DECODE}
     assert {answer.status for answer in answers.values()} == {200}
     assert {answer.headers.get("content-encoding", "") for answer in answers.values()} == set(DECODE)
-    assert len({DECODE[coding](answer.body) for coding, answer in answers.items()}) == 1
+    assert len({DECODE[encoding](answer.body) for encoding, answer in answers.items()}) == 1
     tags = {answer.headers["etag"] for answer in answers.values()}
-    assert len(tags) == 3 and all(tag.startswith('"') for tag in tags), "strong, one an encoding"
+    assert len(tags) == 3 and all(tag.startswith('"') for tag in tags), "strong ETags, one for each encoding"
     assert {answer.headers["vary"] for answer in answers.values()} == {"Accept-Encoding"}
-    again = {coding: get(serving, pages[page], f"Accept-Encoding: {coding}") for coding in DECODE}
-    assert [answer.headers["etag"] for answer in again.values()] == [
-        answer.headers["etag"] for answer in answers.values()
-    ]
+    again = {encoding: get(serving, pages[page], f"Accept-Encoding: {encoding}") for encoding in DECODE}
+    for encoding in DECODE:
+        assert again[encoding].headers["etag"] == answers[encoding].headers["etag"]
 
 
-@pytest.mark.parametrize("coding", DECODE)
+@pytest.mark.parametrize("encoding", DECODE)
 @pytest.mark.parametrize("page", JSON)
-def test_what_the_client_has_is_not_sent_again(serving, pages, page, coding):
-    """And the connection goes on with the next answer, so no body followed the 304."""
-    first = get(serving, pages[page], f"Accept-Encoding: {coding}")
+def test_a_page_that_the_client_has_is_answered_by_304_without_a_body(serving, pages, page, encoding):
+    """The next request on the connection gets its answer, so there was no body behind the 304."""
+    first = get(serving, pages[page], f"Accept-Encoding: {encoding}")
     with dial(serving.port) as line:
         for known in (first.headers["etag"], f'"other", {first.headers["etag"]}', "W/" + first.headers["etag"], "*"):
-            line.sendall(head("GET", pages[page], f"Accept-Encoding: {coding}", f"If-None-Match: {known}"))
+            line.sendall(head("GET", pages[page], f"Accept-Encoding: {encoding}", f"If-None-Match: {known}"))
             answer = hear(line)
             assert (answer.status, answer.body) == (304, b"")
-            kept = ("etag", "vary", "cache-control", "link")
-            assert {name: answer.headers.get(name) for name in kept} == {n: first.headers.get(n) for n in kept}
+            for name in ("etag", "vary", "cache-control", "link"):
+                assert answer.headers.get(name) == first.headers.get(name)
             assert "content-length" not in answer.headers and "content-encoding" not in answer.headers
         line.sendall(head("GET", "/healthz"))
         assert hear(line).status == 200
 
 
-def told(answer) -> dict[str, str]:
-    """Headers without what differs from one answer to the next."""
+def stable_headers(answer) -> dict[str, str]:
+    """The headers, without those that differ from one answer to the next."""
     return {name: value for name, value in answer.headers.items() if name not in ("date", "request-id")}
 
 
 @pytest.mark.parametrize("page", [*JSON, "image", "comment", "healthz", "readyz"])
 def test_head_gets_the_headers_of_get_and_no_body(serving, pages, page):
-    """And the connection goes on with the next answer, so no body came behind them."""
+    """The next request on the connection gets its answer, so there was no body."""
     with dial(serving.port) as line:
-        for coding in ("br", "gzip", "identity"):
-            asked = [f"Accept-Encoding: {coding}"]
-            got = get(serving, pages[page], *asked)
+        for encoding in ("br", "gzip", "identity"):
+            accepted = f"Accept-Encoding: {encoding}"
+            got = get(serving, pages[page], accepted)
             assert got.status == 200 and int(got.headers["content-length"]) == len(got.body) > 0
             tag = got.headers.get("etag")
-            for condition in [[], [f"If-None-Match: {tag}"]] if tag else [[]]:
-                got = get(serving, pages[page], *asked, *condition)
-                line.sendall(head("HEAD", pages[page], *asked, *condition))
-                looked = hear(line, "HEAD")
-                assert (looked.status, looked.body) == (got.status, b"")
-                assert told(looked) == told(got)
+            for headers in ([accepted], [accepted, f"If-None-Match: {tag}"]):
+                got = get(serving, pages[page], *headers)
+                line.sendall(head("HEAD", pages[page], *headers))
+                answer = hear(line, "HEAD")
+                assert (answer.status, answer.body) == (got.status, b"")
+                assert stable_headers(answer) == stable_headers(got)
 
 
-def test_head_of_what_is_not_there_gets_the_headers_of_the_problem(serving, pages):
+def test_head_of_an_error_gets_the_headers_of_the_problem(serving, pages):
     with dial(serving.port) as line:
         for target, status in ((pages["post"] + "0", 404), ("/v1/posts?limit=0", 422), ("/nowhere", 404)):
             got = get(serving, target)
             line.sendall(head("HEAD", target))
-            looked = hear(line, "HEAD")
-            assert (looked.status, looked.body) == (got.status, b"") and got.status == status
-            assert told(looked) == told(got)
+            answer = hear(line, "HEAD")
+            assert (answer.status, answer.body) == (got.status, b"") and got.status == status
+            assert stable_headers(answer) == stable_headers(got)
 
 
 REQUESTS = {
     "a page": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
-    "a page that is known": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n{more}\r\n", 304),
+    "a page that the client has": (b"GET /v1/posts HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n{more}\r\n", 304),
     "a page's head": (b"HEAD /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
     "health": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n{more}\r\n", 200),
     "tus' options": (b"OPTIONS /v1/uploads HTTP/1.1\r\nHost: x\r\n{more}\r\n", 204),
-    "nowhere": (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n{more}\r\n", 404),
+    "an address of nothing": (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n{more}\r\n", 404),
     "no token": (b"POST /v1/posts HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n{more}\r\n", 401),
     "no such method": (b"BREW /v1/posts HTTP/1.1\r\nHost: x\r\n{more}\r\n", 405),
     "an unknown expectation": (b"POST /v1/posts HTTP/1.1\r\nHost:x\r\nExpect:x\r\nContent-Length: 5\r\n\r\n12345", 417),
     "no host": (b"GET /v1/posts HTTP/1.1\r\n{more}\r\n", 400),
-    "no request": (b"no sense\r\n\r\n", 400),
+    "nonsense": (b"no sense\r\n\r\n", 400),
 }
 
 
 @pytest.mark.parametrize("case", REQUESTS)
-def test_every_answer_has_its_time_and_an_id(serving, case):
-    asked, status = REQUESTS[case]
+def test_every_answer_has_a_date_and_a_request_id(serving, case):
+    sent, status = REQUESTS[case]
     before = int(time.time())
-    first, second = (exchange(serving.port, asked.replace(b"{more}", b"")) for _ in range(2))
+    first, second = (exchange(serving.port, sent.replace(b"{more}", b"")) for _ in range(2))
     for answer in (first, second):
         assert answer.status == status
         assert answer.headers["date"].endswith(" GMT")
         assert before <= parsedate_to_datetime(answer.headers["date"]).timestamp() <= time.time()
         assert re.fullmatch(r"[\x21-\x7e]{1,64}", answer.headers["request-id"])
     assert first.headers["request-id"] != second.headers["request-id"]
-    if b"{more}" in asked:
-        answer = exchange(serving.port, asked.replace(b"{more}", b"Request-Id: mine/7\r\n"))
+    if b"{more}" in sent:
+        answer = exchange(serving.port, sent.replace(b"{more}", b"Request-Id: mine/7\r\n"))
         assert answer.headers["request-id"] == "mine/7"
 
 
-def test_a_comment_a_post_and_an_image_have_their_time_and_an_id(serving, pages):
+def test_answers_to_writes_and_images_have_a_date_and_a_request_id(serving, pages):
     with serving.client("alice") as alice:
         target = pages["comments"]
         made = alice.post(target, json={"text": "a"}, headers={"Request-Id": "one"})
@@ -186,7 +182,7 @@ def test_a_comment_a_post_and_an_image_have_their_time_and_an_id(serving, pages)
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 TRACE = PARENT.split("-")[1]
-IDS = {
+IDS = {  # headers of the request, and the id of the answer; None: a new one
     "an id": (["Request-Id: " + "x" * 64], "x" * 64),
     "an id and a trace": (["Request-Id: x", f"traceparent: {PARENT}"], "x"),
     "a trace": ([f"Traceparent: {PARENT}"], TRACE),
@@ -205,13 +201,13 @@ IDS = {
 
 @pytest.mark.parametrize("page", ["feed", "nowhere"])
 @pytest.mark.parametrize("case", IDS)
-def test_the_id_of_an_answer_is_the_one_sent_or_the_traces(serving, pages, page, case):
-    headers, known = IDS[case]
+def test_the_request_id_of_an_answer_is_that_of_the_request_or_of_its_trace_or_a_new_one(serving, pages, page, case):
+    headers, expected = IDS[case]
     given = get(serving, pages.get(page, "/nowhere"), *headers).headers["request-id"]
-    assert given == known if known else re.fullmatch("[0-9a-f]{16}", given)
+    assert given == expected if expected else re.fullmatch("[0-9a-f]{16}", given)
 
 
-LISTS = {
+LISTS = {  # If-None-Match, where {tag} is what stands between the quotes of the ETag; the status
     '"{tag}"': 304,
     'W/"{tag}"': 304,
     '"other", "{tag}"': 304,
@@ -237,11 +233,11 @@ LISTS = {
 
 
 @pytest.mark.parametrize("page", ["feed", "image"])
-@pytest.mark.parametrize("known", LISTS)
-def test_if_none_match_is_a_list_of_tags_that_are_compared_in_whole(serving, pages, page, known):
+@pytest.mark.parametrize("listed", LISTS)
+def test_if_none_match_is_a_list_of_whole_etags(serving, pages, page, listed):
     tag = get(serving, pages[page]).headers["etag"].strip('"')
-    answer = get(serving, pages[page], "If-None-Match: " + known.format(tag=tag))
-    assert answer.status == LISTS[known]
+    answer = get(serving, pages[page], "If-None-Match: " + listed.format(tag=tag))
+    assert answer.status == LISTS[listed]
 
 
 @pytest.mark.parametrize("page", ["feed", "image"])
@@ -259,15 +255,15 @@ def test_several_lines_of_accept_encoding_are_one_list(serving, pages, lines):
 
 
 @pytest.mark.parametrize("page", JSON)
-def test_the_validator_of_one_encoding_does_not_hold_for_another(serving, pages, page):
-    brotlied = get(serving, pages[page], "Accept-Encoding: br").headers["etag"]
-    for coding in ("gzip", "identity"):
-        answer = get(serving, pages[page], f"Accept-Encoding: {coding}", f"If-None-Match: {brotlied}")
+def test_the_etag_of_one_encoding_does_not_match_another(serving, pages, page):
+    tag = get(serving, pages[page], "Accept-Encoding: br").headers["etag"]
+    for encoding in ("gzip", "identity"):
+        answer = get(serving, pages[page], f"Accept-Encoding: {encoding}", f"If-None-Match: {tag}")
         assert answer.status == 200 and answer.body
     assert get(serving, pages[page], 'If-None-Match: "other"').status == 200
 
 
-ACCEPTED = {
+ACCEPTED = {  # Accept-Encoding, and the Content-Encoding of the answer
     "br": "br",
     "gzip": "gzip",
     "gzip, br": "br",
@@ -293,45 +289,45 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("accepted", ACCEPTED)
-def test_the_encoding_is_the_one_the_client_likes_best(serving, pages, accepted):
+def test_the_encoding_is_the_one_that_the_client_prefers(serving, pages, accepted):
     answer = get(serving, pages["feed"], f"Accept-Encoding: {accepted}")
     assert answer.headers.get("content-encoding", "") == ACCEPTED[accepted]
     assert json.loads(DECODE[ACCEPTED[accepted]](answer.body))["items"]
 
 
-def test_a_feed_page_of_20_posts_is_a_quarter_of_its_size_on_the_wire(serving, pages, capsys):
+def test_brotli_makes_a_feed_page_of_20_posts_a_quarter_of_its_size_at_most(serving, pages, capsys):
     plain = get(serving, pages["feed"])
     assert len(plain.json()["items"]) == 20
-    sizes = {coding: len(get(serving, pages["feed"], f"Accept-Encoding: {coding}").body) for coding in ("br", "gzip")}
+    sizes = {name: len(get(serving, pages["feed"], f"Accept-Encoding: {name}").body) for name in ("br", "gzip")}
     whole = len(plain.body)
     with capsys.disabled():
-        shares = ", ".join(f"{coding} {size} ({size / whole:.1%})" for coding, size in sizes.items())
+        shares = ", ".join(f"{name} {size} ({size / whole:.1%})" for name, size in sizes.items())
         print(f"\na feed page of 20 posts: {whole} bytes; {shares}")
     assert sizes["br"] <= 0.25 * whole
 
 
-def test_what_is_small_is_not_compressed(serving, pages):
+def test_a_small_answer_is_not_compressed(serving, pages):
     answer = get(serving, "/v1/changes", "Accept-Encoding: br")
     assert "content-encoding" not in answer.headers and answer.headers["vary"] == "Accept-Encoding"
 
 
 def test_a_page_of_more_than_64_kib_is_compressed_too(serving, pages):
-    async def fill():
-        db = connect(serving.server)
+    async def fill(db):
         post = await make_post(db, "alice")
         for _ in range(60):
             await comments.add(db, "alice", post, secrets.token_hex(1000))
-        await db.close()
         return post
 
-    target = f"/v1/posts/{asyncio.run(fill())}/comments?limit=60"
+    target = f"/v1/posts/{run_with_db(serving.server, fill)}/comments?limit=60"
     plain = get(serving, target)
     assert len(plain.body) > 100_000
-    for coding in ("br", "gzip"):
-        assert DECODE[coding](get(serving, target, f"Accept-Encoding: {coding}").body) == plain.body
+    for encoding in ("br", "gzip"):
+        answer = get(serving, target, f"Accept-Encoding: {encoding}")
+        assert answer.headers["content-encoding"] == encoding and len(answer.body) < len(plain.body)
+        assert DECODE[encoding](answer.body) == plain.body
 
 
-RANGES = {
+RANGES = {  # Range; the status, and begin and end of the body in the image
     "bytes=0-99": (206, 0, 100),
     "bytes=0-0": (206, 0, 1),
     "bytes=100-": (206, 100, None),
@@ -349,7 +345,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("asked", RANGES)
-def test_a_part_of_an_image(serving, pages, asked):
+def test_a_range_of_an_image(serving, pages, asked):
     whole = get(serving, pages["image"])
     assert (whole.status, whole.headers["accept-ranges"]) == (200, "bytes")
     status, start, stop = RANGES[asked]
@@ -366,7 +362,7 @@ def test_a_part_of_an_image(serving, pages, asked):
         assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole.body)}"
 
 
-def test_a_part_is_asked_for_only_while_the_image_is_the_same(serving, pages):
+def test_a_range_with_if_range_is_sent_only_if_the_image_is_the_same(serving, pages):
     whole = get(serving, pages["image"])
     part = ("Range: bytes=10-", f"If-Range: {whole.headers['etag']}")
     assert get(serving, pages["image"], *part).status == 206
@@ -374,15 +370,15 @@ def test_a_part_is_asked_for_only_while_the_image_is_the_same(serving, pages):
     assert get(serving, pages["image"], "Range: bytes=10-", "If-Range: W/" + whole.headers["etag"]).status == 200
 
 
-def test_an_image_is_immutable_and_revalidated_for_nothing(serving, pages):
+def test_an_image_is_immutable_and_head_and_304_have_its_headers(serving, pages):
     whole = get(serving, pages["image"], "Accept-Encoding: br, gzip")
     assert whole.headers["cache-control"] == "public, max-age=31536000, immutable"
     assert (whole.headers["content-type"], whole.headers["x-content-type-options"]) == ("image/jpeg", "nosniff")
     assert "content-encoding" not in whole.headers
-    looked = get(serving, pages["image"], method="HEAD")
-    assert (looked.status, looked.body) == (200, b"")
+    answer = get(serving, pages["image"], method="HEAD")
+    assert (answer.status, answer.body) == (200, b"")
     for name in ("content-length", "etag", "cache-control", "content-type", "accept-ranges"):
-        assert looked.headers[name] == whole.headers[name]
+        assert answer.headers[name] == whole.headers[name]
     for method in ("GET", "HEAD"):
         known = get(serving, pages["image"], f"If-None-Match: {whole.headers['etag']}", method=method)
         assert (known.status, known.body, known.headers["etag"]) == (304, b"", whole.headers["etag"])
