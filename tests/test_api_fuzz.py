@@ -1,7 +1,7 @@
-"""The short form of `make fuzz`."""
+"""A short run of `make fuzz`."""
 
 from drills.fuzz import fuzz
 
 
-def test_no_request_is_answered_by_a_fault():
+def test_random_requests_cause_no_internal_error():
     print(fuzz(1000, seed=2))

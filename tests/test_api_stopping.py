@@ -1,4 +1,4 @@
-"""SIGTERM: nobody new comes in, who is inside is served or told, and nothing that was answered or received is lost."""
+"""SIGTERM: the API accepts no new connections, answers the requests it has, and loses nothing that it received."""
 
 import asyncio
 import http.client
@@ -9,35 +9,32 @@ import time
 
 import psutil
 import pytest
-from conftest import Site, connect, until
+from conftest import connect, running_site, until
 from making import jpeg, make_post
 from uploading import BODY, begin, joined, picture
-from wire import FORM, dial, form, head, hear, request
+from wire import FORM, Answer, dial, form, head, hear, request
 
 from storage import uploads
 
 
 @pytest.fixture
-def leaving(embedded, tmp_path):
-    """A site of two processes that is going to stop."""
+def stopping(embedded, tmp_path):
+    """A site with two API processes, which the test stops."""
     embedded.client.flushall()
-    site = Site(embedded.url, tmp_path, workers=2)
-    site.server = embedded
-    site.process = site.api()
-    yield site
-    site.close()
+    with running_site(embedded, tmp_path, workers=2) as site:
+        yield site
 
 
-async def test_a_server_that_stops_keeps_what_came_and_finishes_what_is_short(leaving):
-    alice = leaving.authorization()
-    db = connect(leaving.server)
+async def test_an_api_that_stops_stores_what_it_received_and_finishes_short_requests(stopping):
+    alice = stopping.authorization()
+    db = connect(stopping.server)
     post = await make_post(db, "alice")
     image = picture(900_000)
-    upload, other = begin(leaving, len(image)), begin(leaving, len(image))
+    upload, other = begin(stopping, len(image)), begin(stopping, len(image))
     tus = (alice, "Tus-Resumable: 1.0.0", BODY, "Upload-Offset: 0")
-    uploading, idle, publishing, stalled = (dial(leaving.port) for _ in range(4))
+    uploading, idle, publishing, stalled = (dial(stopping.port) for _ in range(4))
     uploading.sendall(head("PATCH", f"/v1/uploads/{upload}", *tus, f"Content-Length: {len(image)}") + image[:500_123])
-    with_creation = dial(leaving.port)
+    with_creation = dial(stopping.port)
     creation = (alice, "Tus-Resumable: 1.0.0", BODY, f"Upload-Length: {len(image)}")
     with_creation.sendall(head("POST", "/v1/uploads", *creation, f"Content-Length: {len(image)}") + image[:70_000])
     body = form(("image", "a.jpg", jpeg()), ("caption", None, b"Hello"))
@@ -47,67 +44,66 @@ async def test_a_server_that_stops_keeps_what_came_and_finishes_what_is_short(le
     idle.sendall(head("GET", "/healthz"))
     assert hear(idle).status == 200
 
-    def opened() -> list[str]:
-        return leaving.server.client.hkeys("uploads:{0}:alice")
-
-    def arrived() -> bool:
-        """Every connection above has been read from."""
-        offsets = [int(leaving.server.client.hget(f"upload:{{0}}:{key}", "offset")) for key in opened()]
+    def all_arrived() -> bool:
+        """Whether the API has read from every connection above."""
+        client = stopping.server.client
+        offsets = [int(client.hget(f"upload:{{0}}:{key}", "offset")) for key in client.hkeys("uploads:{0}:alice")]
         return len(offsets) == 5 and sum(offset > 0 for offset in offsets) == 2
 
-    await asyncio.to_thread(until, arrived)
-    taken, comments = [], threading.Thread(target=lambda: taken.extend(chatter(leaving, post)))
-    comments.start()
-    await asyncio.to_thread(until, lambda: leaving.server.client.xlen(f"comments:{{0}}:{post}") > 20)
+    await asyncio.to_thread(until, all_arrived)
+    answered: list[Answer] = []
+    commenting = threading.Thread(target=add_comments, args=(stopping, post, answered))
+    commenting.start()
+    await asyncio.to_thread(until, lambda: len(answered) > 20, what="20 comments")
 
-    # A signal to the group of the parent, as honcho and terminals send it, must not reach them twice.
-    children = [child.pid for child in psutil.Process(leaving.process.pid).children()]
+    # honcho and terminals send a signal to the whole process group of the parent. Each child has a group of its own, so
+    # that it does not get the signal twice.
+    children = [child.pid for child in psutil.Process(stopping.processes[0].pid).children()]
     assert [os.getpgid(child) for child in children] == children
 
     began = time.monotonic()
-    leaving.process.send_signal(signal.SIGTERM)
+    stopping.processes[0].send_signal(signal.SIGTERM)
     answer = hear(uploading)
     assert (answer.status, answer.json()["code"], answer.headers["connection"]) == (503, "stopping", "close")
     assert "retry-after" in answer.headers and answer.headers["tus-resumable"] == "1.0.0"
     answer = hear(with_creation)
-    assert (answer.status, answer.headers["upload-offset"]) == (201, "70000"), "the client learns where"
+    assert (answer.status, answer.headers["upload-offset"]) == (201, "70000"), "the client learns the address"
     assert idle.recv(1) == b"", "an idle connection is closed"
-    await asyncio.to_thread(until, lambda: refused(leaving), what="the port to be closed")
+    await asyncio.to_thread(until, lambda: refuses_connections(stopping), what="the close of the port")
     publishing.sendall(body[-10:])
     answer = hear(publishing)
-    assert (answer.status, answer.headers["connection"]) == (201, "close"), "what is short is finished"
-    comments.join(10)
+    assert (answer.status, answer.headers["connection"]) == (201, "close"), "a short request is finished"
+    commenting.join(10)
     assert time.monotonic() - began < 5
 
-    status = await asyncio.to_thread(leaving.process.wait, 30)
+    status = await asyncio.to_thread(stopping.processes[0].wait, 30)
     assert (status, time.monotonic() - began < 30) == (0, True)
-    assert await joined(leaving, leaving.server, upload) == image[:500_123]
+    assert await joined(stopping, stopping.server, upload) == image[:500_123]
     assert (await uploads.inspect(db, other)).offset == 0
-    said = {entry for entry, _ in leaving.server.client.xrange(f"comments:{{0}}:{post}")}
-    assert set(taken) <= said, "every comment that was answered is there"
-    assert len(taken) > 20
+    stream = {entry for entry, _ in stopping.server.client.xrange(f"comments:{{0}}:{post}")}
+    assert {answer.status for answer in answered} == {201}
+    assert {answer.json()["id"] for answer in answered} <= stream, "every comment that was answered is there"
     await db.close()
     for line in (uploading, idle, publishing, stalled, with_creation):
         line.close()
 
 
-def chatter(site, post: str) -> list[str]:
-    """Add comments one after the other on one connection, until it closes; the ids that were answered."""
-    taken, text = [], request("POST", f"/v1/posts/{post}/comments", site.token("bob"), b'{"text": "Hm"}')
+def add_comments(site, post: str, answered: list[Answer]) -> None:
+    """Sends comments one after the other on one connection, until it closes. Appends each answer to `answered`."""
+    text = request("POST", f"/v1/posts/{post}/comments", site.token("bob"), b'{"text": "Hm"}')
     with dial(site.port) as line:
         while True:
             try:
                 line.sendall(text)
                 answer = hear(line)
             except (OSError, http.client.HTTPException):
-                return taken
-            assert answer.status == 201
-            taken.append(answer.json()["id"])
+                return
+            answered.append(answer)
             if answer.headers["connection"] == "close":
-                return taken
+                return
 
 
-def refused(site) -> bool:
+def refuses_connections(site) -> bool:
     try:
         dial(site.port).close()
     except ConnectionRefusedError:

@@ -1,11 +1,11 @@
-"""The main job from end to end: real HTTP, a real server, a real worker, a real photograph."""
+"""The main story from end to end, with real HTTP, a real Redis, a real worker and a real photograph."""
 
 import io
 import time
 from datetime import UTC, datetime
 
 import pytest
-from conftest import Site, photograph, publish, turned, until
+from conftest import photograph, publish, running_site, turned, until
 from making import bmp, png
 from PIL import Image
 from state import files
@@ -15,23 +15,21 @@ from storage import keys
 
 @pytest.fixture(scope="module")
 def running(real_server, tmp_path_factory):
-    """A site with a worker. Every test of this file that uses it leaves the feed empty."""
+    """A site with a worker, for all tests of this file. Each test leaves the feed empty."""
     real_server.client.flushall()
-    site = Site(real_server.url, tmp_path_factory.mktemp("site"))
-    site.api()
-    site.worker()
-    yield site
-    site.close()
+    with running_site(real_server, tmp_path_factory.mktemp("site")) as site:
+        site.worker()
+        yield site
 
 
 PICTURES = {
-    "a photograph": lambda: photograph(),
+    "a photograph": photograph,
     "a PNG": lambda: png(1000, 700),
     "a BMP": lambda: bmp(300, 900),
 }
 
 
-def stored(site, name: str) -> bytes:
+def read_stored(site, name: str) -> bytes:
     return (site.folder / "store" / name).read_bytes()
 
 
@@ -41,23 +39,23 @@ def test_the_story_of_a_post(running, picture):
     anyone, alice, bob, carol = (site.client(user) for user in (None, "alice", "bob", "carol"))
     began, before = time.time(), set(files(site.folder / "store"))
 
-    # Alice posts it, and it turns ready.
-    made = publish(alice, data, "Amazing ☃")
-    post = made["id"]
-    assert made == {
+    # Alice posts it, and it becomes ready.
+    created = publish(alice, data, "Amazing ☃")
+    post = created["id"]
+    assert created == {
         "id": post,
         "author": "alice",
         "caption": "Amazing ☃",
-        "created_at": made["created_at"],
+        "created_at": created["created_at"],
         "status": "processing",
         "image": None,
         "comment_count": 0,
         "latest_comments": [],
     }
-    created = datetime.strptime(made["created_at"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
-    assert began - 0.002 <= created <= time.time()
-    ready = turned(anyone, made)
-    assert ready == made | {"status": "ready", "image": ready["image"]}
+    at = datetime.strptime(created["created_at"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
+    assert began - 0.002 <= at <= time.time()
+    ready = turned(anyone, created)
+    assert ready == created | {"status": "ready", "image": ready["image"]}
     assert ready["image"] == {
         "url": f"/v1/images/{post}.jpg",
         "width": 600,
@@ -66,57 +64,51 @@ def test_the_story_of_a_post(running, picture):
     }
     assert anyone.get("/v1/posts").json() == {"items": [ready], "next": None}
 
-    # Its original is kept byte for byte, its picture is a JPEG of 600x600.
-    assert stored(site, keys.original(post)) == data
-    shown = anyone.get(ready["image"]["url"])
-    assert (shown.status_code, shown.headers["Content-Type"]) == (200, "image/jpeg")
-    with Image.open(io.BytesIO(shown.content)) as image:
+    # The original is stored byte for byte. The image that is served is a JPEG of 600x600.
+    assert read_stored(site, keys.original(post)) == data
+    served = anyone.get(ready["image"]["url"])
+    assert (served.status_code, served.headers["Content-Type"]) == (200, "image/jpeg")
+    with Image.open(io.BytesIO(served.content)) as image:
         image.load()
         assert (image.format, image.size, image.mode) == ("JPEG", (600, 600), "RGB")
     assert anyone.get(f"/v1/originals/{post}").status_code == 404
 
     # Bob and Carol comment on it; the feed shows the last two.
-    said = []
+    added = []
     for client, text in ((bob, "first"), (carol, "second"), (bob, "third")):
         comment = client.post(f"/v1/posts/{post}/comments", json={"text": text})
         assert comment.status_code == 201
         assert anyone.get(comment.headers["Location"]).json() == comment.json()
-        said.append(comment.json())
-    assert [(comment["author"], comment["text"]) for comment in said] == [
-        ("bob", "first"),
-        ("carol", "second"),
-        ("bob", "third"),
-    ]
+        added.append(comment.json())
+    written = [("bob", "first"), ("carol", "second"), ("bob", "third")]
+    assert [(comment["author"], comment["text"]) for comment in added] == written
     (item,) = anyone.get("/v1/posts").json()["items"]
-    assert item == ready | {"comment_count": 3, "latest_comments": [said[2], said[1]]}
-    assert anyone.get(f"/v1/posts/{post}/comments").json() == {
-        "items": said[::-1],
-        "next": None,
-    }
+    assert item == ready | {"comment_count": 3, "latest_comments": [added[2], added[1]]}
+    assert anyone.get(f"/v1/posts/{post}/comments").json() == {"items": added[::-1], "next": None}
 
-    # Bob deletes his last one: the feed goes back to the two before.
-    target = f"/v1/posts/{post}/comments/{said[2]['id']}"
+    # Bob deletes his last comment. The feed shows the two before it again. Nobody else may delete it.
+    target = f"/v1/posts/{post}/comments/{added[2]['id']}"
     assert carol.delete(target).status_code == 403
     assert alice.delete(target).status_code == 403
     assert bob.delete(target).status_code == 204
     assert bob.delete(target).status_code == 404
     (item,) = anyone.get("/v1/posts").json()["items"]
-    assert item == ready | {"comment_count": 2, "latest_comments": [said[1], said[0]]}
+    assert item == ready | {"comment_count": 2, "latest_comments": [added[1], added[0]]}
 
-    # Alice deletes the post: nothing of it is served any more, and only the original is kept for a while.
+    # Alice deletes the post. Nothing of it is served any more, and only the original stays in the store for a while.
     assert bob.delete(f"/v1/posts/{post}").status_code == 403
     assert alice.delete(f"/v1/posts/{post}").status_code == 204
-    for target in ("", "/comments", f"/comments/{said[0]['id']}"):
+    for target in ("", "/comments", f"/comments/{added[0]['id']}"):
         assert anyone.get(f"/v1/posts/{post}{target}").status_code == 404
     assert anyone.get(ready["image"]["url"]).status_code == 404
     assert carol.post(f"/v1/posts/{post}/comments", json={"text": "late"}).status_code == 404
     assert alice.delete(f"/v1/posts/{post}").status_code == 404
     assert anyone.get("/v1/posts").json() == {"items": [], "next": None}
-    left = before | {keys.original(post)}
-    until(lambda: set(files(site.folder / "store")) == left, what="the end of the chunks")
+    expected = before | {keys.original(post)}
+    until(lambda: set(files(site.folder / "store")) == expected, what="the removal of the chunks")
 
 
-def test_the_feed_has_the_most_commented_first_and_then_the_newest(running):
+def test_the_feed_is_ordered_by_the_number_of_comments_and_then_by_age(running):
     alice, bob = running.client("alice"), running.client("bob")
     posts = [publish(alice, png(50 + n, 40), str(n)) for n in range(4)]
     for post in posts:
@@ -135,7 +127,7 @@ def test_the_feed_has_the_most_commented_first_and_then_the_newest(running):
         assert alice.delete(f"/v1/posts/{post['id']}").status_code == 204
 
 
-def test_an_image_is_served_as_http_knows_it(running):
+def test_an_image_is_served_with_caching_validators_and_ranges(running):
     with running.client("alice") as client:
         post = turned(client, publish(client, photograph()))
         target = post["image"]["url"]
@@ -149,23 +141,13 @@ def test_an_image_is_served_as_http_knows_it(running):
 
         head = client.head(target)
         assert (head.status_code, head.content) == (200, b"")
-        for name in (
-            "Content-Length",
-            "Content-Type",
-            "ETag",
-            "Cache-Control",
-            "X-Content-Type-Options",
-        ):
+        for name in ("Content-Length", "Content-Type", "ETag", "Cache-Control", "X-Content-Type-Options"):
             assert head.headers[name] == whole.headers[name]
 
         for known in (tag, f'"other", {tag}', "*", f"W/{tag}"):
-            for ask in (client.get, client.head):
-                same = ask(target, headers={"If-None-Match": known})
-                assert (same.status_code, same.content, same.headers["ETag"]) == (
-                    304,
-                    b"",
-                    tag,
-                )
+            for send in (client.get, client.head):
+                same = send(target, headers={"If-None-Match": known})
+                assert (same.status_code, same.content, same.headers["ETag"]) == (304, b"", tag)
         assert client.get(target, headers={"If-None-Match": '"other"'}).status_code == 200
 
         ranges = {
@@ -182,28 +164,14 @@ def test_an_image_is_served_as_http_knows_it(running):
             assert (part.status_code, part.content) == (206, whole.content[start:stop])
             assert part.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
             assert part.headers["ETag"] == tag
-        for asked in (
-            f"bytes={size}-",
-            f"bytes={size}-{size + 5}",
-            "bytes=-0",
-            "bytes=" + "9" * 18 + "-",
-        ):
-            none = client.get(target, headers={"Range": asked})
-            assert (none.status_code, none.headers["Content-Range"]) == (
-                416,
-                f"bytes */{size}",
-            )
-            assert none.headers["Content-Type"] == "application/problem+json"
-            assert "immutable" not in none.headers.get("Cache-Control", "")
-        for asked in (
-            "bytes=5-4",
-            "bytes=0-1,3-4",
-            "lines=0-1",
-            "bytes=a-b",
-            "bytes=-",
-            "bytes=" + "9" * 99 + "-",
-        ):
-            assert client.get(target, headers={"Range": asked}).content == whole.content
+        for asked in (f"bytes={size}-", f"bytes={size}-{size + 5}", "bytes=-0", "bytes=" + "9" * 18 + "-"):
+            refused = client.get(target, headers={"Range": asked})
+            assert (refused.status_code, refused.headers["Content-Range"]) == (416, f"bytes */{size}")
+            assert refused.headers["Content-Type"] == "application/problem+json"
+            assert "immutable" not in refused.headers.get("Cache-Control", "")
+        for ignored in ("bytes=5-4", "bytes=0-1,3-4", "lines=0-1", "bytes=a-b", "bytes=-", "bytes=" + "9" * 99 + "-"):
+            answer = client.get(target, headers={"Range": ignored})
+            assert (answer.status_code, answer.content) == (200, whole.content)
         part = {"Range": "bytes=0-9"}
         assert client.get(target, headers={**part, "If-Range": tag}).status_code == 206
         assert client.get(target, headers={**part, "If-Range": '"other"'}).status_code == 200
@@ -216,17 +184,17 @@ BROKEN = {
     "half a JPEG": lambda: photograph()[: len(photograph()) // 2],
     "half a PNG": lambda: png(900, 900)[:900],
     "a BMP without pixels": lambda: bmp()[:60],
-    "text that begins like a BMP": lambda: b"BM I am no picture at all" * 10,
+    "a text that begins like a BMP": lambda: b"BM I am no picture at all" * 10,
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_an_image_that_cannot_be_made_fails_its_post_and_is_kept_and_never_served(running, fault):
+def test_an_upload_that_is_no_image_fails_its_post_and_is_stored_but_never_served(running, fault):
     site, data = running, BROKEN[fault]()
     with site.client("alice") as client:
-        made = publish(client, data)
-        post = turned(client, made)
-        assert post == made | {"status": "failed", "error": post["error"]}
+        created = publish(client, data)
+        post = turned(client, created)
+        assert post == created | {"status": "failed", "error": post["error"]}
         assert set(post["error"]) == {"code", "detail"} and all(post["error"].values())
         assert client.get("/v1/posts").json() == {"items": [], "next": None}
         missing = client.get(f"/v1/images/{post['id']}.jpg")

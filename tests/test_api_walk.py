@@ -1,11 +1,11 @@
-"""A walk through a feed that changes meanwhile returns every post that did not change exactly once."""
+"""A walk through the feed while posts change returns every post that did not change exactly once."""
 
 import asyncio
 import random
 from collections import Counter
 
 import pytest
-from conftest import Site, connect
+from conftest import connect, running_site
 from making import make_post
 from wire import Line
 
@@ -13,11 +13,12 @@ from storage import comments, errors
 from storage import posts as storage_posts
 from storage.settings import PAGE_BYTES
 
-POSTS, TIED = 2000, 1500
+POSTS = 2000
+TIED = 1500  # posts without a comment: only their ids order them
 
 
 async def fill(db, partitions: int) -> list[str]:
-    """Posts of which most have no comment, and the others 1 to 20."""
+    """Makes 2,000 posts, of which 1,500 have no comment and the others have 1 to 20. Returns their ids."""
     made = []
     for start in range(0, POSTS, 100):
         made += await asyncio.gather(*(make_post(db, f"user{start + n}", partitions) for n in range(100)))
@@ -29,29 +30,30 @@ async def fill(db, partitions: int) -> list[str]:
     return made
 
 
-async def change(db, store, moving: list[str], partitions: int) -> list[str]:
-    """Comment, delete comments and posts, publish, until cancelled. `moving` are the posts that may change."""
+async def change(db, store, moving: list[str], partitions: int, changed: Counter) -> None:
+    """Adds and deletes comments and posts until it is cancelled. `moving` are the posts that may change."""
     chance = random.Random(7)
-    said: dict[str, list[str]] = {}
+    added: dict[str, list[str]] = {}
     while True:
         post, what = chance.choice(moving), chance.random()
         try:
             if what < 0.7:
                 comment, _ = await comments.add(db, "carol", post, "moves")
-                said.setdefault(post, []).append(comment.id)
-            elif what < 0.95 and said.get(post):
-                await comments.delete(db, "carol", post, said[post].pop())
+                added.setdefault(post, []).append(comment.id)
+            elif what < 0.95 and added.get(post):
+                await comments.delete(db, "carol", post, added[post].pop())
             elif what < 0.97:
                 author = (await storage_posts.read(db, post)).author
                 await storage_posts.delete(db, store, author, post)
             else:
                 moving.append(await make_post(db, f"new{chance.random()}", partitions))
+            changed[post] += 1
         except errors.NoPost:
             moving.remove(post)
 
 
 async def walk(site, limit: int) -> list[tuple[str, int]]:
-    """The (id, count) of every post of a walk over HTTP; one connection, as a client does it."""
+    """Walks through the feed over one HTTP connection. Returns (id, number of comments) of every post."""
     found, cursor = [], ""
     async with Line(site.port) as line:
         while True:
@@ -67,38 +69,34 @@ async def walk(site, limit: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
-async def test_every_post_that_did_not_change_is_returned_exactly_once(
-    real_server, tmp_path, store, partitions
-):
+async def test_every_post_that_did_not_change_is_returned_exactly_once(real_server, tmp_path, store, partitions):
     real_server.client.flushall()
-    site = Site(real_server.url, tmp_path, partitions=partitions)
-    await asyncio.to_thread(site.api)
     db = connect(real_server)
-    try:
+    with running_site(real_server, tmp_path, partitions=partitions) as site:
         made = await fill(db, partitions)
         if partitions > 1:
             assert len({post.rpartition("-")[2] for post in made}) == partitions
         moving = random.Random(1).sample(made, 300)
         still = set(made) - set(moving)
-        counted = {row.id: row.comment_count for row in await everything(db, partitions)}
+        counted = {row.id: row.comment_count for row in await read_feed(db, partitions)}
         order = sorted(still, key=lambda post: (counted[post], post), reverse=True)
         for limit in (1, 7, 100):
-            changing = asyncio.create_task(change(db, store, moving, partitions))
+            changed = Counter()
+            changing = asyncio.create_task(change(db, store, moving, partitions, changed))
             found = await walk(site, limit)
             changing.cancel()
             assert not changing.done(), changing.exception()
             await asyncio.gather(changing, return_exceptions=True)
+            assert changed, "posts changed during the walk"
             returned = Counter(post for post, _ in found)
             assert {post: returned[post] for post in still} == dict.fromkeys(still, 1)
             assert [post for post, _ in found if post in still] == order
             places = [(count, post) for post, count in found]
             assert places == sorted(places, reverse=True)
-    finally:
-        await db.close()
-        site.close()
+    await db.close()
 
 
-async def everything(db, partitions: int) -> list[storage_posts.Post]:
+async def read_feed(db, partitions: int) -> list[storage_posts.Post]:
     rows, after = [], None
     while True:
         page = await storage_posts.feed(db, partitions, 100, after)
@@ -109,40 +107,37 @@ async def everything(db, partitions: int) -> list[storage_posts.Post]:
 
 
 @pytest.mark.parametrize("character", ["/", "\x7f", "\0", "é", "😀"])
-async def test_pages_that_end_by_their_bytes_lose_nothing_between_partitions(server, tmp_path, character):
-    """Comments so long that a partition's answer ends before its limit, while another's does not."""
+async def test_pages_that_end_because_of_their_bytes_skip_no_post_of_any_partition(server, tmp_path, character):
+    """The comments are so long that the answer of one partition ends before its limit, and another's does not."""
     db = connect(server)
     made = [await make_post(db, f"user{n}", 3) for n in range(90)]
     for number, post in enumerate(sorted(made)):
         long = post.endswith("-1")
         for _ in range(2 if long or number % 2 else 1):
             await comments.add(db, "bob", post, character * 2200 if long else "short")
-    found = [row.id for row in await everything(db, 3)]
+    found = [row.id for row in await read_feed(db, 3)]
     assert sorted(found) == sorted(made)
-    site = Site(server.url, tmp_path, partitions=3) if server.kind != "fake" else None
-    if site:
-        await asyncio.to_thread(site.api)
-        try:
-            async with Line(site.port) as line:
-                walked, cursor = [], ""
-                while cursor is not None:
-                    answer = await line.ask("GET", f"/v1/posts?limit=100{cursor}")
-                    assert len(answer.body) < PAGE_BYTES + 64 * 1024
-                    walked += [item["id"] for item in answer.json()["items"]]
-                    cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
-            assert walked == found
-        finally:
-            site.close()
     await db.close()
+    if server.kind == "fake":
+        return
+    with running_site(server, tmp_path, partitions=3) as site:
+        async with Line(site.port) as line:
+            walked, cursor = [], ""
+            while cursor is not None:
+                answer = await line.ask("GET", f"/v1/posts?limit=100{cursor}")
+                assert len(answer.body) < PAGE_BYTES + 64 * 1024
+                walked += [item["id"] for item in answer.json()["items"]]
+                cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
+    assert walked == found
 
 
 @pytest.mark.parametrize("character", ["/", "\x7f", "\0", "é", "😀"])
-async def test_a_walk_through_long_comments_returns_each_exactly_once_while_others_come_and_go(
+async def test_a_walk_through_long_comments_returns_each_exactly_once_while_others_are_added_and_deleted(
     real_server, site, character
 ):
     db = connect(real_server)
     post = await make_post(db, "alice")
-    said = [(await comments.add(db, "bob", post, character * (2200 - n)))[0] for n in range(250)]
+    left = [(await comments.add(db, "bob", post, character * (2200 - n)))[0] for n in range(250)]
     async with Line(site.port) as line:
         for limit in (3, 100):
             walked, cursor = [], ""
@@ -152,10 +147,10 @@ async def test_a_walk_through_long_comments_returns_each_exactly_once_while_othe
                 walked += [(item["id"], item["text"]) for item in answer.json()["items"]]
                 cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
                 await comments.add(db, "carol", post, "newer")
-                await comments.delete(db, "bob", post, walked[-1][0])  # the cursor's own comment
-                said = [comment for comment in said if comment.id != walked[-1][0]]
-            gone = {id for id, _ in walked} - {comment.id for comment in said}
-            assert [(id, text) for id, text in walked if id not in gone and text != "newer"] == [
-                (comment.id, comment.text) for comment in said[::-1]
+                await comments.delete(db, "bob", post, walked[-1][0])  # the comment of the cursor
+                left = [comment for comment in left if comment.id != walked[-1][0]]
+            ids = {comment.id for comment in left}
+            assert [row for row in walked if row[0] in ids] == [
+                (comment.id, comment.text) for comment in left[::-1]
             ]
     await db.close()
