@@ -1,10 +1,11 @@
-"""POST of tus: creation, with and without the first bytes."""
+"""POST of tus: it creates an upload, with or without its first bytes."""
 
 import contextlib
 import time
 
 import pytest
 from conftest import until
+from state import contents, files, unchanged
 from uploading import begin, joined, offset, picture
 from wire import FORM, dial, exchange, form, head, hear
 from wiretrace import chunked, play
@@ -13,7 +14,7 @@ from storage.settings import IMAGE_BYTES, OPEN_UPLOADS, RESERVED_BYTES
 
 BODY = "> Content-Type: application/offset+octet-stream"
 TRACES = {
-    "an upload has a place, an offset and an end": """
+    "the answer has the address, the offset and the time of expiry": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Length: 0
@@ -23,7 +24,7 @@ TRACES = {
         < Upload-Expires: *, * GMT
         < Tus-Resumable: 1.0.0
     """,
-    "the largest image is taken": f"""
+    "an upload of the largest size is accepted": f"""
         > POST /v1/uploads
         > Upload-Length: {IMAGE_BYTES}
         < 201
@@ -31,7 +32,7 @@ TRACES = {
         > DELETE /v1/uploads/<upload>
         < 204
     """,
-    "a larger one is not": f"""
+    "a larger one is refused": f"""
         > POST /v1/uploads
         > Upload-Length: {IMAGE_BYTES + 1}
         < 413
@@ -39,7 +40,7 @@ TRACES = {
         < -Location
         < Tus-Resumable: 1.0.0
     """,
-    "nothing is an upload that is finished": """
+    "an upload of 0 bytes is finished": """
         > POST /v1/uploads
         > Upload-Length: 0
         < 201
@@ -56,7 +57,7 @@ TRACES = {
         < code: malformed
         < Tus-Resumable: 1.0.0
     """,
-    "a length to be told later is not offered": """
+    "a length that is given later is not supported": """
         > POST /v1/uploads
         > Upload-Defer-Length: 1
         < 400
@@ -82,7 +83,7 @@ TRACES = {
         < 200
         < Upload-Offset: 100
     """,
-    "with its beginning": """
+    "with its first bytes": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Type: application/offset+octet-stream
@@ -98,7 +99,7 @@ TRACES = {
         < 204
         < Upload-Offset: 100
     """,
-    "with its beginning in chunked encoding, after an invitation": """
+    "with all bytes in chunked encoding, after a 100 Continue": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Type: application/offset+octet-stream
@@ -118,7 +119,7 @@ TRACES = {
         < code: toolarge
         < -Location
     """,
-    "with more than its length, which shows only as it comes": """
+    "with more than its length, in chunked encoding: the upload is created": """
         > POST /v1/uploads
         > Upload-Length: 99
         > Content-Type: application/offset+octet-stream
@@ -130,7 +131,7 @@ TRACES = {
         < 200
         < Upload-Offset: 0
     """,
-    "with what is no image: the client learns where, and what is wrong": """
+    "with bytes that are no image: the upload is created, and the answer has its address": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Type: application/offset+octet-stream
@@ -142,7 +143,7 @@ TRACES = {
         < 200
         < Upload-Offset: 0
     """,
-    "a body of another type is not taken for the image": """
+    "with a body of another type, which is ignored": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Type: text/plain
@@ -153,53 +154,53 @@ TRACES = {
     """,
 }
 LENGTHS = ["", "-1", "+1", "1.5", "1e3", "0x10", "ten", "01", "1_0", "9" * 17]
-METADATA = {
+METADATA = {  # Upload-Metadata, and the status
     "a key alone": ("is_confidential", 201),
     "a key with an empty value": ("empty ", 201),
     "spaces after commas": ("a YQ==, b Yg==", 201),
-    "ASCII signs in keys": ("a/b:c;d YQ==", 201),
+    "punctuation in keys": ("a/b:c;d YQ==", 201),
     "an empty key": (",a YQ==", 400),
-    "no Base64": ("a Y*", 400),
-    "Base64 cut short": ("a YQ=", 400),
+    "a value that is no Base64": ("a Y*", 400),
+    "Base64 without its padding": ("a YQ=", 400),
     "two values": ("a YQ== YQ==", 400),
     "a key twice": ("a YQ==,a Yg==", 400),
     "a key that is not ASCII": ("ä YQ==", 400),
-    "too much of it": ("a " + "YQYQ" * 1025, 400),
+    "more than 4 KiB": ("a " + "YQYQ" * 1025, 400),
 }
 
 
-@pytest.fixture(autouse=True)
-def empty(serving):
-    serving.server.client.flushall()
+pytestmark = pytest.mark.usefixtures("empty")
 
 
 @pytest.mark.parametrize("case", TRACES)
 def test_post(serving, case):
     image = picture(100)
     bodies = {"picture": image, "first": image[:40], "rest": image[40:], "chunked": chunked(image[:1], image[1:])}
-    play(serving, TRACES[case], **bodies, text=b"<svg>" + image[5:])
+    before = files(serving.folder)
+    known = play(serving, TRACES[case], **bodies, text=b"<svg>" + image[5:])
+    if "upload" not in known:
+        assert (contents(serving.server.client), files(serving.folder)) == ({}, before), "a refusal leaves nothing"
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_length_that_is_none_is_refused(serving, length):
+def test_a_malformed_length_is_refused(serving, length):
     play(serving, f"> POST /v1/uploads\n> Upload-Length: {length}\n< 400\n< code: malformed\n< -Location")
-    assert serving.server.client.keys() == []
+    assert contents(serving.server.client) == {}
 
 
 @pytest.mark.parametrize("case", METADATA)
 def test_metadata(serving, case):
     text, status = METADATA[case]
-    known = play(serving, f"> POST /v1/uploads\n> Upload-Length: 1\n> Upload-Metadata: {text}\n< {status}")
-    assert known == {}
-    assert bool(serving.server.client.keys()) == (status == 201)
+    play(serving, f"> POST /v1/uploads\n> Upload-Length: 1\n> Upload-Metadata: {text}\n< {status}")
+    assert bool(contents(serving.server.client)) == (status == 201)
 
 
-def test_creating_needs_a_token(serving):
+def test_creating_an_upload_needs_a_token(serving):
     play(serving, "> POST /v1/uploads\n> Upload-Length: 1\n< 401\n< Tus-Resumable: 1.0.0", user=None)
-    assert serving.server.client.keys() == []
+    assert contents(serving.server.client) == {}
 
 
-async def test_what_came_with_the_creation_is_what_is_kept(serving):
+async def test_the_bytes_that_came_with_the_creation_are_stored(serving):
     image = picture(3 * 2**20 + 5)
     known = play(
         serving,
@@ -217,57 +218,57 @@ async def test_what_came_with_the_creation_is_what_is_kept(serving):
     assert await joined(serving, serving.server, known["upload"]) == image
 
 
-def test_a_user_has_twenty_open_uploads_and_no_more(serving):
-    opened = [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
-    before = serving.server.client.hgetall("uploads:{0}:alice")
-    assert sorted(before) == sorted(opened)
+def test_a_user_may_have_twenty_uploadsuploads_at_most(serving):
+    uploads = [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
+    assert sorted(serving.server.client.hkeys("uploads:{0}:alice")) == sorted(uploads)
     refused = "> POST /v1/uploads\n> Upload-Length: 100\n< 429\n< code: quota\n< Retry-After: *\n< Tus-Resumable: 1.0.0"
-    play(serving, refused)
-    assert serving.server.client.hgetall("uploads:{0}:alice") == before
+    with unchanged(serving.server.client, serving.folder):
+        play(serving, refused)
     begin(serving, 100, "bob")
-    play(serving, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": opened[0]})
+    play(serving, "> DELETE /v1/uploads/<upload>\n< 204", known={"upload": uploads[0]})
     begin(serving, 100)
     play(serving, refused)
 
 
-def test_a_user_has_two_gibibytes_reserved_and_no_more(serving):
-    """Twenty largest images are less: only a larger one would meet the quota of bytes."""
+def test_a_user_may_reserve_two_gibibytes_at_most(serving):
+    """Twenty uploads of the largest size reserve less than that. So the test writes a larger one into Redis."""
     client, upload = serving.server.client, begin(serving, 100)
     client.hset("uploads:{0}:alice", mapping={upload: 2**31 - 100})
-    play(serving, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota\n< Retry-After: *")
+    with unchanged(client, serving.folder):
+        play(serving, "> POST /v1/uploads\n> Upload-Length: 101\n< 429\n< code: quota\n< Retry-After: *")
     begin(serving, 100)
 
 
-def test_who_has_too_many_open_uploads_is_told_when_the_next_one_expires(serving):
-    """At that second the next one is taken, also if no worker is there to erase the one that expired."""
-    client, opened = serving.server.client, [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
-    ask = "> POST /v1/uploads\n> Upload-Length: 100\n"
-    hour = int(play(serving, f"{ask}< 429\n< code: quota\n< Retry-After: <seconds>")["seconds"])
+def test_with_too_many_uploadsuploads_retry_after_is_the_time_until_the_next_one_expires(serving):
+    """After that time another upload is accepted, even if no worker has removed the expired one."""
+    client, uploads = serving.server.client, [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
+    create = "> POST /v1/uploads\n> Upload-Length: 100\n"
+    hour = int(play(serving, f"{create}< 429\n< code: quota\n< Retry-After: <seconds>")["seconds"])
     assert 3500 < hour <= 3600
-    client.hset(f"upload:{{0}}:{opened[7]}", "expires", client.time()[0] * 1000 + 3000)
-    told = int(play(serving, f"{ask}< 429\n< Retry-After: <seconds>")["seconds"])
-    asked = time.monotonic()
-    assert 2 <= told <= 3
-    until(lambda: time.monotonic() >= asked + told, what="the second that was told")
+    client.hset(f"upload:{{0}}:{uploads[7]}", "expires", client.time()[0] * 1000 + 3000)
+    wait = int(play(serving, f"{create}< 429\n< Retry-After: <seconds>")["seconds"])
+    refused = time.monotonic()
+    assert 1 <= wait <= 3
+    until(lambda: time.monotonic() >= refused + wait, what="the time of Retry-After")
     begin(serving, 100)
-    play(serving, f"{ask}< 429\n< Retry-After: *")
+    play(serving, f"{create}< 429\n< Retry-After: *")
 
 
-FORMS = 25
+FORMS = 25  # more than the open uploads that a user may have
 
 
 def forms(site, stack: contextlib.ExitStack, count: int, *headers: str) -> list:
-    """Forms of alice's that are under way, one part of their image sent; their connections."""
-    known, lines = site.server.client.hlen("uploads:{0}:alice"), []
+    """Begins `count` forms of alice's by sending their heads, and returns their connections."""
+    before, lines = site.server.client.hlen("uploads:{0}:alice"), []
     for _ in range(count):
         lines.append(stack.enter_context(dial(site.port)))
         lines[-1].sendall(head("POST", "/v1/posts", site.authorization(), FORM, *headers))
-    until(lambda: site.server.client.hlen("uploads:{0}:alice") == known + count, what="the forms")
+    until(lambda: site.server.client.hlen("uploads:{0}:alice") == before + count, what="the uploads of the forms")
     return lines
 
 
-def test_forms_under_way_keep_nobody_out(serving):
-    """Twenty-five slow forms of 3 MB, whose length is told: they are not counted among the uploads, and end well."""
+def test_forms_with_a_content_length_do_not_count_as_uploadsuploads(serving):
+    """Beside 25 slow forms of 3 MB there may be 20 open uploads, and the forms can be finished."""
     body = form(("image", "a.bmp", b"BM" + bytes(3_000_000)))
     with contextlib.ExitStack() as stack:
         lines = forms(serving, stack, FORMS, f"Content-Length: {len(body)}")
@@ -278,12 +279,13 @@ def test_forms_under_way_keep_nobody_out(serving):
         assert hear(lines[0]).status == 201
 
 
-def test_forms_that_do_not_tell_their_length_reserve_two_gibibytes_at_most_and_no_upload_waits_for_them(serving):
+def test_forms_without_a_content_length_may_reserve_two_gibibytes_beside_those_of_the_uploads(serving):
     most = RESERVED_BYTES // IMAGE_BYTES
     body = form(("image", "a.bmp", b"BM" + bytes(1000)))
     with contextlib.ExitStack() as stack:
         lines = forms(serving, stack, most, "Transfer-Encoding: chunked")
-        refused = exchange(serving.port, form_request(serving, body, "Transfer-Encoding: chunked"))
+        with unchanged(serving.server.client, serving.folder):
+            refused = exchange(serving.port, form_request(serving, body, "Transfer-Encoding: chunked"))
         assert (refused.status, refused.json()["code"]) == (429, "quota")
         assert 3500 < int(refused.headers["retry-after"]) <= 3600
         assert exchange(serving.port, form_request(serving, body, f"Content-Length: {len(body)}")).status == 201
@@ -298,8 +300,8 @@ def form_request(site, body: bytes, *headers: str) -> bytes:
     return head("POST", "/v1/posts", site.authorization(), FORM, *headers) + body
 
 
-def test_an_upload_made_again_with_its_key_says_where_it_is_now(serving):
-    made = """
+def test_a_repeated_creation_has_the_present_offset_of_the_upload(serving):
+    trace = """
         > POST /v1/uploads
         > Idempotency-Key: one
         > Upload-Length: 100
@@ -325,5 +327,5 @@ def test_an_upload_made_again_with_its_key_says_where_it_is_now(serving):
         < 422
         < code: reused
     """
-    known = play(serving, made, first=picture(40))
+    known = play(serving, trace, first=picture(40))
     assert offset(serving, known["upload"]) == 40

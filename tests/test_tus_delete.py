@@ -1,12 +1,12 @@
-"""DELETE of tus: termination."""
+"""DELETE of tus: it ends an upload and removes its bytes (the extension termination)."""
 
 import pytest
-from state import contents, files
-from uploading import begin, count_chunks, picture
+from state import contents, files, unchanged
+from uploading import begin_finished, count_chunks, picture
 from wiretrace import play
 
 TRACES = {
-    "an upload that was not begun": """
+    "an upload without bytes": """
         > POST /v1/uploads
         > Upload-Length: 100
         < 201
@@ -25,7 +25,7 @@ TRACES = {
         > DELETE /v1/uploads/<upload>
         < 404
     """,
-    "a finished one": """
+    "a finished upload": """
         > POST /v1/uploads
         > Upload-Length: 100
         > Content-Type: application/offset+octet-stream
@@ -37,7 +37,7 @@ TRACES = {
         > HEAD /v1/uploads/<upload>
         < 404
     """,
-    "by POST, for networks that know no DELETE": """
+    "by POST with an override, for networks that block DELETE": """
         > POST /v1/uploads
         > Upload-Length: 100
         < 201
@@ -48,12 +48,12 @@ TRACES = {
         > HEAD /v1/uploads/<upload>
         < 404
     """,
-    "an unknown one": """
+    "an unknown upload": """
         > DELETE /v1/uploads/u00000000000000000000000000-0
         < 404
         < Tus-Resumable: 1.0.0
     """,
-    "in another version": """
+    "in another version of tus": """
         > DELETE /v1/uploads/u00000000000000000000000000-0
         > Tus-Resumable: 0.2.2
         < 412
@@ -62,9 +62,7 @@ TRACES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def empty(serving):
-    serving.server.client.flushall()
+pytestmark = pytest.mark.usefixtures("empty")
 
 
 @pytest.mark.parametrize("case", TRACES)
@@ -74,27 +72,15 @@ def test_delete(serving, case):
     assert not any(name.startswith("store/chunks/") for name in files(serving.folder))
 
 
-def test_only_its_owner_may(serving):
-    known = {"upload": begin(serving, 100)}
-    before = contents(serving.server.client)
-    play(serving, "> DELETE /v1/uploads/<upload>\n< 404\n< code: noupload", "bob", known)
-    play(serving, "> DELETE /v1/uploads/<upload>\n< 401", None, known)
-    assert contents(serving.server.client) == before
+def test_only_the_owner_may_delete_an_upload(serving):
+    known = {"upload": begin_finished(serving)}
+    with unchanged(serving.server.client, serving.folder):
+        play(serving, "> DELETE /v1/uploads/<upload>\n< 404\n< code: noupload", "bob", known)
+        play(serving, "> DELETE /v1/uploads/<upload>\n< 401", None, known)
 
 
-def test_a_post_keeps_the_bytes_of_its_upload(serving):
-    known = play(
-        serving,
-        """
-        > POST /v1/uploads
-        > Upload-Length: 100
-        > Content-Type: application/offset+octet-stream
-        > [picture]
-        < 201
-        < Location: /v1/uploads/<upload>
-        """,
-        picture=picture(100),
-    )
+def test_an_upload_that_became_a_post_cannot_be_deleted(serving):
+    known = {"upload": begin_finished(serving)}
     play(
         serving,
         """

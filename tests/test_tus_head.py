@@ -1,4 +1,4 @@
-"""HEAD of tus: how far an upload is. The client trusts it with its next byte."""
+"""HEAD of tus: the offset of an upload, from which the client goes on."""
 
 import asyncio
 
@@ -56,13 +56,13 @@ TRACES = {
         < Tus-Resumable: 1.0.0
         < -Upload-Offset
     """,
-    "what is no id is unknown": """
+    "a malformed id is unknown": """
         > HEAD /v1/uploads/nonsense
         < 404
         < Tus-Resumable: 1.0.0
         < -Upload-Offset
     """,
-    "another version is refused with ours": """
+    "another version of tus is refused, and the answer has the supported one": """
         > HEAD /v1/uploads/u00000000000000000000000000-0
         > Tus-Resumable: 0.2.2
         < 412
@@ -70,13 +70,13 @@ TRACES = {
         < Tus-Resumable: 1.0.0
         < -Upload-Offset
     """,
-    "no version is another version": """
+    "a request without a version is refused": """
         > HEAD /v1/uploads/u00000000000000000000000000-0
         > Tus-Resumable:
         < 412
         < Tus-Version: 1.0.0
     """,
-    "by POST, for networks that know no HEAD": """
+    "by POST with an override, for networks that block HEAD": """
         > POST /v1/uploads
         > Upload-Length: 100
         < 201
@@ -87,7 +87,7 @@ TRACES = {
         < Upload-Offset: 0
         < Cache-Control: no-store
     """,
-    "GET is none of tus": """
+    "GET of an upload is not allowed": """
         > GET /v1/uploads/u00000000000000000000000000-0
         < 405
         < Tus-Resumable: 1.0.0
@@ -101,15 +101,15 @@ def test_head(serving, case):
     play(serving, TRACES[case], picture=picture(100))
 
 
-def test_the_uploads_of_others_are_unknown(serving):
+def test_the_uploads_of_other_users_are_unknown(serving):
     known = {"upload": begin(serving, 100)}
     play(serving, "> HEAD /v1/uploads/<upload>\n< 404\n< -Upload-Offset", "bob", known)
     play(serving, "> HEAD /v1/uploads/<upload>\n< 401\n< WWW-Authenticate: Bearer *", None, known)
     assert offset(serving, known["upload"]) == 0
 
 
-@pytest.mark.parametrize("begun", [False, True])
-async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(serving, store, begun):
+@pytest.mark.parametrize("begun", [False, True], ids=["without bytes", "with bytes"])
+async def test_an_expired_upload_is_gone_before_its_bytes_are_removed_and_afterwards(serving, store, begun):
     db = connect(serving.server)
     now = int(serving.server.client.time()[0] * 1000)
     db.clock = now - DAY_MS - 1000
@@ -118,7 +118,7 @@ async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(serving,
         image = uploads.Appender(db, store, upload, 0, 100)
         await image.write(picture(50))
         await image.commit()
-    gone = """
+    trace = """
         > HEAD /v1/uploads/<upload>
         < 410
         < Tus-Resumable: 1.0.0
@@ -136,23 +136,23 @@ async def test_an_expired_upload_is_gone_before_and_after_its_bytes_are(serving,
         < code: expired
     """
 
-    def ask(expected=gone):
-        play(serving, expected, known={"upload": upload}, rest=picture(50), post=b'{"upload": "%b"}' % upload.encode())
+    def check():
+        play(serving, trace, known={"upload": upload}, rest=picture(50), post=b'{"upload": "%b"}' % upload.encode())
 
-    await asyncio.to_thread(ask)
+    await asyncio.to_thread(check)
     db.clock = ""
     for due in await outbox.lease(db, 0):
         if due.id == upload:
             await outbox.end_upload(db, store, KeptBackups(store).may_name, due, DAY_MS)
     assert [entry async for entry in store.list("")] == []
-    await asyncio.to_thread(ask)
-    # It counts for the quota no longer, and after another day it is forgotten.
+    await asyncio.to_thread(check)
+    # It does not count for the quota any more, and after another day its key expires.
     assert not serving.server.client.hexists("uploads:{0}:alice", upload)
     assert 0 < serving.server.client.pttl(f"upload:{{0}}:{upload}") <= DAY_MS
     await db.close()
 
 
-async def test_expiry_slides_with_each_patch(serving, store):
+async def test_each_patch_extends_the_time_until_an_upload_expires(serving, store):
     db = connect(serving.server)
     db.clock = start = 1_800_000_000_000
     upload, _ = await uploads.create(db, "alice", 1, 100)

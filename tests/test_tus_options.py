@@ -1,4 +1,4 @@
-"""OPTIONS of tus: what this server offers."""
+"""OPTIONS of tus: the versions, extensions and sizes that this server supports."""
 
 import pytest
 from wiretrace import play
@@ -11,18 +11,18 @@ OFFER = """
     < Tus-Max-Size: 104857600
     < -Content-Length
 """
-ASKED = {
-    "it needs neither version nor token": ("> OPTIONS /v1/uploads\n> Tus-Resumable:", None),
-    "any version is ignored": ("> OPTIONS /v1/uploads\n> Tus-Resumable: 0.2.2", None),
-    "a token harms nothing": ("> OPTIONS /v1/uploads", "alice"),
-    "of an upload, whether it is there or not": (
+REQUESTS = {
+    "without version and token": ("> OPTIONS /v1/uploads\n> Tus-Resumable:", None),
+    "with another version": ("> OPTIONS /v1/uploads\n> Tus-Resumable: 0.2.2", None),
+    "with a token": ("> OPTIONS /v1/uploads", "alice"),
+    "of an upload that does not exist": (
         "> OPTIONS /v1/uploads/u00000000000000000000000000-0\n> Tus-Resumable:",
         None,
     ),
 }
 
 
-@pytest.mark.parametrize("case", ASKED)
-def test_options_tells_the_offer(serving, case):
-    asked, user = ASKED[case]
-    play(serving, asked + OFFER, user)
+@pytest.mark.parametrize("case", REQUESTS)
+def test_options_returns_what_the_server_supports(serving, case):
+    request, user = REQUESTS[case]
+    play(serving, request + OFFER, user)
