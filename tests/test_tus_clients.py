@@ -1,10 +1,10 @@
-"""The tus clients people use, against a running server, over a line that breaks off again and again."""
+"""Two widely used tus clients upload to a running server, also over a line that breaks again and again."""
 
 import hashlib
 import random
 import subprocess
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,8 @@ CLIENTS = ROOT / "tests" / "clients"
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory):
+def served(tmp_path_factory):
+    """A site with two API processes and a Redis server of its own, for all tests of this file."""
     server = RedisServer("valkey")
     site = Site(server.url, tmp_path_factory.mktemp("site"), workers=2)
     site.redis = server.client
@@ -30,20 +31,21 @@ def standing(tmp_path_factory):
 
 
 @pytest.fixture
-def line(standing):
-    with Proxy(standing.port) as proxy:
+def line(served):
+    """A proxy in front of the site."""
+    with Proxy(served.port) as proxy:
         yield proxy
 
 
 def picture(path: Path, size: int) -> str:
-    """A file that begins as a PNG does; its sha256."""
+    """Writes a file that begins as a PNG does. Returns its sha256."""
     data = b"\x89PNG\r\n\x1a\n" + random.Random(size).randbytes(size - 8)
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 
-def stored(site: Site, url: str) -> str:
-    """The sha256 of an upload's chunks, one after the other."""
+def hash_stored(site: Site, url: str) -> str:
+    """The sha256 of the chunks of an upload, in order."""
     upload = url.rsplit("/", 1)[1]
     digest = hashlib.sha256()
     for name in site.redis.lrange(f"chunks:{{0}}:{upload}", 0, -1):
@@ -51,82 +53,83 @@ def stored(site: Site, url: str) -> str:
     return digest.hexdigest()
 
 
-def node(path: Path, port: int, token: str, *more: str) -> subprocess.Popen:
+def start_tus_js(path: Path, port: int, token: str, *more: str) -> subprocess.Popen:
     command = ["node", str(CLIENTS / "upload.js"), str(path), f"http://127.0.0.1:{port}/v1/uploads", token, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(process: subprocess.Popen) -> str:
+def wait_for_url(process: subprocess.Popen) -> str:
+    """Waits until tus-js-client has finished. Returns the address of the upload, which it prints."""
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     return out.strip()
 
 
 @pytest.mark.parametrize("chunk", [(), ("1000000",)], ids=["whole", "in chunks"])
-def test_tus_js_client_uploads(standing, tmp_path, chunk):
+def test_tus_js_client_uploads(served, tmp_path, chunk):
     digest = picture(tmp_path / "photo", 3 * MIB + 17)
-    url = ended(node(tmp_path / "photo", standing.port, standing.token("alice"), *chunk))
-    assert stored(standing, url) == digest
-    with standing.client("alice") as alice:
-        made = alice.post("/v1/posts", json={"upload": url.rsplit("/", 1)[1], "caption": "by tus"})
-    assert made.status_code == 201 and made.json()["caption"] == "by tus"
+    url = wait_for_url(start_tus_js(tmp_path / "photo", served.port, served.token("alice"), *chunk))
+    assert hash_stored(served, url) == digest
+    with served.client("alice") as alice:
+        created = alice.post("/v1/posts", json={"upload": url.rsplit("/", 1)[1], "caption": "by tus"})
+    assert created.status_code == 201 and created.json()["caption"] == "by tus"
 
 
 @pytest.mark.parametrize("chunk", [None, 1_000_000], ids=["whole", "in chunks"])
-def test_tuspy_uploads(standing, tmp_path, chunk):
+def test_tuspy_uploads(served, tmp_path, chunk):
     digest = picture(tmp_path / "photo", 3 * MIB + 17)
-    client = tuspy.TusClient(f"{standing.url}/v1/uploads", {"Authorization": f"Bearer {standing.token('alice')}"})
+    client = tuspy.TusClient(f"{served.url}/v1/uploads", {"Authorization": f"Bearer {served.token('alice')}"})
     uploader = client.uploader(str(tmp_path / "photo"), **({"chunk_size": chunk} if chunk else {}))
     uploader.upload()
-    assert stored(standing, uploader.url) == digest
+    assert hash_stored(served, uploader.url) == digest
 
 
-def test_tuspy_resumes_where_the_line_broke(standing, line, tmp_path):
+def test_tuspy_resumes_at_the_offset_where_the_line_broke(served, line, tmp_path):
     size = 12 * MIB
     digest = picture(tmp_path / "photo", size)
     line.rate = 30 * MIB
     client = tuspy.TusClient(
-        f"http://127.0.0.1:{line.port}/v1/uploads", {"Authorization": f"Bearer {standing.token('alice')}"}
+        f"http://127.0.0.1:{line.port}/v1/uploads", {"Authorization": f"Bearer {served.token('alice')}"}
     )
     uploader = client.uploader(str(tmp_path / "photo"), retries=9, retry_delay=0.05)
-    cuts = threading.Thread(target=break_often, args=(line, size, 5, ["rst", "fin"]))
-    cuts.start()
-    while uploader.offset < size:
-        try:
-            uploader.upload()
-        except TusCommunicationError:  # it gives up where its first question after a break is not heard
-            uploader.offset = until(uploader.get_offset)
-    cuts.join()
-    assert stored(standing, uploader.url) == digest
+    with ThreadPoolExecutor() as pool:
+        cutting = pool.submit(break_often, line, size, 5, ["rst", "fin"])
+        while uploader.offset < size:
+            try:
+                uploader.upload()
+            except TusCommunicationError:  # tuspy gives up if the first HEAD after a break gets no answer
+                uploader.offset = until(uploader.get_offset)
+        cutting.result()
+    assert hash_stored(served, uploader.url) == digest
     assert line.up < 1.05 * size
 
 
 def break_often(line: Proxy, size: int, times: int, ways: list[str]) -> None:
-    """Cut the line each time another part of the bytes has passed."""
+    """Cuts the connection `times` times, each time after another part of the bytes has passed."""
     for n in range(times):
         until(lambda: line.up >= (n + 1) * size / (times + 1), 100, "the next part")  # noqa: B023
-        line.cut(ways[n % len(ways)])
+        until(lambda: line.cut(ways[n % len(ways)]), 100, "a connection to cut")  # noqa: B023
 
 
-def test_100_mib_over_a_line_that_breaks_50_times(standing, line, tmp_path, capsys):
+def test_100_mib_over_a_line_that_breaks_50_times(served, line, tmp_path, capsys):
     size = 100 * MIB
     digest = picture(tmp_path / "photo", size)
     line.rate = 25 * MIB
-    token = standing.token("bob")
+    token = served.token("bob")
     headers = {"Authorization": f"Bearer {token}", "Tus-Resumable": "1.0.0"}
-    uploading = node(tmp_path / "photo", line.port, token)
-    upload = until(lambda: list(standing.redis.scan_iter("uploads:{0}:bob")), what="the upload")
-    upload = next(iter(standing.redis.hgetall(upload[0])))
+    uploading = start_tus_js(tmp_path / "photo", line.port, token)
+    upload = until(lambda: list(served.redis.scan_iter("uploads:{0}:bob")), what="the upload")
+    upload = next(iter(served.redis.hgetall(upload[0])))
     slowest, ways = 0.0, ["rst", "fin", "silence", "rst", "fin"]
     for n in range(50):
         until(lambda: line.up >= (n + 1) * size / 51, 60, "the next part")  # noqa: B023
         line.cut(ways[n % 5])
-        if ways[n % 5] == "silence":  # the old PATCH hangs, as far as the server knows
+        if ways[n % 5] == "silence":  # for the server, the old PATCH goes on without sending bytes
             began = time.monotonic()
-            assert httpx.head(f"{standing.url}/v1/uploads/{upload}", headers=headers).status_code == 200
+            assert httpx.head(f"{served.url}/v1/uploads/{upload}", headers=headers).status_code == 200
             slowest = max(slowest, time.monotonic() - began)
-    url = ended(uploading)
-    assert stored(standing, url) == digest
+    url = wait_for_url(uploading)
+    assert hash_stored(served, url) == digest
     with capsys.disabled():
         print(f"\n100 MiB, 50 breaks: {line.up / size - 1:.2%} sent twice; slowest HEAD {slowest * 1000:.0f} ms")
     assert line.up <= 1.05 * size

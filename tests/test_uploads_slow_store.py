@@ -1,10 +1,11 @@
-"""A store that takes seconds for a put makes an upload slow, and never makes it fail."""
+"""An object store that takes seconds for each put makes uploads slow. It does not make them fail."""
 
 import asyncio
 
 import httpx
 import pytest
 from conftest import Site, connect, until
+from parts import until as until_async
 from slowstore import SECONDS
 from uploading import joined, picture
 
@@ -55,24 +56,24 @@ async def by_override(client: httpx.AsyncClient, site, server, image: bytes) -> 
 ROUTES = {by_form: 201, by_creation: 201, by_patch: 204, by_override: 204}
 
 
-async def test_every_upload_route_works_over_a_store_whose_puts_take_seconds(slow_site, embedded):
-    """All cases at once. A third chunk of 1 MiB fills up while the two before it are still being put."""
+async def test_every_way_to_upload_works_with_a_store_whose_puts_take_seconds(slow_site, embedded):
+    """All cases run at the same time. A third chunk of 1 MiB is full before the two chunks before it are put."""
     headers = {"Authorization": f"Bearer {slow_site.token('alice')}"}
 
-    async def case(route, speed: int) -> None:
+    async def check(route, speed: int) -> None:
         image = picture(8) + bytes([speed]) * (2 * MIB + 200 * KIB)
         status, upload = await route(client, slow_site, embedded, image)
         assert status == ROUTES[route], (route.__name__, SECONDS[speed])
         assert await joined(slow_site, embedded, upload) == image
 
     async with httpx.AsyncClient(base_url=slow_site.url, headers=headers, timeout=60) as client:
-        cases = [case(route, speed) for route in ROUTES for speed in range(1, len(SECONDS))]
-        results = await asyncio.gather(*cases, return_exceptions=True)
-    assert [result for result in results if result] == []
+        checks = [check(route, speed) for route in ROUTES for speed in range(1, len(SECONDS))]
+        results = await asyncio.gather(*checks, return_exceptions=True)
+    assert results == [None] * len(checks), "these are the failures of single cases"
 
 
-class Gated(Folder):
-    """Its puts wait until the gate is open."""
+class GatedFolder(Folder):
+    """An object store whose puts wait until `gate` is set. `waiting` is the number of puts that wait."""
 
     def __init__(self, root):
         super().__init__(root)
@@ -85,11 +86,11 @@ class Gated(Folder):
         self.waiting -= 1
 
 
-async def test_no_more_than_two_chunks_are_put_at_once_however_slow_the_store(embedded, tmp_path, monkeypatch):
-    """Each put holds its chunk in memory. A chunk that is as old as SLOW_SECONDS waits for its turn, too."""
+async def test_at_most_two_chunks_of_an_upload_are_put_at_the_same_time(embedded, tmp_path, monkeypatch):
+    """Each put keeps its chunk in memory. A chunk that is older than SLOW_SECONDS has to wait for its turn as well."""
     monkeypatch.setattr(uploads, "SLOW_SECONDS", 0.005)
     embedded.client.flushall()
-    db, objects, image = connect(embedded), Gated(tmp_path), picture(3 * MIB)
+    db, objects, image = connect(embedded), GatedFolder(tmp_path), picture(3 * MIB)
     upload, _ = await uploads.create(db, "alice", 1, len(image))
     appender = uploads.Appender(db, objects, upload, 0, len(image))
 
@@ -99,11 +100,11 @@ async def test_no_more_than_two_chunks_are_put_at_once_however_slow_the_store(em
             await asyncio.sleep(0.001)
         await appender.commit()
 
-    writing, most = asyncio.create_task(write()), 0
-    for _ in range(100):
+    writing = asyncio.create_task(write())
+    await until_async(lambda: objects.waiting == uploads.PARALLEL_PUTS, "all puts that are allowed")
+    for _ in range(100):  # no third put begins, whatever the writer does meanwhile
         await asyncio.sleep(0.002)
-        most = max(most, objects.waiting)
-    assert most == uploads.PARALLEL_PUTS
+        assert objects.waiting == uploads.PARALLEL_PUTS
     objects.gate.set()
     await writing
     assert appender.offset == (await uploads.inspect(db, upload)).offset == len(image)
