@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test lint unit test-pillow test-compose load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
+.PHONY: run test quick lint unit test-pillow test-compose load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -12,6 +12,14 @@ run: ## start Redis, API, worker and backup; Ctrl-C ends them
 test: ## linters, then all tests
 	@.ci/setup test
 	@$(MAKE) --no-print-directory lint unit
+
+# On fakeredis and on the embedded server: the rules of the house, every Lua script, the feed beside a plain model, the
+# story of a post, resumed uploads, repeats and refusals. The tests on Debian's redis-server have `[redis` in their names.
+quick: ## linters, then what proves most; less than a minute
+	@.ci/setup test
+	@$(MAKE) --no-print-directory lint
+	$(python) -m pytest -n 2 --dist loadfile -k 'not [redis' $(addprefix tests/test_,house.py lua.py api_story.py tus_patch.py \
+	  api_repeats.py api_refusals.py storage_model.py::test_the_feed_is_what_a_plain_model_says[fake-1])
 
 lint:
 	.venv/bin/ruff check --select E,F,I,B,UP,SIM --ignore SIM105 --line-length 120 --target-version py311 .
