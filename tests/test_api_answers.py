@@ -345,7 +345,7 @@ RANGES = {  # Range; the status, and begin and end of the body in the image
 
 
 @pytest.mark.parametrize("asked", RANGES)
-def test_a_range_of_an_image(serving, pages, asked):
+def test_a_range_of_an_image_is_answered_with_its_bytes(serving, pages, asked):
     whole = get(serving, pages["image"])
     assert (whole.status, whole.headers["accept-ranges"]) == (200, "bytes")
     status, start, stop = RANGES[asked]

@@ -219,7 +219,7 @@ def test_a_delete_happens_without_waiting_for_its_body(serving):
 
 
 def test_malformed_requests_write_nothing_to_the_log(embedded, tmp_path):
-    """Sends each malformed request of this file, and each one with a body that nobody reads, once."""
+    """Sends each malformed request of this file, and each one with a body that the API does not read, once."""
     site = Site(embedded.url, tmp_path / "data")
     with (tmp_path / "log").open("w+") as log:
         try:

@@ -362,7 +362,7 @@ POST_IDS = [
 
 
 @pytest.mark.parametrize("post", POST_IDS, ids=lambda post: post[:40])
-def test_a_malformed_post_id_is_that_of_no_post(furnished, post):
+def test_a_malformed_post_id_names_no_post(furnished, post):
     post, token = furnished.fill_in(post), furnished.token("alice")
     furnished.assert_refused(request("GET", f"/v1/posts/{post}"), 404, "nopost")
     furnished.assert_refused(request("DELETE", f"/v1/posts/{post}", token), 404, "nopost")
@@ -378,7 +378,7 @@ COMMENT_IDS = [
 
 
 @pytest.mark.parametrize("comment", COMMENT_IDS)
-def test_a_malformed_comment_id_is_that_of_no_comment(furnished, comment):
+def test_a_malformed_comment_id_names_no_comment(furnished, comment):
     target = furnished.fill_in("/v1/posts/{post}/comments/" + comment)
     furnished.assert_refused(request("GET", target), 404, "nocomment")
     furnished.assert_refused(request("DELETE", target, furnished.token("alice")), 404, "nocomment")

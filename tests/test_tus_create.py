@@ -173,7 +173,7 @@ pytestmark = pytest.mark.usefixtures("empty")
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_post(serving, case):
+def test_a_creation_is_answered_as_in_the_trace(serving, case):
     image = picture(100)
     bodies = {"picture": image, "first": image[:40], "rest": image[40:], "chunked": chunked(image[:1], image[1:])}
     before = files(serving.folder)
@@ -189,7 +189,7 @@ def test_a_malformed_length_is_refused(serving, length):
 
 
 @pytest.mark.parametrize("case", METADATA)
-def test_metadata(serving, case):
+def test_metadata_is_accepted_if_it_is_well_formed(serving, case):
     text, status = METADATA[case]
     play(serving, f"> POST /v1/uploads\n> Upload-Length: 1\n> Upload-Metadata: {text}\n< {status}")
     assert bool(contents(serving.server.client)) == (status == 201)
@@ -218,7 +218,7 @@ async def test_the_bytes_that_came_with_the_creation_are_stored(serving):
     assert await joined(serving, serving.server, known["upload"]) == image
 
 
-def test_a_user_may_have_twenty_uploadsuploads_at_most(serving):
+def test_a_user_may_have_twenty_open_uploads_at_most(serving):
     uploads = [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
     assert sorted(serving.server.client.hkeys("uploads:{0}:alice")) == sorted(uploads)
     refused = "> POST /v1/uploads\n> Upload-Length: 100\n< 429\n< code: quota\n< Retry-After: *\n< Tus-Resumable: 1.0.0"
@@ -239,7 +239,7 @@ def test_a_user_may_reserve_two_gibibytes_at_most(serving):
     begin(serving, 100)
 
 
-def test_with_too_many_uploadsuploads_retry_after_is_the_time_until_the_next_one_expires(serving):
+def test_with_too_many_open_uploads_retry_after_is_the_time_until_the_next_one_expires(serving):
     """After that time another upload is accepted, even if no worker has removed the expired one."""
     client, uploads = serving.server.client, [begin(serving, 100) for _ in range(OPEN_UPLOADS)]
     create = "> POST /v1/uploads\n> Upload-Length: 100\n"
@@ -267,7 +267,7 @@ def forms(site, stack: contextlib.ExitStack, count: int, *headers: str) -> list:
     return lines
 
 
-def test_forms_with_a_content_length_do_not_count_as_uploadsuploads(serving):
+def test_forms_with_a_content_length_do_not_count_as_open_uploads(serving):
     """Beside 25 slow forms of 3 MB there may be 20 open uploads, and the forms can be finished."""
     body = form(("image", "a.bmp", b"BM" + bytes(3_000_000)))
     with contextlib.ExitStack() as stack:

@@ -66,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("empty")
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_delete(serving, case):
+def test_a_delete_is_answered_as_in_the_trace(serving, case):
     play(serving, TRACES[case], picture=picture(100))
     assert contents(serving.server.client) == {}
     assert not any(name.startswith("store/chunks/") for name in files(serving.folder))

@@ -97,7 +97,7 @@ TRACES = {
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_head(serving, case):
+def test_a_head_is_answered_as_in_the_trace(serving, case):
     play(serving, TRACES[case], picture=picture(100))
 
 

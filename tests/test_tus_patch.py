@@ -200,7 +200,7 @@ pytestmark = pytest.mark.usefixtures("empty")
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_patch(serving, case):
+def test_a_patch_is_answered_as_in_the_trace(serving, case):
     image = picture(100)
     bodies = {
         "picture": image,
