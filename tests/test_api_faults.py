@@ -1,4 +1,4 @@
-"""Redis loads, hangs, is full or cannot write, or the store is full: errors come at once, and all recovers by itself."""
+"""Redis loads, hangs, is full or cannot write, or the store is full: errors come at once, and it recovers by itself."""
 
 import asyncio
 import os
