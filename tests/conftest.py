@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -40,8 +39,8 @@ def until(condition, seconds: float = 20.0, what: str = "the condition"):
         with contextlib.suppress(OSError, httpx.TransportError, redis_client.ConnectionError):
             if value := condition():
                 return value
-        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
-        threading.Event().wait(0.02)
+        assert time.monotonic() < deadline, f"still waiting for {what} after {seconds} s"
+        time.sleep(0.02)
 
 
 def free_port() -> int:
@@ -291,7 +290,7 @@ NOBODY = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"  # the id of a post that never existed
 
 
 class Furnished(Site):
-    """A site that has a post of alice's with a comment of hers, and a second post of hers that is in processing."""
+    """A site where alice has a post with a comment by herself, and a second post that is in processing."""
 
     def furnish(self, server) -> None:
         self.server = server
