@@ -1,10 +1,10 @@
-// Uploads a file with tus-js-client as an app on a bad line would, and prints the upload's address.
+// Uploads a file with tus-js-client, as an app on a bad line does it. Prints the address of the upload.
 // node upload.js FILE ENDPOINT TOKEN [CHUNK SIZE]
 const fs = require('fs')
 const tus = require('tus-js-client')
 
 const [file, endpoint, token, chunkSize] = process.argv.slice(2)
-const STALL = 1500 // ms without progress after which an app gives up a request; the library itself waits for ever
+const STALL = 1500 // ms without progress after which an app gives up a request; the library itself waits forever
 let heard = Date.now()
 
 const upload = new tus.Upload(fs.createReadStream(file), {
@@ -22,7 +22,7 @@ const watch = setInterval(async () => {
   if (Date.now() - heard > STALL) {
     heard = Date.now()
     await upload.abort()
-    // Not at once: the error of the request that was given up would start a second one beside it.
+    // Waits first. Otherwise the error of the aborted request would start a second request at the same time.
     setTimeout(() => upload.start(), 200)
   }
 }, 100)
