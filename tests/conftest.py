@@ -333,7 +333,7 @@ def furnished(real_server, tmp_path_factory):
     site.close()
 
 
-def publish(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> dict:
+def create_post(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> dict:
     """Creates a post by a form. Returns the post, which is still in processing."""
     answer = client.post("/v1/posts", files={"image": (name, data)}, data={"caption": caption})
     assert answer.status_code == 201
@@ -342,7 +342,7 @@ def publish(client, data: bytes, caption: str = "", name: str = "photo.jpg") -> 
     return answer.json()
 
 
-def turned(client, post: dict) -> dict:
+def wait_until_processed(client, post: dict) -> dict:
     """Waits until a post is no longer in processing, and returns it: it is ready, or it failed.
 
     Until then every answer is the post as it was created, with a Retry-After.

@@ -5,7 +5,7 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from conftest import photograph, publish, running_site, turned, until
+from conftest import create_post, photograph, running_site, until, wait_until_processed
 from making import bmp, png
 from PIL import Image
 from state import files
@@ -40,7 +40,7 @@ def test_the_story_of_a_post(running, picture):
     began, before = time.time(), set(files(site.folder / "store"))
 
     # Alice posts it, and it becomes ready.
-    created = publish(alice, data, "Amazing ☃")
+    created = create_post(alice, data, "Amazing ☃")
     post = created["id"]
     assert created == {
         "id": post,
@@ -54,7 +54,7 @@ def test_the_story_of_a_post(running, picture):
     }
     at = datetime.strptime(created["created_at"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
     assert began - 0.002 <= at <= time.time()
-    ready = turned(anyone, created)
+    ready = wait_until_processed(anyone, created)
     assert ready == created | {"status": "ready", "image": ready["image"]}
     assert ready["image"] == {
         "url": f"/v1/images/{post}.jpg",
@@ -110,9 +110,9 @@ def test_the_story_of_a_post(running, picture):
 
 def test_the_feed_is_ordered_by_the_number_of_comments_and_then_by_age(running):
     alice, bob = running.client("alice"), running.client("bob")
-    posts = [publish(alice, png(50 + n, 40), str(n)) for n in range(4)]
+    posts = [create_post(alice, png(50 + n, 40), str(n)) for n in range(4)]
     for post in posts:
-        turned(bob, post)
+        wait_until_processed(bob, post)
     for number, count in ((0, 1), (1, 2), (2, 1)):
         for _ in range(count):
             bob.post(f"/v1/posts/{posts[number]['id']}/comments", json={"text": "counts"})
@@ -129,7 +129,7 @@ def test_the_feed_is_ordered_by_the_number_of_comments_and_then_by_age(running):
 
 def test_an_image_is_served_with_caching_validators_and_ranges(running):
     with running.client("alice") as client:
-        post = turned(client, publish(client, photograph()))
+        post = wait_until_processed(client, create_post(client, photograph()))
         target = post["image"]["url"]
         whole = client.get(target)
         size = len(whole.content)
@@ -192,8 +192,8 @@ BROKEN = {
 def test_an_upload_that_is_no_image_fails_its_post_and_is_stored_but_never_served(running, fault):
     site, data = running, BROKEN[fault]()
     with site.client("alice") as client:
-        created = publish(client, data)
-        post = turned(client, created)
+        created = create_post(client, data)
+        post = wait_until_processed(client, created)
         assert post == created | {"status": "failed", "error": post["error"]}
         assert set(post["error"]) == {"code", "detail"} and all(post["error"].values())
         assert client.get("/v1/posts").json() == {"items": [], "next": None}

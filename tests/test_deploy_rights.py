@@ -4,7 +4,7 @@ import re
 
 import pytest
 import redis
-from conftest import ROOT, RedisServer, Site, photograph, publish, turned, until
+from conftest import ROOT, RedisServer, Site, create_post, photograph, until, wait_until_processed
 from state import unchanged
 
 from storage import settings
@@ -40,7 +40,7 @@ def test_each_part_works_with_its_own_rights(guarded, tmp_path):
         worker.worker()
         ship.start("storage", "ship")
         with api.client("alice") as client:
-            post = turned(client, publish(client, photograph()))
+            post = wait_until_processed(client, create_post(client, photograph()))
             added = client.post(f"/v1/posts/{post['id']}/comments", json={"text": "Hello"})
             assert added.status_code == 201
             comment = f"/v1/posts/{post['id']}/comments/{added.json()['id']}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, RedisServer, Site, photograph, publish, turned, until
+from conftest import ROOT, RedisServer, Site, create_post, photograph, until, wait_until_processed
 from drills.images import family
 
 from storage import watchdog
@@ -199,7 +199,7 @@ def test_each_part_that_hangs_is_killed_and_its_worker_replaces_a_converter(watc
     until(lambda: all(map(ended, watchdogs)), what="the watchdogs have ended")
     watched.api()
     with watched.client("alice") as alice:
-        turned(alice, publish(alice, photograph()))
+        wait_until_processed(alice, create_post(alice, photograph()))
 
 
 def test_no_part_is_killed_while_redis_and_the_store_are_away_for_long(watched):

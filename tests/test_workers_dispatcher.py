@@ -5,7 +5,7 @@ import logging
 from contextlib import asynccontextmanager
 
 import pytest
-from conftest import connect, photograph, publish, turned, until
+from conftest import connect, create_post, photograph, until, wait_until_processed
 from making import jpeg, make_post, make_processing, png
 from parts import make_settings
 from parts import until as eventually
@@ -16,7 +16,7 @@ from workers import dispatcher
 
 def test_an_image_is_404_with_retry_after_until_its_picture_is_created(site):
     with site.client("alice") as client:
-        post = publish(client, photograph())
+        post = create_post(client, photograph())
         for request in (client.get, client.head):
             missing = request(f"/v1/images/{post['id']}.jpg")
             assert (missing.status_code, missing.headers["Retry-After"]) == (404, "1")
@@ -24,7 +24,7 @@ def test_an_image_is_404_with_retry_after_until_its_picture_is_created(site):
             assert "immutable" not in missing.headers.get("Cache-Control", "")
         assert client.get("/v1/posts").json()["items"] == []
         site.worker()
-        turned(client, post)
+        wait_until_processed(client, post)
         assert client.get(f"/v1/images/{post['id']}.jpg").status_code == 200
 
 
@@ -32,7 +32,7 @@ def test_every_post_becomes_ready_although_the_queue_is_lost_again_and_again(sit
     """Deletes all keys of RQ while pictures are created. Ends leases early, so that the test need not wait a minute."""
     client = real_server.client
     with site.client("alice") as alice:
-        posts = [publish(alice, png(40 + n, 40)) for n in range(6)]
+        posts = [create_post(alice, png(40 + n, 40)) for n in range(6)]
         worker = site.worker()
         deleted = 0
         until(lambda: client.exists("rq:workers"), what="the worker")
@@ -45,7 +45,7 @@ def test_every_post_becomes_ready_although_the_queue_is_lost_again_and_again(sit
                 what="the next hint",
             )
         for post in posts:
-            turned(alice, post)
+            wait_until_processed(alice, post)
         assert deleted > 0 and worker.poll() is None
         assert {item["id"] for item in alice.get("/v1/posts").json()["items"]} == {
             post["id"] for post in posts
