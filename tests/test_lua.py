@@ -53,9 +53,10 @@ async def append(db, upload: str, offset: int, size: int, name: str) -> int:
     return (await db.call("append_chunk", script_keys, db.clock, *args))[0]
 
 
-async def leased(db, id: str) -> outbox.DueEntry | outbox.ImageWork:
-    work = await (outbox.lease(db, 0) if id.startswith("u") else outbox.lease_images(db, 0, 10))
-    return next(one for one in work if one.id == id)
+async def leased(db, entry: str) -> outbox.DueEntry | outbox.ImageWork:
+    """Leases what is due. Returns the lease of one upload or post."""
+    work = await (outbox.lease(db, 0) if entry.startswith("u") else outbox.lease_images(db, 0, 10))
+    return next(one for one in work if one.id == entry)
 
 
 # Arguments

