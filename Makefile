@@ -22,7 +22,7 @@ quick: ## linters, then what proves most; less than a minute
 	  api_repeats.py api_refusals.py storage_model.py)
 
 lint:
-	.venv/bin/ruff check --select E,F,I,B,UP,SIM --ignore SIM105 --line-length 120 --target-version py311 .
+	.venv/bin/ruff check --select A001,A002,A006,E,F,I,B,UP,SIM --ignore SIM105 --line-length 120 --target-version py311 .
 	luacheck -q --std lua51 --globals redis cjson KEYS ARGV \
 	  --read-globals $$(sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/shared.lua) --max-line-length 130 -- lua
 	.venv/bin/lint-imports
