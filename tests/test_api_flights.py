@@ -26,7 +26,7 @@ class Source:
         return number
 
     def end(self, count: int) -> None:
-        """Lets so many calls end."""
+        """Lets `count` calls end."""
         for _ in range(count):
             self.may_end.release()
 

@@ -286,7 +286,7 @@ def test_an_unknown_expectation_is_refused(serving):
 
 
 class Bad:
-    """A connection that misbehaves. It sends a beginning, then a piece `every` so many seconds until it is closed.
+    """A connection that misbehaves. It sends a beginning, then a piece every `every` seconds until it is closed.
 
     `lasted` becomes the seconds until the server closed it; None if it was still open at the end.
     """

@@ -42,7 +42,7 @@ SLOW_REWRITES = ("--rdb-key-save-delay", "30000")
 
 
 async def backed_up(settings, backup, generations: int = 1, writes: int = 50):
-    """Fills the backup store with so many generations. Returns the writer of their data."""
+    """Fills the backup store with `generations` generations. Returns the writer of their data."""
     async with redis_on(settings, *SLOW_REWRITES) as redis, shipping(settings, backup) as shipper:
         async with writing(settings) as (writer,):
             for number in range(1, generations + 1):

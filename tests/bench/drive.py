@@ -43,7 +43,7 @@ class Load:
     body: bytes | None = None
 
     def run(self, seconds: float) -> Run:
-        """Measures for so many seconds with wrk."""
+        """Measures for `seconds` s with wrk."""
         with tempfile.TemporaryDirectory() as folder:
             paths, body = Path(folder, "paths"), Path(folder, "body")
             paths.write_text("\n".join(self.paths) + "\n")

@@ -56,7 +56,9 @@ def tied(posts: int) -> list[int]:
 
 
 def rows(comment_counts: list[int]) -> Iterator[Row]:
-    """Posts with so many comments each. Their times are one second apart; the last is a moment ago."""
+    """One post for each number in `comment_counts`, with this number of comments. The posts are one second apart. The
+    last one is a moment old.
+    """
     chance, now = random.Random(7), int(time.time() * 1000)
     start = now - 1000 * len(comment_counts) - GAP_MS * (max(comment_counts) + 1)
     for number, count in enumerate(comment_counts):
@@ -127,7 +129,10 @@ def send(server: RedisServer, packed: Iterable[bytes]) -> None:
 
 
 def fill(server: RedisServer, comment_counts: list[int]) -> list[str]:
-    """Writes posts with so many comments each and verifies them. Returns their ids. Fsyncs only at the end."""
+    """Writes one post for each number in `comment_counts`, with this number of comments, and verifies them.
+
+    Returns their ids. Fsyncs only at the end.
+    """
     ids = []
 
     def noting_ids():
@@ -167,7 +172,7 @@ def images(folder: Path, ids: Iterable[str]) -> None:
 
 
 def cursor(comments: float, post: str) -> str:
-    """The feed's cursor of a post with so many comments."""
+    """The feed's cursor behind `post`, which has `comments` comments."""
     return urlsafe_b64encode(f"{comments:.0f}:{post}".encode()).decode().rstrip("=")
 
 

@@ -174,7 +174,7 @@ def shipped(folder: Path) -> int:
 
 
 def measure(seconds: float) -> tuple[list[Row], dict[str, dict]]:
-    """Measures each load for so many seconds. Returns the rows of the table, and the driver's results by load."""
+    """Measures each load for `seconds` s. Returns the rows of the table, and the driver's results by load."""
     rows, results = [], {}
     picture = io.BytesIO()
     photograph(1632, 1224).save(picture, "JPEG", quality=85)

@@ -161,7 +161,7 @@ def used(kind: str, filling: Callable[[Redis], object]) -> int:
 
 
 def fill_keys(server: Redis, number: int) -> None:
-    """Writes so many Idempotency-Keys of comments."""
+    """Writes `number` Idempotency-Keys of comments."""
     value = f"{keys.digest(b'body')} 1790000000000-0"
     names = (keys.once(0, fill.AUTHOR % (each % 100_000), f"POST /v1/posts {each}") for each in range(number))
     with server.filling():

@@ -60,7 +60,7 @@ class Stream:
         writer.close()
 
     def results(self, seconds: float) -> dict:
-        """Figures of a stream that ran for so many seconds. Percentiles are pairs of percent and ms."""
+        """Figures of a stream that ran for `seconds` s. Percentiles are pairs of percent and ms."""
         self.durations.sort()
         count = len(self.durations)
         values = [self.durations[min(count - 1, int(count * share / 100))] * 1000 for share in SHARES]

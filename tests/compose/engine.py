@@ -1,6 +1,7 @@
-"""The engine that runs the containers: the machine's own if it can pull images, or one of ours with stand-in images.
+"""The engine that runs the containers: the machine's own if it can pull images. Otherwise one that is started here,
+with stand-in images.
 
-Our engine runs in its own namespaces (processes, mounts, network). When their first process ends for any reason, the
+The engine that is started here runs in its own namespaces (processes, mounts, network). When their first process ends for any reason, the
 kernel ends all other processes in them and removes the mounts, the networks and the firewall rules. All its files are
 in one temporary folder.
 """

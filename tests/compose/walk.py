@@ -47,7 +47,7 @@ def clone(target: Path) -> None:
 
 
 def until(condition, seconds: float, what: str):
-    """Calls `condition` until its result is true, and returns that. Raises AssertionError after so many seconds."""
+    """Calls `condition` until its result is true, and returns that. Raises AssertionError after `seconds` s."""
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"

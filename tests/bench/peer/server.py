@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 class Peer:
-    """Posts with so many comments each as `counts` says. `secret` signs the tokens that it accepts."""
+    """One post for each number in `counts`, with this number of comments. `secret` signs the tokens that it accepts."""
 
     def __init__(self, counts: list[int], secret: str):
         self.folder = Path(tempfile.mkdtemp(prefix="pg-"))
