@@ -1,9 +1,9 @@
 """The engine that runs the containers: the machine's own if it can pull images. Otherwise one that is started here,
 with stand-in images.
 
-The engine that is started here runs in its own namespaces (processes, mounts, network). When their first process ends for any reason, the
-kernel ends all other processes in them and removes the mounts, the networks and the firewall rules. All its files are
-in one temporary folder.
+The engine that is started here runs in its own namespaces (processes, mounts, network). When their first process ends
+for any reason, the kernel ends all other processes in them and removes the mounts, the networks and the firewall rules.
+All files of the engine are in one temporary folder.
 """
 
 import ctypes
