@@ -66,7 +66,8 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     Changes are sorted by partition, because their order means nothing to a client. A partition that the token does not
     contain was added later, and is read from its beginning.
 
-    Raises Outdated where the token is older than CHANGES_MS, or the data was restored after it was issued.
+    Raises Outdated where the token is older than CHANGES_MS, has more partitions than `partitions`, or the data was
+    restored after it was issued.
     """
     known = list(token.seen) if token else []
     if token and (token.issued < now_ms(db) - CHANGES_MS or len(known) > partitions):

@@ -195,7 +195,8 @@ def uploads(partition: int, user: str) -> str:
 
 
 def parts(key: str) -> tuple[str, int | None, str]:
-    """The kind, the partition and the rest of a key. The rest is the id of a post or an upload, a user, or empty.
+    """The kind, the partition and the rest of a key. The rest is an id, a user, `user:digest`
+    for an Idempotency-Key, or empty.
 
     >>> parts("uploads:{0}:alice")
     ('uploads', 0, 'alice')
@@ -207,7 +208,7 @@ def parts(key: str) -> tuple[str, int | None, str]:
 
 
 def well_formed(key: str) -> bool:
-    """Whether the functions above can have built this key."""
+    """Whether a function of this module can have built this key."""
     kind, partition, name = parts(key)
     if kind in ("post", "comments", "latest", "upload", "chunks"):
         match = ID.fullmatch(name)

@@ -11,5 +11,5 @@
 | `colour`, `thumbhash` | ICC profiles; the blurred preview |
 | `errors` | why no picture can be created of an image |
 
-No other package imports PIL, simplejpeg and RQ. This package never imports the API.
+`api` and `storage` import neither PIL, simplejpeg nor RQ. This package never imports the API.
 """

@@ -49,7 +49,9 @@ def make_image(post: str, lease: int) -> None:
 
     `post`: its id. `lease`: the lease it was handed out under, ms since 1970.
 
-    Raises ChildProcessError where the decoder died, which uses up the attempt. All other expected failures are logged.
+    Raises ChildProcessError where the decoder died, and NotFound where neither the original nor all chunks are stored;
+    both use up the attempt. Raises Unreachable or Unknown where Redis does not answer at the start. Other failures that
+    are not the image's are logged, and the attempt is returned.
     """
     asyncio.run(_attempt(post, lease))
 

@@ -232,8 +232,9 @@ ONE_PIXEL_BMP = b"BM:\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\1\0\0\0\1\0\0\0\1\0\x18\
 def check(chosen: Settings) -> None:
     """Decodes an image of one pixel at the worker's start, in the same way as every image.
 
-    Raises SystemExit with one line where that fails. Logs a warning of one line where seccomp is missing and
-    IMAGEGRAM_SANDBOX accepts that, and where Landlock is missing: the filter alone still denies all that Landlock does.
+    Raises SystemExit with one line where the sandbox is missing and required, or where the decoder dies. Logs a warning
+    of one line where seccomp is missing and IMAGEGRAM_SANDBOX accepts that, and where Landlock is missing: the filter
+    alone still denies all that Landlock does.
     """
     image = os.memfd_create("pixel")
     os.write(image, ONE_PIXEL_BMP)
