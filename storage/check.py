@@ -164,15 +164,7 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
 async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
     """A post's status (None: no such post), number of comments, whether its image is to be made, and its flaws."""
     partition = keys.partition_of_post(post)
-    script_keys = [
-        keys.post(post),
-        keys.comments(post),
-        keys.latest(post),
-        keys.feed(partition),
-        keys.changes(partition),
-        keys.gone(partition),
-        keys.turns(partition),
-    ]
+    script_keys = [*keys.post_and_lists(post), keys.turns(partition)]
     args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
     status, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
     return status, comments, bool(waits), flaws

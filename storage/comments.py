@@ -21,19 +21,6 @@ class Page(NamedTuple):
     more: bool  # whether older comments follow
 
 
-def _script_keys(post: str) -> list[str]:
-    """KEYS of add_comment and delete_comment."""
-    partition = keys.partition_of_post(post)
-    return [
-        keys.post(post),
-        keys.comments(post),
-        keys.latest(post),
-        keys.feed(partition),
-        keys.changes(partition),
-        keys.gone(partition),
-    ]
-
-
 async def add(
     db: Redis, author: str, post: str, text: str, idempotency: keys.IdempotencyKey | None = None
 ) -> tuple[Comment, bool]:
@@ -42,7 +29,7 @@ async def add(
     Raises Reused where the idempotency key was used for another request, NoPost, NotReady where the post is processing,
     and Failed where its image could not be made.
     """
-    script_keys = _script_keys(post)
+    script_keys = keys.post_and_lists(post)
     if idempotency:
         script_keys.append(keys.once(keys.partition_of_post(post), author, idempotency.scoped_key))
     digest = idempotency.digest if idempotency else "-"
@@ -55,7 +42,7 @@ async def add(
 async def delete(db: Redis, author: str, post: str, comment: str) -> None:
     """Delete a comment of `author`. Raises NoPost, NoComment, and Forbidden where somebody else wrote it."""
     keys.comment_ms(comment)
-    await db.call("delete_comment", _script_keys(post), db.clock, post, comment, author, LATEST_COMMENTS)
+    await db.call("delete_comment", keys.post_and_lists(post), db.clock, post, comment, author, LATEST_COMMENTS)
 
 
 async def read(db: Redis, post: str, comment: str) -> Comment:

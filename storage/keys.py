@@ -166,6 +166,22 @@ def latest(post_id: str) -> str:
     return f"latest:{{{partition_of_post(post_id)}}}:{post_id}"
 
 
+def post_and_lists(post_id: str) -> list[str]:
+    """The keys with which KEYS of several scripts begin: the post, its comments, and the lists of its partition.
+
+    In this order: post, comments, latest, feed, changes, gone. Raises NoPost where `post_id` is not a post id.
+    """
+    partition = partition_of_post(post_id)
+    return [
+        post(post_id),
+        comments(post_id),
+        latest(post_id),
+        feed(partition),
+        changes(partition),
+        gone(partition),
+    ]
+
+
 def post_prefix(partition: int) -> str:
     return f"post:{{{partition}}}:"
 

@@ -208,16 +208,7 @@ async def delete(
     partition = keys.partition_of_post(post)
     await db.call(
         "delete_post",
-        [
-            keys.post(post),
-            keys.comments(post),
-            keys.latest(post),
-            keys.feed(partition),
-            keys.changes(partition),
-            keys.gone(partition),
-            keys.due(partition),
-            keys.making(partition, author),
-        ],
+        [*keys.post_and_lists(post), keys.due(partition), keys.making(partition, author)],
         db.clock,
         post,
         author,
