@@ -9,4 +9,7 @@ environment variable.
     check, sweep, retry                    maintenance commands of `imagegram-storage`
     processes, watchdog, logs, files       the operating system: processes, their logs, durable files
     db/, objects/, backup/                 Redis, the object store, the backup of Redis
+
+A function that calls Redis raises Unreachable where Redis does not answer or refuses to run anything, and one that
+writes raises Unknown where the reply was lost (storage.errors). Docstrings name these two only where it matters.
 """

@@ -20,7 +20,7 @@ MIB = 1024 * 1024
 
 # Limits of the API's contract. They are the same in every installation, so no variable sets them.
 IMAGE_BYTES = 100 * MIB  # the largest image that is accepted
-FORM_SLACK = 64 * 1024  # a form may have so many bytes besides its image: boundaries, part headers, the caption
+FORM_SLACK = 64 * 1024  # bytes of a form besides its image, at most: boundaries, part headers, the caption
 TEXT_CHARACTERS = 2200  # the longest caption or comment, in Unicode code points
 LATEST_COMMENTS = 2  # comments that the feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends at this size or at its limit of rows, whichever comes first
@@ -33,7 +33,7 @@ CHANGES_MS = 7 * DAY_MS  # a token of changes is valid for a week, so deletions 
 CHUNKS = 10_000  # maximum number of chunks of an upload: 10 KiB each of the largest image
 OPEN_UPLOADS = 20  # maximum number of open uploads of a user, without forms
 RESERVED_BYTES = 2 * 1024 * MIB  # maximum of a user's open uploads together, and again of the user's forms
-# A form reserves so many bytes at least, because it may hold as many in memory. So a user may send 512 forms at once.
+# The minimum that a form reserves, in bytes: it may hold as much in memory. So a user may send 512 forms at once.
 FORM_BYTES = 4 * MIB
 # A hint to image work may wait in the queue for this time, before the work is handed out again. The first attempt's
 # lease has the same length.
@@ -69,10 +69,10 @@ class Settings:
     store_url: str
     free_space: int  # MiB. Uploads are refused while the store's disk has less free space
     backup_store_url: str
-    ship_interval: int  # seconds between two copies to the backup store: what the loss of a machine may cost
+    ship_interval: int  # seconds between two copies to the backup store. A lost machine may lose the data of this time
     snapshot_every: int  # seconds after which the AOF is rewritten: how much of it a restore has to replay
     keep_seconds: int  # every second of this time before now can be restored
-    keep_days: int  # days before now of which one base each is kept
+    keep_days: int  # of each of the last `keep_days` days one base is kept
     watchdog: int  # seconds without a sign of life after which a process is killed. 0: never
     verify_every: int  # seconds between two test restores. Each needs the memory of the data again. 0: none
     jwt_secret: str  # empty: created on the first start and stored in the data folder
@@ -103,7 +103,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
 
     def get(name: str, default: str) -> str:
         text = environ.get(f"IMAGEGRAM_{name}", default)
-        if any("\ud800" <= character <= "\udfff" for character in text):  # os.environ decodes other bytes so
+        # os.environ decodes bytes that are not UTF-8 as such characters.
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise SystemExit(f"IMAGEGRAM_{name}: expected text in UTF-8")  # without the value: it may be a secret
         return text
 

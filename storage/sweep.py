@@ -18,7 +18,7 @@ from storage.objects import Entry, ObjectStore
 from storage.outbox import MayName, recheck_at
 
 DAY = 86400  # seconds. Younger objects are ignored. Work that stores an object and then names it takes minutes at most
-SAFE_COUNT = 100  # so many orphans may be removed even if they are most of the objects
+SAFE_COUNT = 100  # orphans. Up to this number they may be removed even if most objects are orphans
 MAX_NAMES = 5  # names in a report
 
 

@@ -300,7 +300,7 @@ class Appender:
         """Raises Format. `whole` says that no more bytes follow."""
         kind = sniff(self._first_bytes[:LONGEST_MAGIC])
         if kind is None or (whole and not kind):
-            raise Format("only PNG, JPEG and BMP images are taken")
+            raise Format("only PNG, JPEG and BMP images are accepted")
 
     async def commit(self) -> None:
         """Store all bytes received so far, and move the offset past them."""

@@ -46,7 +46,7 @@ async def assert_nothing_lost(settings, backup, writers, tmp_path) -> None:
 
 
 async def more_writes(writer, count: int = 50) -> None:
-    """Waits until a writer has begun so many more writes."""
+    """Waits until a writer has begun `count` more writes."""
     goal = writer.number + count
     await until(lambda: writer.number >= goal, "more writes")
 

@@ -113,7 +113,7 @@ def test_a_process_that_was_frozen_with_its_watchdog_is_not_killed(program):
     before = waits(frozen[1])
     for one in reversed(frozen):
         one.resume()
-    # So many waits without a byte would be enough to kill.
+    # Twice the number of waits that would be enough to kill.
     until(lambda: ended(frozen[1]) or waits(frozen[1]) > before + 2 * watchdog.WAITS, what="more waits")
     assert process.poll() is None and not ended(frozen[1])
 

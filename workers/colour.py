@@ -10,7 +10,8 @@ A space is a sequence of four points: white, red, green and blue, each as CIE x 
 import struct
 from collections.abc import Callable, Sequence
 
-# Most bytes of a profile. The largest profiles of printers come near; those of cameras and screens have some thousands.
+# Maximum size of a profile in bytes. The largest profiles of printers come near. Those of cameras and screens have some
+# thousand bytes.
 MAX_PROFILE_BYTES = 1024 * 1024
 DEVICES = (b"scnr", b"mntr", b"prtr", b"spac")  # not device links, abstract profiles or named colours (ICC.1, 7.2.5)
 AS_SRGB = b""  # the profile of an image whose values are sRGB already, or so near that the eye sees no difference

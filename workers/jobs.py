@@ -13,8 +13,8 @@
 The score is a time, in ms since 1970. It is the end of the lease and also names the lease. If no job starts until then,
 the post is leased again.
 
-A post that a restore brought back without its JPEG goes the same way. Its status is ready from the beginning, so it is
-never failed, and its attempts are not limited.
+A post that a restore brought back without its JPEG passes through the same states. Its status is ready from the
+beginning, so it is never failed, and its attempts are not limited.
 
 A job may run twice, one run after the other or both at once. The outbox decides which attempt counts, and both create
 the same bytes. A failure that is not the image's fault returns the attempt, so that it does not count.

@@ -29,7 +29,7 @@ UNSUPPORTED = {
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), HIERARCHICAL),  # differential frames, DHP
     0xF7: "a JPEG-LS image",  # ITU T.87, table C.1
 }
-MAX_SCANS = 100  # most scans of a progressive JPEG; encoders write about 10
+MAX_SCANS = 100  # maximum number of scans of a progressive JPEG; encoders write about 10
 
 # Texts of libjpeg (jerror.h). libjpeg reports only the text of its first warning about a file.
 FILE_ENDS = "Premature end of JPEG file"
@@ -43,9 +43,12 @@ NO_MEMORY = "Insufficient memory"
 class Jpeg(JpegImageFile):
     """The first picture of a JPEG file. Pillow's Image.open() would load the plugin for MPO files, which have several.
 
-    The file must be a file of the file system. Raises Unusable: the constructor with unsupported, load() with
-    too_many_scans, truncated or undecodable. A colour image has the mode RGBX after load(): Pillow holds RGB in four
-    bytes a pixel, and simplejpeg writes these four bytes.
+    The file must be a file of the file system. The constructor raises Unusable with unsupported, and struct.error or
+    IndexError for a frame header that is cut, which the pipeline reports as undecodable. load() raises Unusable with
+    too_many_scans, truncated or undecodable.
+
+    A colour image has the mode RGBX after load(): Pillow holds RGB in four bytes a pixel, and simplejpeg writes these
+    four bytes.
     """
 
     def _open(self) -> None:
@@ -89,7 +92,8 @@ class Jpeg(JpegImageFile):
             raise MemoryError(warning)
         if UNKNOWN_SAMPLING in warning:
             return None
-        if warning == FILE_ENDS and self._has_one_scan(data):  # some encoders write no EOI; all else must be there
+        # Some encoders write no EOI. Everything before it must be there.
+        if warning == FILE_ENDS and self._has_one_scan(data):
             try:
                 return self._pixels(data + bytes([0xFF, EOI]))
             except ValueError:

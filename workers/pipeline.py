@@ -39,7 +39,7 @@ from workers.png import MAGIC, Png
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of each side of the picture
-# Pillow's name. Shrinking by whole numbers is fast. It stops at so many times SIDE, and LANCZOS does the rest.
+# Pillow's name. Shrinking by whole numbers is fast. It stops at this multiple of SIDE, and LANCZOS does the rest.
 REDUCING_GAP = 2
 STRIP_ROWS = 64  # rows of the shrunk image that are computed at once
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at this value and raises only at twice the value; check_size is exact

@@ -40,8 +40,8 @@ MODES = {  # Pillow's mode and raw mode by colour type and bit depth (11.2.1)
 # Pillow's raw mode for the low byte of each sample of a big-endian file. Its name is that of the little-endian format,
 # in which the byte at this place is the high one.
 LOW_BYTES = "RGB;16L"
-# Most chunks of a file. Encoders put 8 KiB into each chunk; some put 256 bytes, which makes 400,000 chunks of 100 MiB.
-# Without a limit, 8 million empty chunks take 27 s.
+# Maximum number of chunks of a file. Encoders put 8 KiB into each chunk; some put 256 bytes, so 100 MiB have 400,000
+# chunks. Without a limit, 8 million empty chunks take 27 s.
 MAX_CHUNKS = 500_000
 STRIP_ROWS = 64  # rows that are compared with a transparent colour at once
 SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}  # per pixel, by colour type

@@ -17,11 +17,11 @@ class RunLength(ImageFile.PyDecoder):
 
     | two bytes | meaning |
     |---|---|
-    | 1 to 255, value | a run: so many pixels of this value; with 4 bits its two halves take turns |
+    | 1 to 255, value | a run of this value, as long as the first byte says; with 4 bits its two halves alternate |
     | 0, 0 | end of the row |
     | 0, 1 | end of the image |
     | 0, 2 | move right and on by the next two bytes |
-    | 0, 3 to 255 | so many values follow as they are, padded to a multiple of 16 bits |
+    | 0, 3 to 255 | the second byte is a number of values. They follow unchanged, padded to a multiple of 16 bits |
     """
 
     _pulls_fd = True

@@ -16,8 +16,8 @@ Decoders are large C programs that read what strangers send. So this file assume
 | decoder | the image and the pipe | each image has its own, so an attack ends with its image |
 
 The fork server is executed as a new program without the converter's environment, and has imported what decoding needs.
-To execute a new interpreter for each image would be as clean. But importing alone takes 0.1 s of CPU, twice as much as
-a photograph of 12 megapixels.
+A new interpreter for each image would isolate as well. But importing alone takes 0.1 s of CPU, twice as much as a
+photograph of 12 megapixels.
 
 What a decoder may do:
 

@@ -15,7 +15,7 @@ from math import cos, pi
 
 from PIL import Image
 
-POINTS = 32  # the picture is averaged to so many points a side; the finest wave has 3 periods
+POINTS = 32  # a side, to which the picture is averaged; the finest wave has 3 periods
 LIGHT_WAVES = 7  # a side
 COLOUR_WAVES = 3  # a side
 COSINES = [[cos(pi / POINTS * wave * (point + 0.5)) for point in range(POINTS)] for wave in range(LIGHT_WAVES)]

@@ -32,8 +32,8 @@ from redis.exceptions import (
 from storage.errors import Unknown, Unreachable, from_reply
 
 DEADLINE = 0.9  # seconds after which a call fails, so that the API can answer 503 within its promise of one second
-# So many waiting writes are sent at once, although another pipeline is still in progress. They are worth an fsync of
-# their own: a tenth more comments a second.
+# When this number of writes waits, they are sent although another pipeline is still in progress. They are worth an
+# fsync of their own: a tenth more comments a second.
 ENOUGH = 8
 BATCH = 256  # commands in one pipeline: a few ms of Redis' time, for which the next pipeline has to wait
 
@@ -46,7 +46,7 @@ NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREP
 
 class Script(NamedTuple):
     text: str
-    sha: str  # SHA-1 of the text, as EVALSHA wants it
+    sha: str  # SHA-1 of the text in hexadecimal, the argument of EVALSHA
     reads: bool  # it writes nothing
 
 
