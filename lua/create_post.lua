@@ -1,5 +1,5 @@
 #!lua
--- Turns a finished upload into a post, and queues the post for its image.
+-- Turns a complete upload into a post, and queues the post for its image.
 -- KEYS[1] upload   upload:{p}:<id>     hash
 -- KEYS[2] post     post:{p}:<id>       hash
 -- KEYS[3] uploads  uploads:{p}:<user>  hash
