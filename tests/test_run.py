@@ -56,7 +56,11 @@ class Run:
         self.parts = psutil.Process(self.make.pid).children(recursive=True)
 
     def part(self, *command: str) -> psutil.Process:
-        return next(part for part in self.parts if part.cmdline()[1:] == list(command))
+        for part in self.parts:
+            with suppress(psutil.NoSuchProcess):  # a child that has ended, such as the one that rewrites the AOF
+                if part.cmdline()[1:] == list(command):
+                    return part
+        raise AssertionError(f"no process runs {command}")
 
     def end(self) -> tuple[str, float]:
         """Waits until `make` has ended. Returns its output, and how many seconds it took."""
