@@ -86,7 +86,7 @@ fuzz: ## 10,000 random requests over all routes; three minutes
 
 lock: ## write requirements.lock again, with the newest versions
 	python3 -m venv .venv-lock
-	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[run,test,bench]'
+	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[run,client,trace,test,bench]'
 	(echo '# The version of every package that is installed, for `pip install -c`. Written by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
 	rm -rf .venv-lock
