@@ -117,7 +117,7 @@ def serve(settings) -> None:
     If a process ends by itself, the others are stopped, whatever its status: otherwise fewer processes would serve, or
     none, and nobody would notice. Raises SystemExit with status 1 in this case, with 0 after a signal.
     """
-    logs.configure()
+    logs.configure(settings.log, environment.secret_values())
     require_stores(settings, "STORE")
     environment.signing_secret(settings)  # made here, before several processes need it
     # The parent binds the sockets. So a port in use is reported once, and port 0 becomes one port for all processes.

@@ -26,7 +26,8 @@ class FastResponse(BaseHTTPResponse):
     """A response whose headers were encoded in advance, by `encode_headers`.
 
     Sanic encodes each header of each response. That takes half as long as all its other work. Here `headers` is a plain
-    dict, which is faster than Sanic's multidict: it only gets headers that Sanic itself sets, each name once.
+    dict, which is faster than Sanic's multidict: it only gets headers of `rendering.created` and headers that Sanic
+    itself sets, each name once.
     """
 
     __slots__ = ("_encoded_headers",)

@@ -20,6 +20,7 @@ def create(settings: Settings) -> Sanic:
     | name | what |
     |---|---|
     | `settings`, `secret` | the settings; the secret that signs tokens |
+    | `log_requests` | whether each request has a line in the log |
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
     | `db`, `objects` | the Redis client; object storage |
     | `flights` | reads in progress, which equal requests share |
@@ -46,6 +47,7 @@ def create(settings: Settings) -> Sanic:
         DEPRECATION_FILTER="ignore",  # on Python 3.14 Sanic calls a function that 3.16 removes; each process would warn
     )
     app.ctx.settings = settings
+    app.ctx.log_requests = settings.log == "json"
     app.ctx.secret = signing_secret(settings)
     app.ctx.verified = {}
     for module in (posts, uploads, comments, images, health):

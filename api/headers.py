@@ -13,14 +13,16 @@ CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s
 
 
 def request_id(request) -> str:
-    """The client's Request-Id, or the trace id of its `traceparent`, or a new id."""
-    sent = request.headers.get("request-id")
-    if sent and REQUEST_ID.fullmatch(sent):
-        return sent
-    parent = request.headers.get("traceparent")
-    if parent and (parts := TRACEPARENT.fullmatch(parent)):
-        return parts[1]
-    return f"{getrandbits(64):016x}"  # Python seeds its random generator again in each forked process
+    """The client's Request-Id, or the trace id of its `traceparent`, or a new id. It stays the same for a request."""
+    if request._id is None:  # where Sanic keeps its own `request.id`, which accepts any text
+        sent, parent = request.headers.get("request-id"), request.headers.get("traceparent")
+        if sent and REQUEST_ID.fullmatch(sent):
+            request._id = sent
+        elif parent and (parts := TRACEPARENT.fullmatch(parent)):
+            request._id = parts[1]
+        else:
+            request._id = f"{getrandbits(64):016x}"  # Python seeds its random generator again in each forked process
+    return request._id
 
 
 def list_header(request, name: str) -> str:

@@ -14,6 +14,8 @@ from sanic.handlers import ErrorHandler
 from sanic.log import error_logger
 from sanic.response import HTTPResponse
 
+from api.access import template
+from api.headers import request_id
 from api.protocol import EncodedBody
 from storage import errors, objects
 
@@ -168,5 +170,5 @@ class Errors(ErrorHandler):
         if request.path.startswith("/v1/uploads"):
             response.headers["Tus-Resumable"] = TUS_VERSION
         if response.status == 500:
-            error_logger.exception("%s %s", request.method, request.path, exc_info=exception)
+            error_logger.exception("%s %s", request_id(request), template(request), exc_info=exception)
         return response

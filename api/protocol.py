@@ -21,6 +21,7 @@ from sanic.exceptions import (
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
+from api import access
 from api.answers import FastResponse, http_date
 from api.headers import request_id
 
@@ -128,6 +129,8 @@ class StrictHttp(Http):
         if not isinstance(response, FastResponse):  # it writes them itself
             response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
+        if self.protocol.app.ctx.log_requests:
+            access.log(self, response)
         return super().respond(response)
 
     async def read(self) -> bytes | None:

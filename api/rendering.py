@@ -23,10 +23,11 @@ CACHED_CHARACTERS = 500  # of caption and comments. A longer post is not cached,
 
 def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
     """201. A repeated request gets the same answer with `Idempotent-Replayed: true`."""
-    headers = {"Content-Type": "application/json", "Location": location}
+    response = FastResponse(encode_headers({"Content-Type": "application/json"}), 201, orjson.dumps(body))
+    response.headers["Location"] = location  # not encoded, so that api.access can read it
     if replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return FastResponse(encode_headers(headers), 201, orjson.dumps(body))
+        response.headers["Idempotent-Replayed"] = "true"
+    return response
 
 
 def timestamp(ms: int) -> str:

@@ -36,19 +36,21 @@ def mint(settings: Settings, user: str, seconds: int = DEVELOPMENT_SECONDS) -> s
 
 
 def user(request) -> str:
-    """The user whose token the request carries. Raises Problem 401.
+    """The user whose token the request carries, and who is then `request.ctx.user`. Raises Problem 401.
 
     A verified token is cached until it expires, leeway included: verifying it takes longer than the rest of a request.
     """
     ctx, header = request.app.ctx, request.headers.get("authorization", "")
     cached = ctx.verified.get(header)
     if cached and time.time() < cached[1]:
+        request.ctx.user = cached[0]
         return cached[0]
     claims = _verify(header, ctx.secret, ctx.settings)
     if len(header) <= CACHED_CHARACTERS:
         if len(ctx.verified) >= CACHED:
             ctx.verified.clear()
         ctx.verified[header] = claims["sub"], int(claims["exp"]) + LEEWAY
+    request.ctx.user = claims["sub"]
     return claims["sub"]
 
 

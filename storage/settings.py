@@ -73,6 +73,7 @@ class Settings:
     snapshot_every: int  # seconds after which the AOF is rewritten: how much of it a restore has to replay
     keep_seconds: int  # every second of this time before now can be restored
     keep_days: int  # of each of the last `keep_days` days one base is kept
+    log: str  # json: each log line is a JSON object, and each request and job has one. text: neither
     watchdog: int  # seconds without a sign of life after which a process is killed. 0: never
     verify_every: int  # seconds between two test restores. Each needs the memory of the data again. 0: none
     jwt_secret: str  # empty: created on the first start and stored in the data folder
@@ -165,6 +166,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         keep_seconds=integer("KEEP_SECONDS", 86400, 0, 366 * 86400),
         keep_days=integer("KEEP_DAYS", 30, 0, 36600),
         verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
+        log=one_of("LOG", "text", "json"),
         # Event loops give ten signs of life in this time. RQ's worker gives one every 5 s, or after 15 s while Redis
         # does not answer.
         watchdog=integer("WATCHDOG", 30, 0, 3600),
@@ -174,6 +176,16 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         # A partition is the number in a key's hash tag. A Redis Cluster has 16384 slots, so more are of no use.
         partitions=integer("PARTITIONS", 1, 1, 16384),
     )
+
+
+def secret_values(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The values of variables that must not be shown, longest first: signing secret, keys of S3, Redis' passwords."""
+    names = "IMAGEGRAM_JWT_SECRET", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
+    values = {environ.get(name, "") for name in names}
+    for name in ("IMAGEGRAM_REDIS_URL", "IMAGEGRAM_QUEUE_URL"):
+        password = urlsplit(environ.get(name, "")).password or ""
+        values |= {password, unquote(password)}
+    return sorted(values - {""}, key=len, reverse=True)
 
 
 def refused(name: str, text: str, reason: str) -> SystemExit:

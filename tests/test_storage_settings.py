@@ -62,6 +62,7 @@ WRONG = {
     "REDIS_URL": WRONG_REDIS_URLS,
     "QUEUE_URL": WRONG_REDIS_URLS,
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
+    "LOG": ["yaml", "JSON", ""],
     "SANDBOX": ["maybe", "required\n"],
     "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
     "JWT_ISSUER": ["\udcff"],

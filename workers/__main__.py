@@ -164,9 +164,9 @@ def run() -> None:
     arguments = parser.parse_args()
     if arguments.command and not arguments.parent:
         parser.error("convert is for the worker's own use")
-    logs.configure()
-    pipeline.require_colour_management()
     chosen = settings.load()
+    logs.configure(chosen.log, settings.secret_values())
+    pipeline.require_colour_management()
     if arguments.command:
         convert(chosen, arguments.parent)
     else:

@@ -23,11 +23,12 @@ the same bytes. A failure that is not the image's fault returns the attempt, so 
 import asyncio
 import logging
 import tempfile
+import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from storage import originals, outbox, posts, settings
+from storage import logs, originals, outbox, posts, settings
 from storage.db.client import Redis
 from storage.errors import NoPost, Stale, Unknown, Unreachable
 from storage.objects import NotFound, ObjectStore, Unavailable, open_store
@@ -38,6 +39,8 @@ from workers.sandbox import convert
 
 log = logging.getLogger("imagegram.worker")
 
+# What the log says of a job. EXHAUSTED is the fifth outcome. DIED: by an error that the log has, too
+READY, FAILED, RETURNED, SKIPPED, DIED = "ready", "failed", "returned", "skipped", "died"
 RETRY_PAUSE = 1.0  # seconds between two calls of a Redis that is unreachable
 # Failures that are not the image's fault: of the store, of this machine's disk, of Redis, or a timeout while the job
 # waited for one of them (RQ's timeout arrives there as a cancellation).
@@ -59,31 +62,42 @@ def make_image(post: str, lease: int) -> None:
 async def _attempt(post: str, lease: int) -> None:
     chosen = settings.load()
     db, objects = Redis(chosen.redis_url), open_store(chosen.store_url)
+    began, attempt, outcome = time.monotonic(), 0, DIED
     try:
         attempt, upload = await outbox.start_image(db, post, lease)
-        if attempt:
-            await _run(chosen, db, objects, post, attempt, upload)
+        outcome = await _run(chosen, db, objects, post, attempt, upload) if attempt else outbox.EXHAUSTED
     except (NoPost, Stale) as refusal:
+        outcome = SKIPPED
         log.info("image of %s: skipped, %s", post, refusal)
     finally:
         await db.close()
+        if chosen.log == "json":
+            ms = round((time.monotonic() - began) * 1000)
+            line = {"post": post, "attempt": attempt, "outcome": outcome, "ms": ms}
+            logs.write({"level": "INFO", "logger": "imagegram.job", **line})
 
 
-async def _run(chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None) -> None:
-    """Runs an attempt that has started. Returns the attempt where it fails for a reason that is not the image's."""
+async def _run(chosen: Settings, db: Redis, objects: ObjectStore, post: str, attempt: int, upload: str | None) -> str:
+    """Runs an attempt that has started, and returns its outcome: READY, FAILED or RETURNED.
+
+    The attempt is returned where it fails for a reason that is not the image's.
+    """
     try:
         if attempt > 1 and await posts.has_image(objects, post):
             # An earlier attempt stored the picture, and only publishing failed. So no earlier attempt counts.
             await outbox.return_image(db, post, attempt, 1)
             attempt = 1
         picture = await _create_picture(chosen, db, objects, post, attempt, upload)
-        if picture:
-            await _publish(db, objects, post, picture)
+        if not picture:
+            return FAILED
+        await _publish(db, objects, post, picture)
+        return READY
     except ChildProcessError:  # the decoder died, maybe of this image. It is a subclass of OSError
         raise
     except NOT_THE_IMAGE as fault:
         await _retry_until_answered(outbox.return_image, db, post, attempt, attempt - 1)
         log.warning("image of %s: attempt returned, %r", post, fault)
+        return RETURNED
 
 
 async def _retry_until_answered(call: Callable[..., Awaitable[None]], *arguments) -> None:

@@ -53,7 +53,7 @@ from storage.backup.chain import Chain, ShippedFile
 from storage.backup.watch import Files
 from storage.db.server import lock_folder
 from storage.objects import Exists, ObjectStore, Unavailable, open_store
-from storage.settings import Settings, refused
+from storage.settings import Settings, refused, secret_values
 
 log = logging.getLogger("imagegram.ship")
 T = TypeVar("T")
@@ -459,7 +459,7 @@ def main(settings: Settings) -> None:
 
     Raises SystemExit: with status 3 if another shipper writes the same chain, otherwise with a message.
     """
-    logs.configure()
+    logs.configure(settings.log, secret_values())
     try:
         # A second shipper of the same folder would continue the chain of the first one, which would have to stop.
         lock_folder(settings.data)
