@@ -14,8 +14,10 @@ import brotli
 import orjson
 from sanic.response import BaseHTTPResponse
 
-from api.headers import list_header, matches_etag, preferred_coding, request_id
+from api.headers import list_header, matches_etag, preferred_coding, preferred_wait, request_id
+from api.waiting import Seen
 
+VARY = {"Vary": "Accept-Encoding, Prefer"}  # of an answer that a client may wait for
 READ = ("GET", "HEAD")  # the methods of a route that reads. Sanic leaves out the body of an answer to HEAD
 MIN_COMPRESSED = 200  # bytes. Compressing a smaller body saves less than the header that announces it
 BLOCKING = 64 * 1024  # bytes. Compressing a larger body takes over 1 ms, so a thread does it
@@ -70,8 +72,9 @@ def encode_headers(headers: dict[str, str]) -> tuple[bytes, bytes]:
 class Answer:
     """A JSON body, its headers, and its compressed forms, which are made when the first client wants them."""
 
-    def __init__(self, body: bytes, headers: dict[str, str] | None = None):
+    def __init__(self, body: bytes, headers: dict[str, str] | None = None, awaited: str | Seen | None = None):
         self.body = body
+        self.awaited = awaited  # what a client that prefers to wait waits for: see `api.waiting`
         self.headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **(headers or {})}
         self.digest = blake2b(body, digest_size=12).hexdigest()
         self._compressed: dict[str, bytes | asyncio.Task] = {}
@@ -124,8 +127,29 @@ def shared_read(read):
     return handler
 
 
-def json_answer(body, headers: dict[str, str] | None = None) -> Answer:
-    return Answer(orjson.dumps(body), headers)
+def awaited_read(read):
+    """Like shared_read, and with `Prefer: wait=N` the handler waits while there is nothing new (RFC 7240, section 4.3).
+
+    It waits outside of the flight: only then a client that goes away ends its wait. All who waited share a new flight.
+    """
+
+    async def handler(request, **path):
+        ctx, seconds = request.app.ctx, preferred_wait(list_header(request, "prefer"))
+        answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
+        if seconds and answer.awaited:
+            await ctx.waiting.wait(answer.awaited, seconds)
+            answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
+        response = await answer.respond(request)
+        if seconds:
+            response.headers["Preference-Applied"] = f"wait={seconds}"
+        return response
+
+    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
+    return handler
+
+
+def json_answer(body, headers: dict[str, str] | None = None, awaited: str | Seen | None = None) -> Answer:
+    return Answer(orjson.dumps(body), headers, awaited)
 
 
 def compress(coding: str, body: bytes) -> bytes:

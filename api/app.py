@@ -7,6 +7,7 @@ from api import bodies, comments, health, images, posts, uploads
 from api.flights import Flights
 from api.problems import Errors
 from api.reading import JSON_BYTES
+from api.waiting import Waiting
 from storage.db.client import Redis
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret
@@ -24,6 +25,7 @@ def create(settings: Settings) -> Sanic:
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
     | `db`, `objects` | the Redis client; object storage |
     | `flights` | reads in progress, which equal requests share |
+    | `waiting` | requests that wait until something changes |
     | `receiving`, `committing`, `stopping` | uploads in progress, see `api.bodies` |
     """
     app = Sanic(
@@ -58,11 +60,13 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = Redis(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
+        app.ctx.waiting = Waiting(app.ctx.db, settings.partitions)
         app.ctx.receiving, app.ctx.committing, app.ctx.stopping = set(), set(), False
 
     @app.before_server_stop
     async def stop(app):
         bodies.stop(app)
+        app.ctx.waiting.stop()
 
     @app.after_server_stop
     async def disconnect(app):

@@ -9,6 +9,13 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 # https://www.w3.org/TR/trace-context/#traceparent-header
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 ETAG = re.compile(r'[ \t,]*(W/)?("[^"\x00-\x20\x7f]*")[ \t]*(?=,|$)')
+# A preference with its value, and parameters, which are skipped (RFC 7240, section 2).
+TOKEN, QUOTED = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++", r'"(?:[^"\\]|\\.)*+"'
+PREFERENCE = re.compile(
+    rf"[ \t,]*+({TOKEN})(?:[ \t]*+=[ \t]*+({TOKEN}|{QUOTED})?+)?+[ \t]*+(?:;(?:[^\",]|{QUOTED})*+)?+(?=,|$)"
+)
+SECONDS = re.compile(r'"?0*([1-9][0-9]*)"?')
+MAX_WAIT = 25  # seconds. A connection without a byte is closed after 30, and by many proxies after 30 or 60
 CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
 
 
@@ -45,6 +52,22 @@ def matches_etag(header: str, *etags: str, weak: bool = True) -> bool:
         end = tag.end()
         match = match or (tag[2] in etags and (weak or not tag[1]))
     return match and not header[end:].strip(" \t,")
+
+
+@lru_cache(1024)
+def preferred_wait(prefer: str) -> int:
+    """The seconds of `Prefer: wait=N` (RFC 7240, section 4.3), MAX_WAIT at most. 0: none, or the value is malformed.
+
+    >>> preferred_wait("respond-async, wait=10"), preferred_wait("wait=100"), preferred_wait("wait=soon")
+    (10, 25, 0)
+    """
+    end = 0
+    while preference := PREFERENCE.match(prefer, end):
+        end = preference.end()
+        if preference[1].lower() == "wait":  # only the first one counts (section 2)
+            seconds = SECONDS.fullmatch(preference[2] or "")
+            return min(int(seconds[1][:3]), MAX_WAIT) if seconds else 0  # three digits are more than MAX_WAIT anyway
+    return 0
 
 
 @lru_cache(1024)  # browsers and libraries send a few dozen different values

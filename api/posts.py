@@ -4,7 +4,7 @@ from sanic import Blueprint
 from sanic.response import empty
 
 from api import reading, rendering, tokens
-from api.answers import READ, Answer, json_answer, shared_read
+from api.answers import READ, VARY, Answer, awaited_read, json_answer, shared_read
 from api.forms import publish
 from api.headers import list_header
 from api.problems import Problem
@@ -59,22 +59,25 @@ async def feed(request) -> Answer:
 
 
 @routes.route("/v1/changes", methods=READ)
-@shared_read
+@awaited_read
 async def changed(request) -> Answer:
     ctx, since, limit = request.app.ctx, reading.parameters(request).get("since"), reading.limit(request)
     page = await changes.since(ctx.db, ctx.settings.partitions, limit, changes.parse(since) if since else None)
     items = [{"id": row, "deleted": True} if isinstance(row, str) else rendering.post(row) for row in page.posts]
-    return json_answer({"items": items, "next": str(page.token), "more": page.more})
+    awaited = page.token.seen if since and not items and not page.more else None
+    return json_answer({"items": items, "next": str(page.token), "more": page.more}, VARY, awaited)
 
 
 @routes.route("/v1/posts/<post>", methods=READ)
-@shared_read
+@awaited_read
 async def read(request, post: str) -> Answer:
     return answer(await posts.read(request.app.ctx.db, post))
 
 
 def answer(row: posts.Post) -> Answer:
-    return Answer(rendering.post_json(row), {"Retry-After": "1"} if row.status == "processing" else None)
+    if row.status != "processing":
+        return Answer(rendering.post_json(row), VARY)
+    return Answer(rendering.post_json(row), {**VARY, "Retry-After": "1"}, awaited=row.id)
 
 
 @routes.delete("/v1/posts/<post>")

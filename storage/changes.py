@@ -94,6 +94,23 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     return Changes(posts, more, issue(db, seen))
 
 
+class Poll(NamedTuple):
+    epoch: str
+    revision: int  # the newest one
+    processed: list[str]  # the posts that are not processing, or do not exist
+
+
+async def poll(db: Redis, partition: int, posts: list[str]) -> Poll:
+    """What has happened in a partition, for those who wait: its newest change, and which of its `posts` were processed.
+
+    Raises Unreachable.
+    """
+    prefix = keys.post_prefix(partition)
+    script_keys = [keys.changes(partition), keys.gone(partition), keys.epoch(partition)]
+    epoch, revision, *places = await db.call("poll", script_keys + [prefix + post for post in posts])
+    return Poll(epoch, revision, [posts[place - 1] for place in places])
+
+
 async def _page(db: Redis, partition: int, limit: int, revision: int | str) -> list:
     """The reply of changes_page. With an empty revision there are no changes, and the newest revision."""
     return await db.call(
