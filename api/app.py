@@ -3,7 +3,7 @@
 import orjson
 from sanic import Sanic
 
-from api import bodies, comments, health, images, posts, uploads
+from api import bodies, comments, description, health, images, posts, uploads
 from api.flights import Flights
 from api.problems import Errors
 from api.reading import JSON_BYTES
@@ -27,6 +27,7 @@ def create(settings: Settings) -> Sanic:
     | `flights` | reads in progress, which equal requests share |
     | `waiting` | requests that wait until something changes |
     | `receiving`, `committing`, `stopping` | uploads in progress, see `api.bodies` |
+    | `description` | the answer of /openapi.json |
     """
     app = Sanic(
         "imagegram",
@@ -52,7 +53,7 @@ def create(settings: Settings) -> Sanic:
     app.ctx.log_requests = settings.log == "json"
     app.ctx.secret = signing_secret(settings)
     app.ctx.verified = {}
-    for module in (posts, uploads, comments, images, health):
+    for module in (posts, uploads, comments, images, health, description):
         app.blueprint(module.routes)
 
     @app.before_server_start

