@@ -362,7 +362,8 @@ async def test_redis_killed_meanwhile_is_503_at_once_and_after_its_restart_waiti
             own_server.client.script_flush()
             own_server.client.set(keys.epoch(0), "abc")
             assert [answer.status for answer, _ in await asyncio.gather(*other)] == [410]
-            own_server.client.hset(keys.post(post), "status", "failed")
+            failed = {"status": "failed", "code": "undecodable", "detail": "the image is damaged"}
+            own_server.client.hset(keys.post(post), mapping=failed)
             assert [answer.json()["status"] for answer, _ in await asyncio.gather(*one)] == ["failed"]
         await db.close()
 
