@@ -25,6 +25,7 @@ from workers.errors import SENTENCES
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT / "lua" / "shared.lua"
 SCRIPTS = sorted(path for path in (ROOT / "lua").glob("*.lua") if path != SHARED)
+CLIENT = ROOT / "api" / "client"
 MODULES = [path for package in ("api", "storage", "workers") for path in sorted((ROOT / package).rglob("*.py"))]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +35,7 @@ LOCK = (ROOT / "requirements.lock").read_text()
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 # Distributions whose module has another name
-DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt", "pyyaml": "yaml"}
+DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt", "pyyaml": "yaml", "tuspy": "tusclient"}
 
 # Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
@@ -290,16 +291,37 @@ def test_the_import_contracts_hold():
     assert run.returncode == 0, run.stdout
 
 
-def test_exactly_the_required_distributions_are_imported():
+def imported_modules(paths) -> set[str]:
+    """The full names of all modules that these files import, except those of Python's library."""
     imported = set()
-    for node in (node for path in MODULES for node in walk(path)):
+    for node in (node for path in paths for node in walk(path)):
         if isinstance(node, ast.Import):
-            imported |= {name.name.split(".")[0] for name in node.names}
+            imported |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    required = [re.match(r"[\w.-]+", line)[0].lower() for line in SETUP["options"]["install_requires"].split("\n")[1:]]
+            imported.add(node.module)
+    return {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    ("requirements", "paths"),
+    [
+        (SETUP["options"]["install_requires"], [path for path in MODULES if CLIENT not in path.parents]),
+        (SETUP["options.extras_require"]["client"], sorted(CLIENT.glob("*.py"))),
+    ],
+    ids=["the servers", "the client"],
+)
+def test_exactly_the_required_distributions_are_imported(requirements, paths):
+    required = [re.match(r"[\w.-]+", line)[0].lower() for line in requirements.split("\n")[1:]]
     modules = {DISTRIBUTION_MODULES.get(name, name.replace("-", "_")) for name in required}
-    assert modules == imported - sys.stdlib_module_names - {"api", "storage", "workers"}
+    assert modules == {name.split(".")[0] for name in imported_modules(paths)} - {"api", "storage", "workers"}
+
+
+def test_the_client_imports_nothing_of_the_servers_and_they_nothing_of_it():
+    for path in MODULES:
+        for name in imported_modules([path]):
+            if name.startswith("api"):
+                assert name.startswith("api.client") == (CLIENT in path.parents), (path, name)
+            assert CLIENT not in path.parents or not name.startswith(("storage", "workers"))
 
 
 def test_the_lock_pins_every_requirement():
@@ -356,7 +378,11 @@ def text_files() -> list[Path]:
     ]
 
 
-@each([path for path in MODULES if path.name != "settings.py"])
+# The client runs on other machines than the servers, and has settings of its own.
+SETTINGS_FILES = [ROOT / "storage" / "settings.py", CLIENT / "settings.py"]
+
+
+@each([path for path in MODULES if path not in SETTINGS_FILES])
 def test_only_settings_py_reads_the_environment(path):
     for node in walk(path):
         assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"))

@@ -1,5 +1,6 @@
-"""The wheel is complete: installed in another venv, it serves, converts, ships and verifies from any folder."""
+"""The wheel is complete: installed in another venv, it serves, uploads, converts, ships, verifies from any folder."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,7 +63,7 @@ def test_a_wheel_holds_all_modules_scripts_and_redis_conf_and_nothing_else(wheel
     assert packed == expected
 
 
-def test_an_installed_wheel_serves_converts_ships_and_verifies(scripts, tmp_path):
+def test_an_installed_wheel_serves_uploads_converts_ships_and_verifies(scripts, tmp_path):
     url = f"http://127.0.0.1:{(port := free_port())}"
     environment = {
         "PATH": f"{scripts}:{os.environ['PATH']}",
@@ -83,10 +84,10 @@ def test_an_installed_wheel_serves_converts_ships_and_verifies(scripts, tmp_path
         for command in ("imagegram-storage redis", "imagegram-api", "imagegram-worker", "imagegram-storage ship"):
             parts.append(subprocess.Popen(command.split(), cwd=tmp_path, env=environment))
         until(lambda: httpx.get(f"{url}/readyz").status_code == 200, what="the API")
-        user = {"Authorization": f"Bearer {output('imagegram-api', 'token', 'alice').strip()}"}
-        sent = httpx.post(f"{url}/v1/posts", headers=user, files={"image": photograph()})
-        post = f"{url}/v1/posts/{sent.json()['id']}"
-        until(lambda: httpx.get(post).json()["status"] == "ready", what="the image")
+        token = output("imagegram-api", "token", "alice").strip()
+        environment |= {"IMAGEGRAM_URL": url, "IMAGEGRAM_TOKEN": token, "HOME": str(tmp_path)}
+        (tmp_path / "photo.jpg").write_bytes(photograph())
+        assert json.loads(output("imagegram", "upload", "photo.jpg", "--json"))["status"] == "ready"
         # The shipper starts `verify` as a process of its own.
         until(lambda: "\nverified 2" in output("imagegram-storage", "snapshots"), 30.0, what="a result of verify")
         heading, generation, *_ = output("imagegram-storage", "snapshots").splitlines()
