@@ -37,7 +37,8 @@ unit:
 test-pillow: ## the image tests with Pillow itself, which is used where pillow-simd cannot be compiled
 	@.ci/setup test
 	$(python) -m venv .venv-pillow
-	.venv-pillow/bin/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock pillow
+	grep '^pillow==' requirements.lock | \
+	  .venv-pillow/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin
 	$(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$(echo .venv-pillow/lib/python3*/site-packages)/others.pth
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest -n 2 $(addprefix tests/test_workers_,pipeline.py jpeg.py hostile.py jobs.py)
@@ -85,11 +86,7 @@ fuzz: ## 10,000 random requests over all routes; three minutes
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.fuzz
 
 lock: ## write requirements.lock again, with the newest versions
-	python3 -m venv .venv-lock
-	.venv-lock/bin/python -m pip install -q 'pillow==12.1.1' -e '.[run,client,trace,test,bench]'
-	(echo '# The version of every package that is installed, for `pip install -c`. Written by `make lock`.'; \
-	  .venv-lock/bin/python -m pip freeze --exclude-editable | sort -f) >requirements.lock
-	rm -rf .venv-lock
+	@.ci/lock
 
 clean:
 	rm -rf .venv .venv-lock .venv-pillow .cache data

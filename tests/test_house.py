@@ -324,11 +324,22 @@ def test_the_client_imports_nothing_of_the_servers_and_they_nothing_of_it():
             assert CLIENT not in path.parents or not name.startswith(("storage", "workers"))
 
 
-def test_the_lock_pins_every_requirement():
-    """Also the requirements of the extras. Names are compared as pip compares them."""
-    locked = {line.split("==")[0].lower().replace("_", "-") for line in LOCK.splitlines()[1:]}
-    lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values()]
-    assert {re.match(r"[\w.-]+", line)[0].lower() for text in lists for line in text.split()} <= locked
+def test_the_lock_pins_every_requirement_with_hashes_in_the_section_where_setup_installs_it():
+    """Names are compared as pip compares them."""
+    sections = {}
+    for line in LOCK.splitlines()[1:]:
+        if line.startswith("# "):
+            section = sections[line[2:]] = set()
+            continue
+        pattern = r"([a-z\d.-]+)==[\w.]+( ; [^;#\\]+)?( --hash=sha256:[0-9a-f]{64})+"
+        section.add(re.fullmatch(pattern, line)[1].replace(".", "-"))
+    assert list(sections) == ["run", "test", "bench", "compiled"] and sections["compiled"] == {"pillow-simd"}
+    extras = dict(SETUP["options.extras_require"])
+    required = {"test": extras.pop("test"), "bench": extras.pop("bench")}
+    required["run"] = "".join([SETUP["options"]["install_requires"], *extras.values()])
+    for name, text in required.items():
+        found = set().union(*(sections[one] for one in ("run", "test", "bench")[: 1 + list(sections).index(name)]))
+        assert {re.match(r"[\w.-]+", line)[0].lower() for line in text.split()} <= found, name
 
 
 def test_setup_cfg_lists_every_package():
