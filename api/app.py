@@ -3,7 +3,7 @@
 import orjson
 from sanic import Sanic
 
-from api import bodies, comments, description, health, images, posts, uploads
+from api import bodies, comments, cors, description, health, images, posts, uploads
 from api.flights import Flights
 from api.problems import Errors
 from api.reading import JSON_BYTES
@@ -23,6 +23,7 @@ def create(settings: Settings) -> Sanic:
     | `settings`, `secret` | the settings; the secret that signs tokens |
     | `log_requests` | whether each request has a line in the log |
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
+    | `cors` | the headers of answers, by origin (`api.cors`); empty: none |
     | `db`, `objects` | the Redis client; object storage |
     | `flights` | reads in progress, which equal requests share |
     | `waiting` | requests that wait until something changes |
@@ -53,6 +54,9 @@ def create(settings: Settings) -> Sanic:
     app.ctx.log_requests = settings.log == "json"
     app.ctx.secret = signing_secret(settings)
     app.ctx.verified = {}
+    app.ctx.cors = cors.headers_by_origin(settings.cors_origins) if settings.cors_origins else {}
+    if app.ctx.cors:
+        app.on_request(cors.answer_preflight)
     for module in (posts, uploads, comments, images, health, description):
         app.blueprint(module.routes)
 

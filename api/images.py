@@ -24,6 +24,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Content-Disposition": "inline",
+    # Also a page with `Cross-Origin-Embedder-Policy: require-corp` may show images by a plain <img>, as any other page.
+    "Cross-Origin-Resource-Policy": "cross-origin",
 }
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 

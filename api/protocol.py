@@ -21,7 +21,7 @@ from sanic.exceptions import (
 from sanic.http import Http, Stage
 from sanic.server import HttpProtocol
 
-from api import access
+from api import access, cors
 from api.answers import FastResponse, http_date
 from api.headers import request_id
 
@@ -124,12 +124,15 @@ class StrictHttp(Http):
     def respond(self, response):
         if self.request_body:
             self.refuse_body()
-        if self.protocol.app.ctx.stopping:
+        ctx = self.protocol.app.ctx
+        if ctx.stopping:
             self.keep_alive = False
+        if ctx.cors:
+            cors.mark(self.request, response, ctx.cors)
         if not isinstance(response, FastResponse):  # it writes them itself
             response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
-        if self.protocol.app.ctx.log_requests:
+        if ctx.log_requests:
             access.log(self, response)
         return super().respond(response)
 

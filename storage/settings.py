@@ -42,6 +42,14 @@ PROCESSING = 30  # the default of IMAGEGRAM_PROCESSING
 SECRET_BYTES = 32  # a key for HS256 is at least as long as its digest: RFC 7518, section 3.2
 
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # wider than the rule of S3, because other servers allow more
+# An origin as browsers send it (https://html.spec.whatwg.org/#ascii-serialisation-of-an-origin), also of an app's own
+# scheme, for example capacitor://localhost.
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
+DEFAULT_PORTS = {"http": "80", "https": "443"}  # browsers leave them out of an origin
+ORIGINS = (
+    "expected * or a list with commas of origins as browsers send them, for example https://app.example: "
+    "small letters, no path, no default port"
+)
 STORE_URLS = "expected file:///absolute/path or s3://bucket/prefix, with % # ? written as %25 %23 %3F"
 REDIS_URLS = "expected redis://host:port/number, rediss:// or unix:///absolute/path, with % # ? written as %25 %23 %3F"
 
@@ -57,6 +65,7 @@ class Settings:
     host: str
     port: int  # 0: the operating system chooses one
     data: Path  # folder of the embedded Redis (redis/), the store (store/) and the backup (backup/)
+    cors_origins: tuple[str, ...]  # whose pages may call the API in a browser. Empty: none. ("*",): all
     api_processes: int  # more processes than cores only switch more often
     converters: int  # images that one `imagegram-worker` makes at the same time. Each takes a core and up to 1 GiB
     image_megapixels: int  # maximum number of an image's pixels, in millions. It bounds the memory for decoding
@@ -144,6 +153,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         host=get("HOST", "127.0.0.1"),
         port=integer("PORT", 8000, 0, 65535),
+        cors_origins=_origins(get("CORS_ORIGINS", "")),
         data=data,
         api_processes=integer("WORKERS", os.cpu_count() or 1, 1, 1024),
         converters=integer("CONVERTERS", 1, 1, 1024),
@@ -209,6 +219,19 @@ def store_place(url: str) -> tuple[str, str, str]:
         if parts.scheme == "s3" and BUCKET.fullmatch(parts.netloc):
             return "s3", parts.netloc, path.strip("/")
     raise ValueError(f"{url}: {STORE_URLS}")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    """The origins of IMAGEGRAM_CORS_ORIGINS. Raises SystemExit.
+
+    `null` is refused: it is the origin of every sandboxed frame and local file, so it would stand for all pages.
+    """
+    origins = tuple(origin.strip(" ") for origin in text.split(",")) if text else ()
+    for origin in origins if origins != ("*",) else ():
+        parts = ORIGIN.fullmatch(origin)
+        if not parts or int(parts[2] or 0) > 65535 or parts[2] == DEFAULT_PORTS.get(parts[1], ""):
+            raise refused("CORS_ORIGINS", text, ORIGINS)
+    return origins
 
 
 def _is_redis_url(url: str) -> bool:

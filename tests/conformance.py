@@ -128,7 +128,8 @@ def check(method: str, target: str, status: int, headers, body: bytes | None, de
     """
     headers = {name.lower(): value for name, value in headers}
     path = urlsplit(target).path if "://" in target[:8] else target.partition("?")[0]
-    response = choose(method, path, status, "tus-resumable" in headers)
+    preflight = method == "OPTIONS" and status == 204 and "access-control-max-age" in headers
+    response = compiled("Preflight") if preflight else choose(method, path, status, "tus-resumable" in headers)
     shown = f"{method} {target[:200]} answered {status}"
     for name in headers.keys() - FRAMING:
         if name not in response.headers:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, free_port, until
+from conftest import ROOT, free_port, running_site, until
 from making import jpeg
 from state import unchanged
 from uploading import BODY, begin, joined, offset, picture
@@ -159,6 +159,32 @@ def test_a_request_that_nginx_refuses_by_itself_gets_a_problem(front, case):
     assert_problem(answer, status, code)
     assert ("allow" in answer.headers) == (status == 405)
     assert "tus-resumable" not in answer.headers
+
+
+def test_a_page_of_any_origin_can_read_what_nginx_refuses_by_itself(front):
+    sent, status, _ = REFUSED["a header that is too large"]
+    answer = exchange(front.port, sent.replace(b"\r\n", b"\r\nOrigin: https://app.example\r\n", 1))
+    assert (answer.status, answer.headers["access-control-allow-origin"]) == (status, "*")
+    assert answer.headers["access-control-expose-headers"] == "Request-Id, Retry-After, Tus-Resumable"
+    answer = exchange(front.port, sent)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_nginx_passes_on_what_the_api_answers_to_pages(embedded, tmp_path):
+    """Each header comes once: browsers refuse an answer that has two permissions."""
+    tmp_path.chmod(0o755)
+    with running_site(embedded, tmp_path / "data", cors_origins="https://app.example") as site:
+        front = Front(site, tmp_path)
+        try:
+            for origin, allowed in (("https://app.example", "https://app.example"), ("https://other.example", None)):
+                sent = f"Origin: {origin}", "Access-Control-Request-Method: PATCH"
+                for method, status in (("GET", 404), ("OPTIONS", 204 if allowed else 404)):
+                    answer = exchange(front.port, head(method, "/nowhere", *sent))
+                    assert answer.status == status
+                    assert answer.headers.get("access-control-allow-origin") == allowed
+                    assert answer.headers["vary"] == "Origin"
+        finally:
+            front.close()
 
 
 def test_plain_http_on_the_tls_port_gets_a_problem(front):

@@ -56,7 +56,39 @@ WRONG_REDIS_URLS = [
     "unix:///a#b",
     "unix:///a?db=x",
 ]
+WRONG_ORIGINS = [
+    " ",
+    ",",
+    "app.example",
+    "https://",
+    "https://app.example/",
+    "https://app.example/path",
+    "https://app.example?",
+    "https://me@app.example",
+    "https://App.example",
+    "HTTPS://app.example",
+    "https://*.example",
+    "https://app.example:443",
+    "http://app.example:80",
+    "http://app.example:",
+    "http://app.example:0",
+    "http://app.example:080",
+    "http://app.example:65536",
+    "http://app.example:http",
+    "https://b\u00fccher.example",
+    "https://app.example\r\nX-More: 1",
+    "https://app.example\n",
+    "https://app.example,",
+    "https://app.example, ,http://localhost:5173",
+    "https://app.example http://localhost:5173",
+    "https://app.example;http://localhost:5173",
+    "*,https://app.example",
+    "**",
+    "null",
+    "https://app.example,null",
+]
 WRONG = {
+    "CORS_ORIGINS": WRONG_ORIGINS,
     "STORE": WRONG_STORES,
     "BACKUP_STORE": WRONG_STORES,
     "REDIS_URL": WRONG_REDIS_URLS,
@@ -75,6 +107,24 @@ def test_a_malformed_value_is_refused_in_one_line_that_shows_no_secret(name, val
     with pytest.raises(SystemExit, match=f"^IMAGEGRAM_{name}[=:]") as ended:
         settings.load({f"IMAGEGRAM_{name}": value})
     assert str(ended.value).isprintable() and "word@host" not in str(ended.value)
+
+
+ORIGINS = {
+    "": (),
+    "*": ("*",),
+    "https://app.example": ("https://app.example",),
+    "https://app.example,http://localhost:5173": ("https://app.example", "http://localhost:5173"),
+    "http://[::1]:8080, capacitor://localhost ,https://xn--bcher-kva.example:444": (
+        "http://[::1]:8080",
+        "capacitor://localhost",
+        "https://xn--bcher-kva.example:444",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", ORIGINS)
+def test_origins_are_a_list_with_commas(value):
+    assert settings.load({"IMAGEGRAM_CORS_ORIGINS": value}).cors_origins == ORIGINS[value]
 
 
 def run_all(folder, commands, **variables) -> dict[str, tuple[int, str]]:

@@ -16,7 +16,7 @@ REMEMBERED = 20_000  # bytes of a request, more than the longest request line
 
 class Answer(NamedTuple):
     status: int
-    headers: dict[str, str]  # names in lower case
+    headers: dict[str, str]  # names in lower case; several lines of one name are joined by commas
     body: bytes
 
     def json(self):
@@ -84,7 +84,7 @@ def hear(line: socket.socket, method: str = "GET") -> Answer:
     """Reads the answer to a request that was sent. It skips a 100 Continue."""
     response = http.client.HTTPResponse(line, method=method)
     response.begin()
-    headers = {name.lower(): value for name, value in response.getheaders()}
+    headers = {name.lower(): response.getheader(name) for name, _ in response.getheaders()}
     answer = Answer(response.status, headers, response.read())
     if isinstance(line, Dialled):
         check_answer(line.port, line.sent, answer)
