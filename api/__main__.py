@@ -24,7 +24,7 @@ from sanic import Sanic
 from api import tokens
 from api.app import create
 from api.protocol import Protocol
-from storage import logs, processes, watchdog
+from storage import logs, metrics, processes, watchdog
 from storage import settings as environment
 from storage.objects import require_stores
 
@@ -126,7 +126,8 @@ def serve(settings) -> None:
     # Blocked in the parent until it has a handler, and in the children for good: they wait for it in a thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent, children = os.getpid(), set()
-    for listening in sockets:
+    memory = metrics.share(len(sockets))
+    for number, listening in enumerate(sockets):
         child = os.fork()
         if child == 0:
             processes.die_with_parent(signal.SIGTERM, parent)  # an orphan would go on serving
@@ -136,6 +137,7 @@ def serve(settings) -> None:
             for other in sockets:
                 if other is not listening:
                     other.close()
+            metrics.attach(memory, number)
             serve_one(settings, listening)
             os._exit(0)
         children.add(child)

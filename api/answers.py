@@ -8,11 +8,11 @@ import zlib
 from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
-from time import time
+from time import perf_counter, time
 
 import brotli
 import orjson
-from sanic.response import BaseHTTPResponse
+from sanic.response import BaseHTTPResponse, HTTPResponse
 
 from api.headers import list_header, matches_etag, preferred_coding, preferred_wait, request_id
 from api.waiting import Seen
@@ -51,6 +51,12 @@ class FastResponse(BaseHTTPResponse):
         for name, value in self.headers.items():
             lines += f"\r\n{name}: {value}"
         return self._encoded_headers, (b"Date", lines.encode())
+
+
+class ProblemResponse(HTTPResponse):
+    """A problem (api/problems.py). `code` is its stable word."""
+
+    __slots__ = ("code",)
 
 
 @lru_cache(2)
@@ -138,6 +144,7 @@ def awaited_read(read):
         answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         if seconds and answer.awaited:
             await ctx.waiting.wait(answer.awaited, seconds)
+            request.stream.perft0 = perf_counter()  # for api/metrics.py: the client asked for this delay
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         response = await answer.respond(request)
         if seconds:

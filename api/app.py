@@ -3,7 +3,7 @@
 import orjson
 from sanic import Sanic
 
-from api import bodies, comments, cors, description, health, images, posts, uploads
+from api import bodies, comments, cors, description, health, images, metrics, posts, uploads
 from api.flights import Flights
 from api.problems import Errors
 from api.reading import JSON_BYTES
@@ -57,7 +57,7 @@ def create(settings: Settings) -> Sanic:
     app.ctx.cors = cors.headers_by_origin(settings.cors_origins) if settings.cors_origins else {}
     if app.ctx.cors:
         app.on_request(cors.answer_preflight)
-    for module in (posts, uploads, comments, images, health, description):
+    for module in (posts, uploads, comments, images, health, metrics, description):
         app.blueprint(module.routes)
 
     @app.before_server_start

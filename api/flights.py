@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 
 from storage.errors import Unreachable
+from storage.metrics import FLIGHTS, PASSENGERS
 
 
 class Flights:
@@ -46,6 +47,8 @@ class Flights:
                     seats += self._boarding.pop(key, (None, []))[1]
                 except Exception as other:
                     answer, error = None, other
+                FLIGHTS.add()
+                PASSENGERS.add(len(seats))
                 for seat in seats:
                     if seat.done():  # its caller was cancelled
                         continue

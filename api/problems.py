@@ -15,6 +15,7 @@ from sanic.log import error_logger
 from sanic.response import HTTPResponse
 
 from api.access import template
+from api.answers import ProblemResponse
 from api.headers import request_id
 from api.protocol import EncodedBody
 from storage import errors, objects
@@ -110,7 +111,9 @@ def problem(
     headers = {"Cache-Control": "no-store", **(headers or {})}
     if status in AGAIN:
         headers.setdefault("Retry-After", AGAIN[status])
-    return HTTPResponse(orjson.dumps(body), status, headers, "application/problem+json")
+    response = ProblemResponse(orjson.dumps(body), status, headers, "application/problem+json")
+    response.code = code
+    return response
 
 
 def answer_to(exception: Exception) -> HTTPResponse:

@@ -24,6 +24,7 @@ from sanic.server import HttpProtocol
 from api import access, cors
 from api.answers import FastResponse, http_date
 from api.headers import request_id
+from api.metrics import count
 
 LINGER = 1.0  # seconds for which a refused client may read why it was refused
 DISCARD = 64 * 1024  # bytes of its body that are read meanwhile, for clients that send everything before they read
@@ -104,6 +105,13 @@ class StrictHttp(Http):
                 # RFC 9110, section 15.5.16
                 raise EncodedBody("the body has a Content-Encoding", headers={"Accept-Encoding": "identity"})
 
+    async def http1(self):
+        try:
+            await super().http1()
+        finally:
+            if self.request and not self.response:
+                count(self, None)
+
     def refuse_body(self) -> None:
         """Neither invite nor read the rest of the body, and close the connection after the answer.
 
@@ -122,6 +130,8 @@ class StrictHttp(Http):
         await super().error_response(exception)
 
     def respond(self, response):
+        if self.response is None:
+            count(self, response)
         if self.request_body:
             self.refuse_body()
         ctx = self.protocol.app.ctx

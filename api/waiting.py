@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from storage import changes, keys
 from storage.db.client import Redis
+from storage.metrics import WAITING_REQUESTS
 
 PAUSE = 0.1  # seconds between two questions. Those who wait hear of a change after half of it, on average
 BATCH = 500  # posts in one call of the script, which keeps it below 0.5 ms
@@ -44,11 +45,13 @@ class Waiting:
             table = self._posts.setdefault(keys.partition_of_post(subject), {})
         future = asyncio.get_running_loop().create_future()
         table.setdefault(subject, set()).add(future)
+        WAITING_REQUESTS.add(1)
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask_while_somebody_waits())
         try:
             await asyncio.wait((future,), timeout=seconds)
         finally:  # also if the client went away, which cancels this task
+            WAITING_REQUESTS.add(-1)
             futures = table[subject]
             futures.discard(future)
             if not futures:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import orjson
 
-from storage import keys
+from storage import keys, metrics
 from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
@@ -128,6 +128,8 @@ async def create(
         LEASE_MS,
         keys.post_prefix(partition),
     )
+    if outcome == CREATED:
+        metrics.FINISHED.add()
     return created, outcome
 
 

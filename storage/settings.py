@@ -84,6 +84,8 @@ class Settings:
     keep_days: int  # of each of the last `keep_days` days one base is kept
     log: str  # json: each log line is a JSON object, and each request and job has one. text: neither
     watchdog: int  # seconds without a sign of life after which a process is killed. 0: never
+    worker_metrics: tuple[str, int] | None  # host and port (0: any) where the worker answers scrapes. None: nowhere
+    ship_metrics: tuple[str, int] | None  # the same of the shipper
     verify_every: int  # seconds between two test restores. Each needs the memory of the data again. 0: none
     jwt_secret: str  # empty: created on the first start and stored in the data folder
     jwt_issuer: str  # what `iss` of every token must be. Empty: not checked
@@ -145,6 +147,13 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
             raise SystemExit(f"IMAGEGRAM_{name}: {REDIS_URLS}")  # without the value: it may contain a password
         return text
 
+    def address(name: str, default: str) -> tuple[str, int] | None:
+        text = get(name, default)
+        host, _, port = text.rpartition(":")
+        if text and not (re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536 and text.isprintable()):
+            raise refused(name, text, "expected host:port, or a port of 127.0.0.1")
+        return (host.strip("[]") or "127.0.0.1", int(port)) if text else None
+
     data = Path(get("DATA", "data")).absolute()
     if not get("DATA", "data") or (os.path.exists(data) and not data.is_dir()):
         raise refused("DATA", get("DATA", "data"), "expected a folder")
@@ -175,6 +184,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         snapshot_every=integer("SNAPSHOT_EVERY", 6 * 3600, 1, 366 * 86400),
         keep_seconds=integer("KEEP_SECONDS", 86400, 0, 366 * 86400),
         keep_days=integer("KEEP_DAYS", 30, 0, 36600),
+        # Off by default: no port is opened that nobody asked for, and several workers on a machine do not collide.
+        worker_metrics=address("WORKER_METRICS", ""),
+        ship_metrics=address("SHIP_METRICS", ""),
         verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
         log=one_of("LOG", "text", "json"),
         # Event loops give ten signs of life in this time. RQ's worker gives one every 5 s, or after 15 s while Redis

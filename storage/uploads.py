@@ -31,7 +31,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
-from storage import keys
+from storage import keys, metrics
 from storage.db.client import Redis, now_ms
 from storage.errors import (
     Empty,
@@ -132,6 +132,8 @@ async def create(
         processing,
         keys.post_prefix(partition),
     )
+    if not repeated:
+        metrics.OPENED.add()
     return upload, bool(repeated)
 
 
@@ -252,6 +254,8 @@ class Appender:
         """
         if self._received < self._max_bytes:
             self._objects.check_free_space()
+        if self.offset:
+            metrics.RESUMED.add()
         if 0 < self.offset < LONGEST_MAGIC:
             # A chunk has a byte at least, so these bytes are in the first `offset` chunks. Another request may have
             # appended more in the meantime.
@@ -370,6 +374,7 @@ class Appender:
                 IMAGE_BYTES,
                 CHUNKS,
             )
+            metrics.UPLOAD_BYTES.add(len(data))
         except Exception as error:
             if not (offset_offered and isinstance(error, Unknown)):  # Unknown: the upload may have the chunk now
                 await self._objects.delete([chunk])
@@ -404,7 +409,9 @@ async def drop(db: Redis, owner: str, upload: str, remember_ms: int | str = "") 
     """
     partition = keys.partition_of_upload(upload)
     script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
-    return await db.call("drop_upload", script_keys, db.clock, upload, GRACE_MS, remember_ms)
+    chunks = await db.call("drop_upload", script_keys, db.clock, upload, GRACE_MS, remember_ms)
+    (metrics.EXPIRED if remember_ms else metrics.DROPPED).add()
+    return chunks
 
 
 async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: list[str]) -> None:

@@ -147,6 +147,9 @@ REFUSED = {
     "an address that is too long": (head("GET", "/" + "a" * 9000), 414, "toolarge"),
     "a header that is too large": (head("GET", "/v1/posts", "X: " + "a" * 9000), 413, "toolarge"),
     "a method that no address takes": (head("TRACE", "/v1/posts"), 405, "method"),
+    "the address of the metrics": (head("GET", "/metrics"), 404, "nowhere"),
+    "the address of the metrics, encoded": (head("GET", "/%6detrics?x"), 404, "nowhere"),
+    "the address of the metrics, with a dot": (head("GET", "/v1/.././metrics"), 404, "nowhere"),
     "the address of nginx's own errors": (head("GET", "/problem"), 404, "nowhere"),
 }
 

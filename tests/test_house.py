@@ -17,7 +17,7 @@ from conftest import application
 
 from api.problems import STATUS
 from api.protocol import TAKE_A_BODY
-from storage import check, errors, keys, settings
+from storage import check, errors, keys, metrics, settings
 from storage.db import client
 from workers import dispatcher
 from workers.errors import SENTENCES
@@ -31,6 +31,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+METRICS = (ROOT / "docs" / "metrics.md").read_text()
 LOCK = (ROOT / "requirements.lock").read_text()
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
@@ -220,7 +221,7 @@ def test_check_expects_the_types_that_the_key_page_lists():
 
 def test_the_readme_lists_exactly_the_settings_that_exist_with_their_defaults():
     calls = [node for node in walk(Path(settings.__file__)) if isinstance(node, ast.Call)]
-    readers = ("get", "integer", "one_of", "store", "redis")
+    readers = ("get", "integer", "one_of", "store", "redis", "address")
     read = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id in readers]
     defaults = {name.value: default for name, default, *_ in read if isinstance(name, ast.Constant)}
     documented = {}
@@ -280,6 +281,26 @@ def test_the_api_page_names_every_path():
     named = {re.sub(r"\{(post|upload)\}", "{id}", path) for path in re.findall(r"(?<![\w/}])/[\w/{}.-]*[\w}]", API)}
     for _, path in served_routes():
         assert re.sub(r"\{(post|upload)\}", "{id}", path) in named, path
+
+
+# Metrics
+
+
+def test_the_metrics_page_lists_exactly_the_metrics_that_exist():
+    documented = {}
+    for heading in re.findall("^## .*$", METRICS, re.MULTILINE):
+        for name, kind, labels, parts, _meaning, _action in rows(METRICS, heading):
+            documented[name.strip("`")] = kind, tuple(re.findall(r"`(\w+)`", labels)), parts.split(", ")
+    defined = {metric.name: (metric.kind, metric.labels, metric.parts.split()) for metric in metrics.METRICS.values()}
+    assert documented == defined
+
+
+def test_the_name_of_a_metric_says_what_it_is():
+    """https://prometheus.io/docs/practices/naming/"""
+    for name, metric in metrics.METRICS.items():
+        assert re.fullmatch(r"imagegram_[a-z_]+", name)
+        assert name.endswith("_total") == (metric.kind == "counter"), name
+        assert bool(metric.buckets) == (metric.kind == "histogram"), name
 
 
 # Packages

@@ -95,6 +95,8 @@ WRONG = {
     "QUEUE_URL": WRONG_REDIS_URLS,
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
     "LOG": ["yaml", "JSON", ""],
+    "WORKER_METRICS": ["x", "host:x", "127.0.0.1:65536", "a\nb:1", ":", "9101 "],
+    "SHIP_METRICS": ["x"],
     "SANDBOX": ["maybe", "required\n"],
     "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
     "JWT_ISSUER": ["\udcff"],

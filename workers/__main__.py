@@ -20,7 +20,7 @@ import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
-from storage import logs, settings, watchdog
+from storage import logs, metrics, settings, watchdog
 from storage.db.client import Redis
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
@@ -55,13 +55,14 @@ class Converter(Worker):
             super().maintain_heartbeats(job, execution)
 
 
-def convert(chosen: settings.Settings, parent: int) -> None:
+def convert(chosen: settings.Settings, parent: int, memory: int, number: int) -> None:
     """Runs one RQ worker that ends with the process `parent`.
 
     It listens to one queue only. RQ then moves a job atomically, and a crash does not lose it. Raises SystemExit where
     RQ gave up because Redis was unreachable.
     """
     die_with_parent(signal.SIGTERM, parent)
+    metrics.attach(memory, number)  # before the fork, so that each job counts in it
     os.nice(10)  # the API's answers go first: a picture may wait, a reader should not
     import workers.jobs  # noqa: F401  before the fork, so that no job spends time on importing
 
@@ -99,15 +100,15 @@ def await_redis(connection: redis.Redis) -> None:
             time.sleep(RETRY_PAUSE)
 
 
-async def keep_converter() -> None:
-    """Keeps one converter running until this is cancelled.
+async def keep_converter(memory: int, number: int) -> None:
+    """Keeps one converter running until this is cancelled. It counts in slice `number` of the memory of metrics.
 
     A converter that ends by itself is replaced. RQ's worker ends where Redis becomes unreachable at certain moments,
     for example right after a job.
     """
     while True:
-        command = (sys.executable, *sys.orig_argv[1:], "convert", str(os.getpid()))
-        converter = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+        command = (sys.executable, *sys.orig_argv[1:], "convert", *map(str, (os.getpid(), memory, number)))
+        converter = await asyncio.create_subprocess_exec(*command, start_new_session=True, pass_fds=[memory])
         try:
             await converter.wait()
         finally:
@@ -135,8 +136,11 @@ async def work(chosen: settings.Settings) -> int:
         asyncio.get_running_loop().add_signal_handler(signum, stopped.set)
     watchdog.start(chosen.watchdog)
     watchdog.watch_loop(asyncio.get_running_loop())
+    memory = metrics.share(1 + chosen.converters)
+    metrics.attach(memory, 0)
+    metrics.serve("worker", chosen.worker_metrics)
     db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
-    tasks = [asyncio.create_task(keep_converter()) for _ in range(chosen.converters)]
+    tasks = [asyncio.create_task(keep_converter(memory, 1 + n)) for n in range(chosen.converters)]
     tasks.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
     log.info("converters: %d", chosen.converters)
     await asyncio.wait([asyncio.create_task(stopped.wait()), *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -157,18 +161,19 @@ def run() -> None:
     """Parses the command line and runs the worker, or one of its converters. Raises SystemExit with the exit status."""
     about = "Creates the pictures of posts: a dispatcher, and IMAGEGRAM_CONVERTERS RQ workers."
     parser = argparse.ArgumentParser(prog="imagegram-worker", description=about)
-    # Only this program itself uses these two, see `keep_converter`.
+    # Only this program itself uses these, see `keep_converter`.
     parser.add_argument("command", nargs="?", choices=["convert"], help=argparse.SUPPRESS)
-    parser.add_argument("parent", nargs="?", type=int, help=argparse.SUPPRESS)
+    for name in ("parent", "memory", "number"):
+        parser.add_argument(name, nargs="?", type=int, help=argparse.SUPPRESS)
     parser.usage = "imagegram-worker [-h]"
     arguments = parser.parse_args()
-    if arguments.command and not arguments.parent:
+    if arguments.command and not (arguments.parent and arguments.memory and arguments.number):
         parser.error("convert is for the worker's own use")
     chosen = settings.load()
     logs.configure(chosen.log, settings.secret_values())
     pipeline.require_colour_management()
     if arguments.command:
-        convert(chosen, arguments.parent)
+        convert(chosen, arguments.parent, arguments.memory, arguments.number)
     else:
         require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)

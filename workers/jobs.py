@@ -28,7 +28,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from storage import logs, originals, outbox, posts, settings
+from storage import keys, logs, metrics, originals, outbox, posts, settings
 from storage.db.client import Redis
 from storage.errors import NoPost, Stale, Unknown, Unreachable
 from storage.objects import NotFound, ObjectStore, Unavailable, open_store
@@ -39,8 +39,10 @@ from workers.sandbox import convert
 
 log = logging.getLogger("imagegram.worker")
 
-# What the log says of a job. EXHAUSTED is the fifth outcome. DIED: by an error that the log has, too
+# What the log and the metrics say of a job. EXHAUSTED is the fifth outcome. DIED: by an error that the log has, too
 READY, FAILED, RETURNED, SKIPPED, DIED = "ready", "failed", "returned", "skipped", "died"
+for _outcome in (READY, FAILED, RETURNED, SKIPPED, DIED, outbox.EXHAUSTED):
+    metrics.IMAGES.series(_outcome)  # from the beginning, so that the first one is an increase, too
 RETRY_PAUSE = 1.0  # seconds between two calls of a Redis that is unreachable
 # Failures that are not the image's fault: of the store, of this machine's disk, of Redis, or a timeout while the job
 # waited for one of them (RQ's timeout arrives there as a cancellation).
@@ -71,6 +73,7 @@ async def _attempt(post: str, lease: int) -> None:
         log.info("image of %s: skipped, %s", post, refusal)
     finally:
         await db.close()
+        metrics.IMAGES.series(outcome).add()
         if chosen.log == "json":
             ms = round((time.monotonic() - began) * 1000)
             line = {"post": post, "attempt": attempt, "outcome": outcome, "ms": ms}
@@ -91,6 +94,8 @@ async def _run(chosen: Settings, db: Redis, objects: ObjectStore, post: str, att
         if not picture:
             return FAILED
         await _publish(db, objects, post, picture)
+        if upload:  # otherwise a restore has brought the post back without its JPEG
+            metrics.READY_AFTER.observe(time.time() - keys.created_ms(post) / 1000)
         return READY
     except ChildProcessError:  # the decoder died, maybe of this image. It is a subclass of OSError
         raise

@@ -47,7 +47,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from storage import logs, watchdog
+from storage import logs, metrics, watchdog
 from storage.backup import aof, chain, retain, state, verify
 from storage.backup.chain import Chain, ShippedFile
 from storage.backup.watch import Files
@@ -371,6 +371,8 @@ class Shipper:
                     raise Stopped(f"{name} was written by another shipper: this one stops") from None
 
         await self._retry_until_stored(create)
+        metrics.SHIPPED_OBJECTS.add()
+        metrics.SHIPPED_BYTES.add(len(data))
 
     async def _switch_chains(self, next_chain: Chain, server: ServerInfo) -> None:
         """Close the old chain, then describe the next generation, which has everything that Redis has written.
@@ -472,6 +474,7 @@ def main(settings: Settings) -> None:
             asyncio.get_running_loop().add_signal_handler(number, shipper.stop.set)
         watchdog.start(settings.watchdog)
         watchdog.watch_loop(asyncio.get_running_loop())
+        metrics.serve("ship", settings.ship_metrics, lambda: state.gauges(settings))
         await shipper.run()
 
     try:

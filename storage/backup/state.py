@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from storage.metrics import LAG, TRIAL, TRIAL_FLAWS, TRIAL_OK, Reading
 from storage.settings import Settings
 
 
@@ -76,3 +77,16 @@ def read(settings: Settings) -> State:
         "trouble": stored["trouble"],
         "verified": stored["verified"],
     }
+
+
+def gauges(settings: Settings) -> list[Reading]:
+    """The state as metrics. What is not known is left out."""
+    state = read(settings)
+    readings: list[Reading] = []
+    if state["lag"] is not None:
+        readings.append((LAG, (), state["lag"]))
+    if trial := state["verified"]:
+        readings += [(TRIAL, (), trial["time"]), (TRIAL_OK, (), float(trial["ok"]))]
+        if "counts" in trial:
+            readings.append((TRIAL_FLAWS, (), float(trial["counts"]["flaws"])))
+    return readings

@@ -30,6 +30,7 @@ from redis.exceptions import (
 )
 
 from storage.errors import Unknown, Unreachable, from_reply
+from storage.metrics import PIPELINES, ROUND_TRIPS
 
 DEADLINE = 0.9  # seconds after which a call fails, so that the API can answer 503 within its promise of one second
 # When this number of writes waits, they are sent although another pipeline is still in progress. They are worth an
@@ -95,6 +96,8 @@ class Channel:
         # redis-py leaves make_connection and connect without types.
         self._connection: redis.asyncio.Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._lost = lost
+        channel = "reads" if lost is Unreachable else "writes"
+        self._sizes, self._times = PIPELINES.series(channel), ROUND_TRIPS.series(channel)
         self._enough = enough
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
@@ -144,6 +147,7 @@ class Channel:
                     if not connection.is_connected:
                         await connection.connect()  # type: ignore[no-untyped-call]
                     sent = True
+                    sent_at = time.perf_counter()
                     await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
                     await self._reading.acquire()
                 try:
@@ -154,6 +158,8 @@ class Channel:
                             _resolve(answer, error)
                 finally:
                     self._reading.release()
+            self._sizes.observe(len(batch))
+            self._times.observe(time.perf_counter() - sent_at)
         except (RedisError, OSError, TimeoutError) as error:
             # Disconnect, so that a late reply is not taken for the reply to the next command. Commands that were not
             # sent yet would wait for the same server. They fail now, within their deadline.
@@ -221,6 +227,14 @@ class Redis:
             await self._reads.ask("PING")
         except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
+
+    async def info(self, *sections: str) -> dict[str, str]:
+        """Redis' reply to INFO, by name. Raises Unreachable where Redis does not answer, or refuses it to this user."""
+        try:
+            reply = await self._reads.ask("INFO", *sections)
+        except REPLIED as error:
+            raise Unreachable(f"Redis refuses: {error}") from None
+        return dict(line.split(":", 1) for line in reply.splitlines() if ":" in line)
 
     async def close(self) -> None:
         await self._reads.close()
