@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test quick lint unit test-pillow test-compose load bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
+.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -51,6 +51,10 @@ load: ## the load of 50 users (locust) on a site that runs, with the forecast's 
 	@.ci/setup test
 	.venv/bin/locust -f tests/load/locustfile.py --headless --users 50 --spawn-rate 10 --run-time 60s \
 	  --host http://$${IMAGEGRAM_HOST:-127.0.0.1}:$${IMAGEGRAM_PORT:-8000} --html tests/load/report.html
+
+demo: ## fill a site that runs with drawn pictures and comments; two minutes at most, and a second run adds nothing
+	@.ci/setup run
+	@$(python) -m tests.load.demo
 
 bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; half an hour
 	@.ci/setup bench
