@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines fuzz lock clean
+.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -84,6 +84,10 @@ drill-lines: ## the long tests of bad connections: a crowd, a trickle, 50 kills;
 	@.ci/setup test
 	$(python) -m pytest -s tests/drills/connections.py
 	KILLS=50 $(python) -m pytest tests/test_uploads_races.py -k kill
+
+picture: ## draw the picture of the page /docs in docs/images/ again
+	@.ci/setup test
+	PICTURE=docs/images/docs-page.png $(python) -m pytest tests/test_api_page.py -k picture
 
 fuzz: ## 10,000 random requests over all routes; three minutes
 	@.ci/setup test

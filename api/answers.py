@@ -76,11 +76,18 @@ def encode_headers(headers: dict[str, str]) -> tuple[bytes, bytes]:
 
 
 class Answer:
-    """A JSON body, its headers, and its compressed forms, which are made when the first client wants them."""
+    """A body, by default JSON, its headers, and its compressed forms, made when the first client wants them."""
 
-    def __init__(self, body: bytes, headers: dict[str, str] | None = None, awaited: str | Seen | None = None):
+    def __init__(
+        self,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        awaited: str | Seen | None = None,
+        content_type: str = "application/json",
+    ):
         self.body = body
         self.awaited = awaited  # what a client that prefers to wait waits for: see `api.waiting`
+        self.content_type = content_type
         self.headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **(headers or {})}
         self.digest = blake2b(body, digest_size=12).hexdigest()
         self._compressed: dict[str, bytes | asyncio.Task] = {}
@@ -105,7 +112,7 @@ class Answer:
         if encoded is None:
             headers = {**self.headers, "ETag": etag}
             if status == 200:
-                headers["Content-Type"] = "application/json"
+                headers["Content-Type"] = self.content_type
                 if coding:
                     headers["Content-Encoding"] = coding
             encoded = self._encoded_headers[status, coding] = encode_headers(headers)

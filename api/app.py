@@ -28,7 +28,7 @@ def create(settings: Settings) -> Sanic:
     | `flights` | reads in progress, which equal requests share |
     | `waiting` | requests that wait until something changes |
     | `receiving`, `committing`, `stopping` | uploads in progress, see `api.bodies` |
-    | `description` | the answer of /openapi.json |
+    | `pages` | path → the answer of /openapi.json, of /docs and of its files |
     """
     app = Sanic(
         "imagegram",

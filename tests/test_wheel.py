@@ -55,9 +55,9 @@ def test_a_wheel_holds_all_modules_scripts_and_redis_conf_and_nothing_else(wheel
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".lua", ".conf", ".yaml")
+        if path.suffix in (".py", ".lua", ".conf", ".yaml", ".html", ".js", ".css")
     }
-    assert expected >= {"storage/db/redis.conf", "api/openapi.yaml"}
+    assert expected >= {"storage/db/redis.conf", "api/openapi.yaml", "api/page/index.html"}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
