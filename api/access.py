@@ -1,6 +1,6 @@
-"""The log line of a request. It has nothing that a client chose, but the id of the request, which was checked.
+"""The log line and the span of a request. They have nothing that a client chose, but the id, which was checked.
 
-So it has the template of the route, not the address: an address may be long, and a query may hold anything.
+So they have the template of the route, not the address: an address may be long, and a query may hold anything.
 """
 
 import re
@@ -10,7 +10,7 @@ from time import monotonic
 from sanic.constants import HTTP_METHODS
 
 from api.headers import request_id
-from storage import logs
+from storage import logs, traces
 
 METHODS = frozenset(map(str, HTTP_METHODS))  # as strings: a comparison with Sanic's own objects takes a µs
 
@@ -60,3 +60,13 @@ def log(stream, response) -> None:
             **({"created": response.headers.get("Location")} if status == 201 else {}),
         }
     )
+
+
+def end_span(request, response) -> None:
+    """End the span of a request. A request whose header is malformed has none."""
+    if span := getattr(request.ctx, "span", None):
+        attributes = {"http.request.method": request.method if request.method in METHODS else "_OTHER"}
+        if request.route:
+            attributes["http.route"] = readable(request.route.path)
+        traces.end(span, template(request), response.status, attributes)
+        request.ctx.span = None

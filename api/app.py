@@ -1,5 +1,7 @@
 """The application: routes, Sanic's settings, and the objects that all requests share."""
 
+import asyncio
+
 import orjson
 from sanic import Sanic
 
@@ -8,7 +10,7 @@ from api.flights import Flights
 from api.problems import Errors
 from api.reading import JSON_BYTES
 from api.waiting import Waiting
-from storage.db.client import Redis
+from storage import traces
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret
 
@@ -62,7 +64,9 @@ def create(settings: Settings) -> Sanic:
 
     @app.before_server_start
     async def connect(app):
-        app.ctx.db = Redis(settings.redis_url)
+        if settings.traces:
+            traces.start("imagegram-api")
+        app.ctx.db = traces.connect(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
         app.ctx.waiting = Waiting(app.ctx.db, settings.partitions)
@@ -77,5 +81,6 @@ def create(settings: Settings) -> Sanic:
     async def disconnect(app):
         await bodies.wait_for_commits(app)
         await app.ctx.db.close()
+        await asyncio.to_thread(traces.stop)
 
     return app

@@ -7,6 +7,7 @@ and nothing must be invalidated.
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 
+from storage import traces
 from storage.errors import Unreachable
 from storage.metrics import FLIGHTS, PASSENGERS
 
@@ -27,6 +28,8 @@ class Flights:
         """
         boarding = self._boarding.get(key)
         if boarding is None:
+            if traces.tracer:
+                fly = traces.keep(fly)
             boarding = self._boarding[key] = fly, []
             if key not in self._flying:
                 self._flying[key] = self._loop.create_task(self._fly(key))

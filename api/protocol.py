@@ -25,6 +25,7 @@ from api import access, cors
 from api.answers import FastResponse, http_date
 from api.headers import request_id
 from api.metrics import count
+from storage import traces
 
 LINGER = 1.0  # seconds for which a refused client may read why it was refused
 DISCARD = 64 * 1024  # bytes of its body that are read meanwhile, for clients that send everything before they read
@@ -82,6 +83,8 @@ class StrictHttp(Http):
                 normalize(buffer, head)
         await super().http1_request_header()
         request = self.request
+        if traces.tracer:
+            request.ctx.span = traces.begin(request.headers.get("traceparent", ""))
         hosts = len(request.headers.getall("host", ()))
         framing = FRAMING.findall(request.head) if self.request_body else ()
         if (
@@ -144,6 +147,8 @@ class StrictHttp(Http):
             response.headers["Request-Id"] = request_id(self.request)
         if ctx.log_requests:
             access.log(self, response)
+        if traces.tracer:
+            access.end_span(self.request, response)
         return super().respond(response)
 
     async def read(self) -> bytes | None:

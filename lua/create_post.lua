@@ -17,6 +17,7 @@
 -- ARGV[8] max_processing  how many posts of a user may be processing
 -- ARGV[9] lease_ms        lease of lease_images, which is also the longest time of a job
 -- ARGV[10] posts          prefix of this partition's post keys; a post id is appended
+-- ARGV[11] trace          traceparent of the request; empty: there are no traces
 -- Returns {post id, how}; how is 0: the post is new, 1: the Idempotency-Key was used for the same request before,
 --   2: the upload had already become this post
 -- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
@@ -33,7 +34,8 @@ local idempotency = KEYS[7]
 local now, upload_id, id, author, caption = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, remember_ms = ARGV[6], ARGV[7]
 local max_processing, lease_ms, posts = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-if #KEYS < 6 or #ARGV ~= 10 or not (tonumber(remember_ms) and max_processing and lease_ms) then
+local trace = ARGV[11]
+if #KEYS < 6 or #ARGV ~= 11 or not (tonumber(remember_ms) and max_processing and lease_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -70,6 +72,9 @@ if existing then
 end
 redis.call('HSET', post, 'author', author, 'caption', caption, 'status', 'processing',
   'attempt', 0, 'upload', upload_id)
+if trace ~= '' then
+  redis.call('HSET', post, 'trace', trace)
+end
 redis.call('HSET', upload, 'post', id, 'length', row[2]) -- the worker compares `length` with the sum of the chunks
 redis.call('HDEL', upload, 'metadata', 'expires', 'offset')
 redis.call('HDEL', uploads, upload_id)

@@ -8,7 +8,7 @@
 -- ARGV[5] max_users     users that are visited, which bounds the script's time
 -- ARGV[6] making        prefix of this partition's `making` keys; a user is appended
 -- ARGV[7] posts         prefix of this partition's post keys; a post id is appended
--- Returns {{post id, lease}, …}
+-- Returns {{post id, lease, traceparent or false}, …}
 -- Refuses nothing
 --
 -- `lease` is the score that the script sets in `making`: the time at which the lease ends. A hint in the queue that has
@@ -61,7 +61,8 @@ while capacity > 0 and visited < max_users do
   end_leases_of_a_wrong_clock(queue)
   local first = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
   local id, due = first[1], tonumber(first[2])
-  local status = id and redis.call('HGET', posts .. id, 'status')
+  local row = id and redis.call('HMGET', posts .. id, 'status', 'trace')
+  local status = row and row[1]
   if not id then
     redis.call('ZREM', turns, user)
   elseif status ~= 'processing' and status ~= 'ready' then
@@ -70,7 +71,7 @@ while capacity > 0 and visited < max_users do
     redis.call('ZADD', turns, math.min(due, now + lease_ms), user)
   else
     redis.call('ZADD', queue, now + lease_ms, id)
-    leased[#leased + 1] = {id, now + lease_ms}
+    leased[#leased + 1] = {id, now + lease_ms, row[2]}
     capacity = capacity - 1
     place = place + STEP
     redis.call('ZADD', turns, place, user)

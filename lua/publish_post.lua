@@ -36,7 +36,7 @@ end
 local revision = next_revision(now, changes, gone)
 
 redis.call('HSET', post, 'status', 'ready', 'thumbhash', thumbhash)
-redis.call('HDEL', post, 'attempt', 'upload')
+redis.call('HDEL', post, 'attempt', 'upload', 'trace')
 redis.call('ZADD', feed, redis.call('XLEN', comments), id)
 redis.call('ZADD', changes, revision, id)
 redis.call('ZREM', queue, id)

@@ -83,6 +83,7 @@ class ImageWork(NamedTuple):
 
     id: str
     lease: int  # when the lease ends, in ms since 1970: the post's score in `making` while it is leased
+    trace: str | None = None  # traceparent of the request that created it; None: there were no traces
 
 
 async def lease(db: Redis, partition: int) -> list[DueEntry]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import orjson
 
-from storage import keys, metrics
+from storage import keys, metrics, traces
 from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
@@ -127,6 +127,7 @@ async def create(
         processing,
         LEASE_MS,
         keys.post_prefix(partition),
+        traces.traceparent(),
     )
     if outcome == CREATED:
         metrics.FINISHED.add()

@@ -82,6 +82,7 @@ class Settings:
     snapshot_every: int  # seconds after which the AOF is rewritten: how much of it a restore has to replay
     keep_seconds: int  # every second of this time before now can be restored
     keep_days: int  # of each of the last `keep_days` days one base is kept
+    traces: bool  # send traces: OpenTelemetry's variables name a collector. Its SDK reads the details itself
     log: str  # json: each log line is a JSON object, and each request and job has one. text: neither
     watchdog: int  # seconds without a sign of life after which a process is killed. 0: never
     worker_metrics: tuple[str, int] | None  # host and port (0: any) where the worker answers scrapes. None: nowhere
@@ -188,6 +189,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         worker_metrics=address("WORKER_METRICS", ""),
         ship_metrics=address("SHIP_METRICS", ""),
         verify_every=integer("VERIFY_EVERY", 86400, 0, 366 * 86400),
+        traces=_traces(environ),
         log=one_of("LOG", "text", "json"),
         # Event loops give ten signs of life in this time. RQ's worker gives one every 5 s, or after 15 s while Redis
         # does not answer.
@@ -198,6 +200,16 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         # A partition is the number in a key's hash tag. A Redis Cluster has 16384 slots, so more are of no use.
         partitions=integer("PARTITIONS", 1, 1, 16384),
     )
+
+
+def _traces(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables ask for traces. Raises SystemExit for an exporter that there is not."""
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    if exporter not in ("", "none", "otlp"):
+        raise SystemExit(f"OTEL_TRACES_EXPORTER={repr(exporter)[1:-1]}: expected otlp or none")
+    endpoints = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+    wanted = exporter == "otlp" or any(environ.get(name) for name in endpoints)
+    return wanted and exporter != "none" and environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true"
 
 
 def secret_values(environ: Mapping[str, str] = os.environ) -> list[str]:

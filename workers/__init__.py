@@ -13,3 +13,5 @@
 
 `api` and `storage` import neither PIL, simplejpeg nor RQ. This package never imports the API.
 """
+
+import storage  # noqa: F401  before RQ imports redis-py: see there

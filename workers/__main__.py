@@ -20,7 +20,7 @@ import redis
 from rq import Worker
 from rq.serializers import JSONSerializer
 
-from storage import logs, metrics, settings, watchdog
+from storage import logs, metrics, settings, traces, watchdog
 from storage.db.client import Redis
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
@@ -46,6 +46,12 @@ class Converter(Worker):
         die_with_parent(signal.SIGKILL, self.pid)
         super().main_work_horse(job, queue)
 
+    def execute_job(self, job, queue):
+        began_ns = time.time_ns()
+        super().execute_job(job, queue)
+        if traces.tracer:
+            traces.end_job("make_image", job.meta, began_ns)
+
     def heartbeat(self, timeout=None, pipeline=None):
         watchdog.alive()
         super().heartbeat(timeout, pipeline)
@@ -67,6 +73,9 @@ def convert(chosen: settings.Settings, parent: int, memory: int, number: int) ->
     import workers.jobs  # noqa: F401  before the fork, so that no job spends time on importing
 
     watchdog.start(chosen.watchdog)
+    if chosen.traces:
+        traces.start("imagegram-worker")
+        traces.expect_jobs()
     queue = dispatcher.queue(chosen.queue_url)
     # RQ asks Redis for the worker's address. redis-py cannot parse it if the path of the socket has a blank or a `=`.
     queue.connection.set_response_callback("CLIENT INFO", lambda reply, **options: {"addr": "unknown"})
@@ -81,6 +90,7 @@ def convert(chosen: settings.Settings, parent: int, memory: int, number: int) ->
             job_monitoring_interval=wait,
         )
         worker.work(logging_level="WARNING")
+        traces.stop()
     except redis.RedisError as error:
         raise SystemExit(f"converter: {error}") from None
 

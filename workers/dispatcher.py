@@ -57,13 +57,16 @@ def queue_capacity(hints: Queue, converters: int) -> int:
     return max(0, HINTS_PER_WORKER * max(converters, living) - len(hints))
 
 
-def hint(hints: Queue, post: str, lease: int) -> None:
+def hint(hints: Queue, post: str, lease: int, trace: str | None = None) -> None:
     """Puts a hint into the queue: a post's id, and the lease it was handed out under (ms since 1970).
+
+    `trace` is the traceparent of the request that created the post, or None.
 
     RQ stores no result, and a failed job only for an hour, for inspection: the outbox knows what is to be done.
     Raises redis.RedisError.
     """
-    hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT)
+    meta = {"trace": trace, "post": post} if trace else None
+    hints.enqueue_call(JOB, args=(post, lease), result_ttl=0, failure_ttl=3600, timeout=TIMEOUT, meta=meta)
 
 
 class Failures:
@@ -129,7 +132,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
                     failures.clear(name)
                     for image in images:
                         watchdog.step()
-                        await asyncio.to_thread(hint, hints, image.id, image.lease)
+                        await asyncio.to_thread(hint, hints, *image)
                         capacity, first, pause = capacity - 1, partition + 1, PAUSE_BUSY
                 failures.clear("the queue")
             except redis.RedisError as fault:

@@ -28,7 +28,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from storage import keys, logs, metrics, originals, outbox, posts, settings
+from storage import keys, logs, metrics, originals, outbox, posts, settings, traces
 from storage.db.client import Redis
 from storage.errors import NoPost, Stale, Unknown, Unreachable
 from storage.objects import NotFound, ObjectStore, Unavailable, open_store
@@ -74,6 +74,7 @@ async def _attempt(post: str, lease: int) -> None:
     finally:
         await db.close()
         metrics.IMAGES.series(outcome).add()
+        traces.tell_outcome(outcome)
         if chosen.log == "json":
             ms = round((time.monotonic() - began) * 1000)
             line = {"post": post, "attempt": attempt, "outcome": outcome, "ms": ms}
