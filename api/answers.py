@@ -8,13 +8,13 @@ import zlib
 from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
-from time import perf_counter, time
+from time import time
 
 import brotli
 import orjson
 from sanic.response import BaseHTTPResponse, HTTPResponse
 
-from api.headers import list_header, matches_etag, preferred_coding, preferred_wait, request_id
+from api.headers import list_header, matches_etag, preferred_coding, request_id
 from api.waiting import Seen
 
 VARY = {"Vary": "Accept-Encoding, Prefer"}  # of an answer that a client may wait for
@@ -48,6 +48,9 @@ class FastResponse(BaseHTTPResponse):
     def processed_headers(self):
         # One header whose value continues on the next lines, as in `encode_headers`.
         lines = f"{http_date(int(time()))}\r\nRequest-Id: {request_id(self.stream.request)}"
+        limits = self.stream.limits
+        if limits:
+            lines += f"\r\nRateLimit: {limits[0]}\r\nRateLimit-Policy: {limits[1]}"
         for name, value in self.headers.items():
             lines += f"\r\n{name}: {value}"
         return self._encoded_headers, (b"Date", lines.encode())
@@ -127,39 +130,6 @@ class Answer:
                 self._compressed[coding] = compress(coding, self.body)
         compressed = self._compressed[coding]
         return compressed if isinstance(compressed, bytes) else await asyncio.shield(compressed)
-
-
-def shared_read(read):
-    """A handler from a function that makes an Answer. Requests for the same address at the same time share one call."""
-
-    async def handler(request, **path):
-        answer = await request.app.ctx.flights.join(request.raw_url, lambda: read(request, **path))
-        return await answer.respond(request)
-
-    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
-    return handler
-
-
-def awaited_read(read):
-    """Like shared_read, and with `Prefer: wait=N` the handler waits while there is nothing new (RFC 7240, section 4.3).
-
-    It waits outside of the flight: only then a client that goes away ends its wait. All who waited share a new flight.
-    """
-
-    async def handler(request, **path):
-        ctx, seconds = request.app.ctx, preferred_wait(list_header(request, "prefer"))
-        answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
-        if seconds and answer.awaited:
-            await ctx.waiting.wait(answer.awaited, seconds)
-            request.stream.perft0 = perf_counter()  # for api/metrics.py: the client asked for this delay
-            answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
-        response = await answer.respond(request)
-        if seconds:
-            response.headers["Preference-Applied"] = f"wait={seconds}"
-        return response
-
-    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
-    return handler
 
 
 def json_answer(body, headers: dict[str, str] | None = None, awaited: str | Seen | None = None) -> Answer:

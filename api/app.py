@@ -11,6 +11,7 @@ from api.problems import Errors
 from api.reading import JSON_BYTES
 from api.waiting import Waiting
 from storage import traces
+from storage.limits import Limiter
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret
 
@@ -27,6 +28,7 @@ def create(settings: Settings) -> Sanic:
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
     | `cors` | the headers of answers, by origin (`api.cors`); empty: none |
     | `db`, `objects` | the Redis client; object storage |
+    | `limiter` | rate limits; None if there are none |
     | `flights` | reads in progress, which equal requests share |
     | `waiting` | requests that wait until something changes |
     | `receiving`, `committing`, `stopping` | uploads in progress, see `api.bodies` |
@@ -69,6 +71,7 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = traces.connect(settings.redis_url)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
+        app.ctx.limiter = Limiter(app.ctx.db, settings.limits, settings.partitions) if settings.limits else None
         app.ctx.waiting = Waiting(app.ctx.db, settings.partitions)
         app.ctx.receiving, app.ctx.committing, app.ctx.stopping = set(), set(), False
 

@@ -3,8 +3,9 @@
 from sanic import Blueprint
 from sanic.response import empty
 
-from api import reading, rendering, tokens
-from api.answers import READ, Answer, json_answer, shared_read
+from api import limits, reading, rendering
+from api.answers import READ, Answer, json_answer
+from api.flights import shared_read
 from api.headers import list_header
 from storage import comments
 from storage.errors import Precondition
@@ -14,7 +15,7 @@ routes = Blueprint("comments")
 
 @routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
-    user = tokens.user(request)
+    user = await limits.admit(request, "comment")
     await reading.receive_json(request)
     text = reading.text(reading.fields(request).get("text"), "text")
     if not reading.VISIBLE.search(text):
@@ -44,7 +45,8 @@ def answer(row: comments.Comment) -> Answer:
 
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
-    user, db, if_match = tokens.user(request), request.app.ctx.db, list_header(request, "if-match")
+    user = await limits.admit(request, "comment")
+    db, if_match = request.app.ctx.db, list_header(request, "if-match")
     if if_match and if_match != "*":
         # A comment never changes. So the one compared here is the one deleted below.
         row = await comments.read(db, post, comment)

@@ -6,7 +6,10 @@ and nothing must be invalidated.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
+from time import perf_counter
 
+from api.headers import list_header, preferred_wait
+from api.limits import begin_read, end_read, settle_read
 from storage import traces
 from storage.errors import Unreachable
 from storage.metrics import FLIGHTS, PASSENGERS
@@ -61,3 +64,62 @@ class Flights:
                         seat.set_result(answer)
         finally:
             del self._flying[key]
+
+
+def shared_read(read):
+    """A handler from a function that makes an Answer. Requests for one address at the same time share one flight."""
+
+    async def handler(request, **path):
+        flights = request.app.ctx.flights
+        if request.app.ctx.limiter:
+            answer = await _join_limited(request, read, path)
+        else:
+            answer = await flights.join(request.raw_url, lambda: read(request, **path))
+        return await answer.respond(request)
+
+    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
+    return handler
+
+
+def awaited_read(read):
+    """Like shared_read, and with `Prefer: wait=N` the handler waits while there is nothing new (RFC 7240, section 4.3).
+
+    It waits outside of the flight: only then a client that goes away ends its wait. All who waited share a new flight.
+    """
+
+    async def handler(request, **path):
+        ctx, seconds = request.app.ctx, preferred_wait(list_header(request, "prefer"))
+        if ctx.limiter:
+            answer = await _join_limited(request, read, path)
+        else:
+            answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
+        if seconds and answer.awaited:
+            await ctx.waiting.wait(answer.awaited, seconds)
+            request.stream.perft0 = perf_counter()  # for api/metrics.py: the client asked for this delay
+            answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
+        response = await answer.respond(request)
+        if seconds:
+            response.headers["Preference-Applied"] = f"wait={seconds}"
+        return response
+
+    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
+    return handler
+
+
+async def _join_limited(request, read, path: dict[str, str]):
+    """Join a flight, and count the request against its limit meanwhile. Raises Problem 429.
+
+    A request over its limit may have joined the flight already. So it is refused no later than the others are answered.
+    """
+    ticket = begin_read(request)
+    try:
+        answer = await request.app.ctx.flights.join(request.raw_url, lambda: read(request, **path))
+    except Exception:
+        if ticket:
+            await end_read(request, ticket)  # 429 comes before the error of the read
+        raise
+    if ticket and ticket[0].verdicts:
+        settle_read(request, ticket)  # the usual case, without the cost of a coroutine
+    elif ticket:
+        await end_read(request, ticket)
+    return answer

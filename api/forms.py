@@ -7,7 +7,7 @@ its own disk. A form that breaks off or is refused leaves nothing behind.
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from api import reading
+from api import limits, reading
 from api.problems import Problem
 from storage import posts, uploads
 from storage.errors import Empty, TooLarge
@@ -111,7 +111,10 @@ async def publish(request, user: str) -> tuple[str, str, bool]:
     if idempotency and (post := await posts.replayed(ctx.db, user, partitions, idempotency)):
         return post.id, post.caption, True
     length = reading.content_length(request) or IMAGE_BYTES  # of a chunked form the length is unknown
-    async with uploads.form_upload(ctx.db, ctx.objects, user, partitions, length, processing) as image:
+    async with (
+        limits.paid_body(request, user, IMAGE_BYTES + FORM_SLACK),
+        uploads.form_upload(ctx.db, ctx.objects, user, partitions, length, processing) as image,
+    ):
         caption = await receive(request, form, image)
         try:
             await image.finish()

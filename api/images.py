@@ -9,6 +9,7 @@ import re
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
+from api import limits
 from api.answers import READ, FastResponse, encode_headers
 from api.headers import list_header, matches_etag
 from api.problems import problem
@@ -32,9 +33,12 @@ RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 @routes.route("/v1/images/<name:.+\\.jpg>", methods=READ)
 async def image(request, name: str):
-    post = name.removesuffix(".jpg")
+    post, ctx = name.removesuffix(".jpg"), request.app.ctx
+    if ctx.limiter and (ticket := limits.begin_read(request)):
+        await limits.end_read(request, ticket)
+        request.stream.limits = None  # caches store this answer, and would repeat what it says about one client
     try:
-        jpeg = await posts.image(request.app.ctx.objects, post)
+        jpeg = await posts.image(ctx.objects, post)
     except NotFound:
         return await missing(request, post)
     # A strong tag: the bytes of a post's image never change. After a restore the image is made again, maybe by another

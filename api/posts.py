@@ -3,8 +3,9 @@
 from sanic import Blueprint
 from sanic.response import empty
 
-from api import reading, rendering, tokens
-from api.answers import READ, VARY, Answer, awaited_read, json_answer, shared_read
+from api import limits, reading, rendering
+from api.answers import READ, VARY, Answer, json_answer
+from api.flights import awaited_read, shared_read
 from api.forms import publish
 from api.headers import list_header
 from api.problems import Problem
@@ -16,7 +17,7 @@ routes = Blueprint("posts")
 
 @routes.post("/v1/posts", stream=True)
 async def create(request):
-    user = tokens.user(request)
+    user = await limits.admit(request, "post")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         post, caption, replayed = await publish(request, user)
@@ -82,7 +83,7 @@ def answer(row: posts.Post) -> Answer:
 
 @routes.delete("/v1/posts/<post>")
 async def delete(request, post: str):
-    user, ctx = tokens.user(request), request.app.ctx
+    user, ctx = await limits.admit(request, "post"), request.app.ctx
     if_match, seen = list_header(request, "if-match"), ""
     if if_match and if_match != "*":  # `*` matches any post, and `delete` needs one anyway
         row = await posts.read(ctx.db, post)

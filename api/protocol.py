@@ -69,7 +69,16 @@ class StrictHttp(Http):
     has checked the token. A body that no handler reads is neither invited by `100 Continue` nor read.
     """
 
+    # None, or the values of RateLimit and RateLimit-Policy in the answer if the request counts against a limit
+    # None, or the charge of a read from this connection's address (api/limits.py)
+    __slots__ = ("limits", "reader")
+
+    def __init__(self, protocol):
+        super().__init__(protocol)
+        self.limits = self.reader = None
+
     async def http1_request_header(self):
+        self.limits = None
         # Every byte would reset an idle timer. So the time of the whole header is limited.
         self.protocol.header_began = monotonic()
         buffer = self.recv_buffer
@@ -145,6 +154,8 @@ class StrictHttp(Http):
         if not isinstance(response, FastResponse):  # it writes them itself
             response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
+            if self.limits:
+                response.headers["RateLimit"], response.headers["RateLimit-Policy"] = self.limits
         if ctx.log_requests:
             access.log(self, response)
         if traces.tracer:

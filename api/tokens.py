@@ -54,6 +54,14 @@ def user(request) -> str:
     return claims["sub"]
 
 
+def known(request) -> str | None:
+    """The user whose token the request carries. None if it has no token, or one that is not valid."""
+    try:
+        return user(request)
+    except Problem:
+        return None
+
+
 def _verify(header: str, secret: str, settings: Settings) -> dict:
     """The token's claims. Raises Problem 401."""
     scheme, _, token = header.partition(" ")

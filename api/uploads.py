@@ -13,7 +13,7 @@ import orjson
 from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
-from api import reading, rendering, tokens
+from api import limits, reading, rendering
 from api.answers import READ
 from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
@@ -94,7 +94,7 @@ async def options(request, upload: str = ""):
 @routes.post("/v1/uploads", stream=True)
 async def create(request):
     check_version(request)
-    user = tokens.user(request)
+    user = await limits.admit(request, "upload")
     length, sent_metadata = number(request, "Upload-Length"), metadata(request)
     if reading.content_length(request) > length:
         raise TooLarge(f"the upload ends at {length}")
@@ -114,7 +114,8 @@ async def create(request):
     if request.headers.get("content-type") == BODY_TYPE and not replayed:
         image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, length)
         try:
-            await append(request, image)
+            async with limits.paid_body(request, user, length):
+                await append(request, image)
         except (Problem, Refusal, Unavailable) as error:
             # The upload exists, so the client must learn its address. It can send the bytes again by PATCH.
             refusal = answer_to(error)
@@ -129,7 +130,7 @@ async def create(request):
 async def list_open(request):
     """The user's open uploads. This call is not part of tus, so it needs no Tus-Resumable."""
     ctx = request.app.ctx
-    rows = await uploads.list_open(ctx.db, tokens.user(request), ctx.settings.partitions)
+    rows = await uploads.list_open(ctx.db, await limits.admit(request, "read"), ctx.settings.partitions)
     body = orjson.dumps({"items": [rendering.upload(row) for row in rows]})
     return HTTPResponse(body, 200, {"Cache-Control": "no-store"}, "application/json")
 
@@ -137,7 +138,8 @@ async def list_open(request):
 @routes.head("/v1/uploads/<upload>")
 async def read(request, upload: str):
     check_version(request)
-    state = await uploads.read_when_still(request.app.ctx.db, tokens.user(request), upload)
+    user = await limits.admit(request, "read")
+    state = await uploads.read_when_still(request.app.ctx.db, user, upload)
     headers = {
         "Upload-Offset": str(state.offset),
         "Upload-Length": str(state.length),
@@ -152,8 +154,9 @@ async def read(request, upload: str):
 @routes.patch("/v1/uploads/<upload>", stream=True)
 async def patch(request, upload: str):
     check_version(request)
-    user, ctx = tokens.user(request), request.app.ctx
+    ctx = request.app.ctx
     # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
+    user = await uploads.run_to_completion(limits.admit(request, "upload"))
     state = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
     if request.headers.get("content-type") != BODY_TYPE:
         raise Problem(415, "type", f"a PATCH is sent as {BODY_TYPE}")
@@ -163,14 +166,15 @@ async def patch(request, upload: str):
         raise TooLarge(f"the upload ends at {state.length}")
     image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, state.length)
     await uploads.run_to_completion(image.resume())
-    await append(request, image)
+    async with limits.paid_body(request, user, state.length - state.offset):
+        await append(request, image)
     return empty(204, {"Upload-Offset": str(image.offset), "Upload-Expires": expires(image.expires or state.expires)})
 
 
 @routes.delete("/v1/uploads/<upload>")
 async def delete(request, upload: str):
     check_version(request)
-    user, ctx = tokens.user(request), request.app.ctx
+    user, ctx = await limits.admit(request, "upload"), request.app.ctx
     await uploads.read(ctx.db, user, upload)
     await uploads.discard(ctx.db, ctx.objects, user, upload)
     return empty()

@@ -36,7 +36,7 @@ TYPES = {
     **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns"), "zset"),
     **dict.fromkeys(("post", "upload", "uploads"), "hash"),
     **dict.fromkeys(("latest", "chunks"), "list"),
-    **dict.fromkeys(("once", "epoch", "restored"), "string"),
+    **dict.fromkeys(("once", "rate", "epoch", "restored"), "string"),
     "comments": "stream",
 }
 MAX_LINES = 20  # flaws that a report describes; the others are only counted

@@ -210,9 +210,14 @@ def uploads(partition: int, user: str) -> str:
     return f"uploads:{{{partition}}}:{user}"
 
 
+def rate(partition: int, kind: str, who: str) -> str:
+    """What a user or a network address uses of a rate limit. `kind` is the class of the limit, or `address`."""
+    return f"rate:{{{partition}}}:{kind}:{who}"
+
+
 def parts(key: str) -> tuple[str, int | None, str]:
     """The kind, the partition and the rest of a key. The rest is an id, a user, `user:digest`
-    for an Idempotency-Key, or empty.
+    for an Idempotency-Key, `class:user` for a rate limit, or empty.
 
     >>> parts("uploads:{0}:alice")
     ('uploads', 0, 'alice')
@@ -230,7 +235,7 @@ def well_formed(key: str) -> bool:
         match = ID.fullmatch(name)
         of_upload = kind in ("upload", "chunks")
         return bool(match) and bool(match[1]) == of_upload and key == f"{kind}:{{{match[3]}}}:{name}"
-    of_user = kind in ("uploads", "making", "once")
+    of_user = kind in ("uploads", "making", "once", "rate")
     rest = f":{name}" if of_user and name else ""
     return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
 

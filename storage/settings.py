@@ -5,6 +5,7 @@ variable.
 """
 
 import errno
+import ipaddress
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from storage import files
@@ -53,6 +55,24 @@ ORIGINS = (
 STORE_URLS = "expected file:///absolute/path or s3://bucket/prefix, with % # ? written as %25 %23 %3F"
 REDIS_URLS = "expected redis://host:port/number, rediss:// or unix:///absolute/path, with % # ? written as %25 %23 %3F"
 
+# A limit of requests, or of bytes, in a time. The numbers are limited so that a double counts them exactly.
+LIMIT = re.compile(
+    r"(?:(read|comment|post|upload)=([1-9][0-9]{0,6})|(upload_bytes)=([1-9][0-9]{0,12})([KMG]?))/([smhd])"
+)
+LIMITS = (
+    "expected for example comment=60/m,post=30/m,upload_bytes=2G/d, with each class once; the classes are read,"
+    " comment, post, upload and upload_bytes; the units are s, m, h, d, and K, M, G for bytes"
+)
+WINDOWS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+PROXIES = "expected the number of trusted proxies, 0 to 9, or their addresses: 10.0.0.0/8,192.0.2.7"
+
+
+class Limit(NamedTuple):
+    """A rate limit: up to `quota` units at once. A whole quota comes back in `window` seconds, evenly."""
+
+    quota: int  # requests or bytes
+    window: int  # seconds
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -91,6 +111,9 @@ class Settings:
     jwt_secret: str  # empty: created on the first start and stored in the data folder
     jwt_issuer: str  # what `iss` of every token must be. Empty: not checked
     jwt_audience: str  # what `aud` of every token must contain. Empty: `aud` is ignored
+    limits: Mapping[str, Limit]  # by class. Empty: nothing is limited
+    # Who may say in X-Forwarded-For which address a request comes from: the last so many proxies, or these networks.
+    proxies: int | tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
     partitions: int  # over which new posts are spread. Existing posts stay in their partition
 
     @property
@@ -197,6 +220,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         jwt_secret=get("JWT_SECRET", ""),
         jwt_issuer=get("JWT_ISSUER", ""),
         jwt_audience=get("JWT_AUDIENCE", ""),
+        limits=_limits(get("LIMITS", "")),
+        proxies=_proxies(get("PROXIES", "0")),
         # A partition is the number in a key's hash tag. A Redis Cluster has 16384 slots, so more are of no use.
         partitions=integer("PARTITIONS", 1, 1, 16384),
     )
@@ -220,6 +245,36 @@ def secret_values(environ: Mapping[str, str] = os.environ) -> list[str]:
         password = urlsplit(environ.get(name, "")).password or ""
         values |= {password, unquote(password)}
     return sorted(values - {""}, key=len, reverse=True)
+
+
+def _limits(text: str) -> dict[str, Limit]:
+    """The rate limits by class, from the text of IMAGEGRAM_LIMITS. Raises SystemExit.
+
+    >>> _limits("comment=60/m, upload_bytes=2G/d")
+    {'comment': Limit(quota=60, window=60), 'upload_bytes': Limit(quota=2147483648, window=86400)}
+    """
+    limits = {}
+    for part in text.split(",") if text else ():
+        match = LIMIT.fullmatch(part.strip(" "))
+        name = match and (match[1] or match[3])
+        if not match or name in limits:
+            raise refused("LIMITS", text, LIMITS)
+        quota = int(match[2] or match[4]) * 1024 ** " KMG".index(match[5] or " ")
+        limits[name] = Limit(quota, WINDOWS[match[6]])
+    least = IMAGE_BYTES + FORM_SLACK
+    if "upload_bytes" in limits and not least <= limits["upload_bytes"].quota <= 2**50:
+        raise refused("LIMITS", text, f"upload_bytes must be from 101M, for the largest image, to {2**20}G")
+    return limits
+
+
+def _proxies(text: str) -> int | tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """The trusted proxies, from the text of IMAGEGRAM_PROXIES: their number or their networks. Raises SystemExit."""
+    if re.fullmatch("[0-9]", text):
+        return int(text)
+    try:
+        return tuple(ipaddress.ip_network(part.strip(" ")) for part in text.split(","))
+    except ValueError:
+        raise refused("PROXIES", text, PROXIES) from None
 
 
 def refused(name: str, text: str, reason: str) -> SystemExit:

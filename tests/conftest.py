@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import fakeredis
+import hiredis
 import httpx
 import pytest
 import redis as redis_client
@@ -126,6 +127,14 @@ class FakeChannel:
     async def ask(self, *command):
         return await self.client.execute_command(*command)
 
+    def ask_packed(self, packed):
+        return asyncio.ensure_future(self._ask_packed(packed))
+
+    async def _ask_packed(self, packed):
+        reader = hiredis.Reader(encoding="utf-8")  # a command is packed like a reply that is a list
+        reader.feed(packed if isinstance(packed, bytes) else packed())
+        return await self.ask(*reader.gets())
+
     async def close(self) -> None:
         await self.client.aclose()
 
@@ -134,8 +143,11 @@ def connect(server) -> Redis:
     """The client that storage uses, connected to `server`."""
     if server.kind != "fake":
         return Redis(server.url)
-    # fakeredis does not know the `#!lua` line with which a script begins.
-    plain = {name: script(known.text.split("\n", 1)[1]) for name, known in SCRIPTS.items()}
+    # fakeredis does not know the `#!lua` line with which a script begins, nor `set_repl`.
+    plain = {
+        name: script(known.text.split("\n", 1)[1].replace("redis.set_repl(redis.REPL_NONE)", ""))
+        for name, known in SCRIPTS.items()
+    }
     db = Redis("redis://unused", plain)
     db._reads = db._writes = FakeChannel(server.server)
     return db

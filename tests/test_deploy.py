@@ -53,7 +53,7 @@ def test_composes_redis_makes_its_folder_on_an_empty_volume_only(tmp_path, befor
 
 
 def test_compose_and_the_dockerfile_set_only_settings_that_exist():
-    known = set(re.findall(r'(?:get|integer|one_of|store|redis)\("([A-Z_]+)"', SETTINGS))
+    known = set(re.findall(r'(?:get|integer|one_of|store|redis|address)\("([A-Z_]+)"', SETTINGS))
     assert len(known) >= len(fields(settings.Settings)) - 1, "the search for settings still works"
     for text in ((ROOT / "docker-compose.yml").read_text(), DOCKERFILE):
         assert set(re.findall(r"IMAGEGRAM_([A-Z_]+)", text)) <= known

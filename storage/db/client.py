@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,12 +49,12 @@ NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREP
 class Script(NamedTuple):
     text: str
     sha: str  # SHA-1 of the text in hexadecimal, the argument of EVALSHA
-    reads: bool  # it writes nothing
+    reads: bool  # it writes nothing that must be durable, so its reply waits for no fsync
 
 
 def script(text: str) -> Script:
     sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0])
+    return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0] or "redis.REPL_NONE" in text)
 
 
 def read_scripts(folder: Path) -> dict[str, Script]:
@@ -100,7 +101,7 @@ class Channel:
         self._sizes, self._times = PIPELINES.series(channel), ROUND_TRIPS.series(channel)
         self._enough = enough
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._waiting: list[tuple[bytes | Callable[[], bytes], asyncio.Future[Any]]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline in progress
         self._sending = asyncio.Lock()
         self._reading = asyncio.Lock()
@@ -109,7 +110,10 @@ class Channel:
         """A future with the reply to a command. It raises one of REPLIED, Unreachable, or `lost`."""
         # Pack here, so that only this caller gets the error if the command cannot be packed. In `_send`, all callers
         # of the pipeline would get it. hiredis packs: redis-py's own packer takes ten times as long.
-        packed = hiredis.pack_command(command)
+        return self.ask_packed(hiredis.pack_command(command))
+
+    def ask_packed(self, packed: bytes | Callable[[], bytes]) -> asyncio.Future[Any]:
+        """Like `ask`, for a packed command, or for a function that is called for it when its pipeline leaves."""
         if self._loop is None:  # only once: Python 3.11 makes a system call each time
             self._loop = asyncio.get_running_loop()
         answer = self._loop.create_future()
@@ -126,6 +130,10 @@ class Channel:
     async def _run(self) -> None:
         try:
             while self._waiting and (len(self._tasks) == 1 or len(self._waiting) >= self._enough):
+                if self._enough == math.inf:
+                    # A request may ask for a limit first and then, in a task of its own, for what it reads. So each
+                    # turn of the event loop ends before its commands leave.
+                    await asyncio.sleep(0)
                 await self._send()
         finally:
             self._tasks.discard(asyncio.current_task())
@@ -146,9 +154,10 @@ class Channel:
                         await connection.disconnect(nowait=True)  # Redis closed it while it was idle
                     if not connection.is_connected:
                         await connection.connect()  # type: ignore[no-untyped-call]
+                    commands = [packed if isinstance(packed, bytes) else packed() for packed, _ in batch]
                     sent = True
                     sent_at = time.perf_counter()
-                    await connection.send_packed_command([packed for packed, _ in batch], check_health=False)
+                    await connection.send_packed_command(commands, check_health=False)
                     await self._reading.acquire()
                 try:
                     for _, answer in batch:
@@ -185,6 +194,15 @@ def _unreachable(error: Exception) -> Unreachable:
     return Unreachable(f"Redis cannot be reached: {error or 'no answer'}")
 
 
+def _meaning(error: Exception) -> Exception:
+    """What an error reply to a script means: a Refusal, or the error itself, which is a bug or malformed data."""
+    message = str(error)
+    refusal = from_reply(message)
+    if refusal is None and (type(error) is not ResponseError or message.startswith(NOT_NOW)):
+        refusal = Unreachable(f"Redis refuses: {message}")
+    return refusal or error
+
+
 class Redis:
     """Calls the scripts in lua/ on one Redis.
 
@@ -213,13 +231,40 @@ class Redis:
             except NoScriptError:
                 return await channel.ask("EVAL", called.text, len(keys), *keys, *args)
         except REPLIED as error:
-            message = str(error)
-            refusal = from_reply(message)
-            if refusal is None and (type(error) is not ResponseError or message.startswith(NOT_NOW)):
-                refusal = Unreachable(f"Redis refuses: {message}")
-            if refusal is None:
-                raise
-            raise refusal from None
+            raise _meaning(error) from None
+
+    def call_late(
+        self,
+        name: str,
+        collect: Callable[[], tuple[list[str], list[Any]]],
+        done: Callable[[Any, Exception | None], None],
+    ) -> None:
+        """Like `call`, but `collect` is called for the keys and the arguments when the pipeline leaves.
+
+        `done` gets the reply, or the error that `call` would raise. There is no task, because several thousand of these
+        calls may be made in a second. None of the functions may raise.
+        """
+        called = self._scripts[name]
+        channel = self._reads if called.reads else self._writes
+        sent: list[Any] = []
+
+        def pack() -> bytes:
+            keys, args = collect()
+            sent.extend((len(keys), *keys, *args))
+            packed: bytes = hiredis.pack_command(("EVALSHA", called.sha, *sent))
+            return packed
+
+        def answered(answer: asyncio.Future[Any]) -> None:
+            error = answer.exception()
+            if type(error) is NoScriptError:
+                again = hiredis.pack_command(("EVAL", called.text, *sent))
+                channel.ask_packed(again).add_done_callback(answered)
+            elif isinstance(error, Exception):
+                done(None, _meaning(error) if isinstance(error, REPLIED) else error)
+            else:
+                done(answer.result(), None)
+
+        channel.ask_packed(pack).add_done_callback(answered)
 
     async def ping(self) -> None:
         """Raises Unreachable where Redis does not answer within DEADLINE."""

@@ -30,7 +30,7 @@ FEED = "/v1/posts?limit=10"
 BODY = orjson.dumps({"text": fill.TEXT})
 
 
-def site(stack: contextlib.ExitStack, root: Path) -> dict:
+def site(stack: contextlib.ExitStack, root: Path, **settings) -> dict:
     """Starts the API of the checkout at `root`. Returns for each call a function that measures it for some seconds.
 
     The rate of an upload is in MiB/s.
@@ -40,7 +40,7 @@ def site(stack: contextlib.ExitStack, root: Path) -> dict:
     ids = fill.fill(redis, fill.counts(POSTS, COMMENTS))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
     fill.images(folder / "store", ids)
-    api = Api(redis, folder, root=root)
+    api = Api(redis, folder, root=root, **settings)
     stack.callback(api.close)
     commenter = api.bearer("commenter1")
     data = memoryview(PNG + secrets.token_bytes(SIZE))
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("revision")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--limits", default="", help="IMAGEGRAM_LIMITS of this checkout")
     parser.add_argument("--only", default="", help="measure only the calls whose name contains this")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -77,7 +78,7 @@ def main() -> None:
         subprocess.run(["git", "worktree", "add", "-q", "--detach", earlier, options.revision], cwd=ROOT, check=True)
         stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", earlier], cwd=ROOT, check=True)
         before = site(stack, earlier)
-        after = site(stack, ROOT)
+        after = site(stack, ROOT, limits=options.limits)
         print("| call | before | after | after ÷ before | lowest and highest |\n|---|---|---|---|---|")
         for name in (name for name in after if options.only in name):
             for measure in (before[name], after[name]):
