@@ -7,12 +7,13 @@
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
 -- KEYS[7] turns     turns:{p}          zset
+-- KEYS[8] hidden    hidden:{p}:<id>    hash
 -- ARGV[1] now           ms since 1970; empty: Redis' clock
 -- ARGV[2] id            post id
 -- ARGV[3] latest_count  how many comments `latest` holds
 -- ARGV[4] repair        0|1
 -- ARGV[5] making        prefix of this partition's `making` keys; the author is appended
--- Returns {status or false, number of comments, 1 if its image is in `making` or else 0, flaw, …}
+-- Returns {status or false, or `hidden` and its status, number of comments, 1 if its image is in `making` or else 0, flaw, …}
 --   A flaw begins with the number of the invariant that it breaks (see storage/check.py), or with 0 if it breaks none.
 -- Refuses nothing
 --
@@ -20,10 +21,10 @@
 -- A post that lacks a field, or that has a key of a wrong type, cannot be shown. A repair takes it out of `feed` and
 -- `changes`.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local turns = KEYS[7]
+local turns, hidden = KEYS[7], KEYS[8]
 local now, id, latest_count = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local repair, making = ARGV[4] == '1', ARGV[5]
-if #KEYS ~= 7 or #ARGV ~= 5 or (latest_count or 0) < 1 then
+if #KEYS ~= 8 or #ARGV ~= 5 or (latest_count or 0) < 1 then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -34,9 +35,11 @@ local function has_type(key, expected)
   complete = complete and (actual == expected or actual == 'none')
   return actual == expected
 end
-local row, count = {}, 0
+local row, count, is_hidden = {}, 0, false
 if has_type(post, 'hash') then
   row = redis.call('HMGET', post, 'status', 'author', 'caption', 'thumbhash')
+elseif complete and has_type(hidden, 'hash') then
+  row, is_hidden = redis.call('HMGET', hidden, 'status', 'author', 'caption', 'thumbhash'), true
 end
 if has_type(comments, 'stream') then
   count = redis.call('XLEN', comments)
@@ -46,7 +49,7 @@ local status, author = row[1] or false, row[2] or ''
 local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', changes, id)
 local queue = making .. author
 local queued = redis.call('ZSCORE', queue, id) and 1 or 0
-local result = {status, count, queued}
+local result = {is_hidden and status and 'hidden ' .. status or status, count, queued}
 local function report(flaw, ...) -- the other arguments are the command that repairs it, if there is one
   result[#result + 1] = flaw
   if repair and ... then
@@ -54,6 +57,9 @@ local function report(flaw, ...) -- the other arguments are the command that rep
   end
 end
 
+if not is_hidden and status and redis.call('EXISTS', hidden) == 1 then
+  report('0 it is both shown and hidden')
+end
 for i, field in ipairs({'status', 'author', 'caption', status == 'ready' and 'thumbhash' or nil}) do
   if row[i] == false then
     complete = false
@@ -62,7 +68,7 @@ for i, field in ipairs({'status', 'author', 'caption', status == 'ready' and 'th
 end
 
 if status == 'ready' and complete then
-  if tonumber(score) ~= count then
+  if not is_hidden and tonumber(score) ~= count then
     report('1 its score is ' .. (score or 'missing') .. ', it has ' .. count .. ' comments', 'ZADD', feed, count, id)
   end
   local newest = {}
@@ -82,11 +88,12 @@ if status == 'ready' and complete then
       end
     end
   end
-  if not revision then
+  if not is_hidden and not revision then
     report('0 it is missing among the changes', 'ZADD', changes, next_revision(now, changes, gone), id)
   end
-else
-  local why = status == 'ready' and 'cannot be shown' or 'not ready'
+end
+if is_hidden or status ~= 'ready' or not complete then
+  local why = is_hidden and 'hidden' or status == 'ready' and 'cannot be shown' or 'not ready'
   if score then
     report('1 it is in the feed and ' .. why, 'ZREM', feed, id)
   end
@@ -96,7 +103,10 @@ else
   if status ~= 'ready' and (count > 0 or redis.call('EXISTS', latest) == 1) then
     report('0 it has comments and is not ready')
   end
-  if status == 'processing' and queued == 0 then
+  if is_hidden and queued == 1 then
+    report('0 its image is to be made and it is hidden', 'ZREM', queue, id)
+    queued = repair and 0 or 1
+  elseif status == 'processing' and queued == 0 and not is_hidden then
     report('3 it is processing and not in making', 'ZADD', queue, now, id)
     queued = repair and 1 or 0
   elseif status and status ~= 'processing' and status ~= 'failed' and status ~= 'ready' then

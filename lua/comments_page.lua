@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 -- Reads a page of a post's comments, newest first.
--- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[1] post      post:{p}:<id>      hash; of a hidden post its `hidden`
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- ARGV[1] before     comment id: the page begins with the next older comment; empty: with the newest one
 -- ARGV[2] limit      comments in the page

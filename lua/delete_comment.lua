@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
 -- Deletes a comment for its author.
--- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[1] post      post:{p}:<id>      hash; of a hidden post its `hidden`
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] latest    latest:{p}:<id>    list
 -- KEYS[4] feed      feed:{p}           zset
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
+-- KEYS[7] kept      kept:{p}:<id>      hash: hidden comments; only for an operator, who deletes these too
 -- ARGV[1] now           ms since 1970; empty: Redis' clock
 -- ARGV[2] id            post id
 -- ARGV[3] comment       comment id
@@ -16,9 +17,9 @@
 --
 -- `latest` is always filled again from the stream, whichever comment was deleted. So there is one path only, and it
 -- also corrects a `latest` that is wrong.
-local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local post, comments, latest, feed, changes, gone, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local now, id, comment, user, latest_count = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-if #KEYS ~= 6 or #ARGV ~= 5 or not tonumber(latest_count) then
+if #KEYS < 6 or #KEYS > 7 or #ARGV ~= 5 or not tonumber(latest_count) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -26,20 +27,24 @@ if redis.call('EXISTS', post) == 0 then
   return redis.error_reply('NOPOST no such post')
 end
 local entry = redis.call('XRANGE', comments, comment, comment)[1]
-if not entry then
+local copy = not entry and kept and redis.call('HGET', kept, comment)
+if not entry and (not copy or copy:sub(1, 1) ~= '[') then
   return redis.error_reply('NOCOMMENT no such comment')
 end
-local author = entry[2][2]
+local author = entry and entry[2][2] or cjson.decode(copy)[1]
 if author ~= user then
   return redis.error_reply('FORBIDDEN only the author of a comment may delete it')
 end
 local revision = next_revision(now, changes, gone)
 
+if not entry then
+  return redis.call('HDEL', kept, comment)
+end
 redis.call('XDEL', comments, comment)
 redis.call('DEL', latest)
 for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
   redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
 end
-redis.call('ZADD', feed, redis.call('XLEN', comments), id)
-redis.call('ZADD', changes, revision, id)
+redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id) -- XX: a hidden post is not in the feed, and stays out
+redis.call('ZADD', changes, 'XX', revision, id)
 return 1

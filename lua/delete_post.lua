@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Deletes a post and its comments for the post's author, and schedules the erasure of its objects.
--- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[1] post      post:{p}:<id>      hash; of a hidden post its `hidden`
 -- KEYS[2] comments  comments:{p}:<id>  stream
 -- KEYS[3] latest    latest:{p}:<id>    list
 -- KEYS[4] feed      feed:{p}           zset
@@ -8,6 +8,7 @@
 -- KEYS[6] gone      gone:{p}           zset
 -- KEYS[7] due       due:{p}            zset
 -- KEYS[8] making    making:{p}:<user>  zset: of the user who deletes it
+-- KEYS[9] kept      kept:{p}:<id>      hash: hidden comments
 -- ARGV[1] now          ms since 1970; empty: Redis' clock
 -- ARGV[2] id           post id
 -- ARGV[3] user         who deletes it
@@ -24,10 +25,10 @@
 -- come between the comparison and the deletion.
 -- `due` erases the JPEG at once. It erases the original or the chunks when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local due, making = KEYS[7], KEYS[8]
+local due, making, kept = KEYS[7], KEYS[8], KEYS[9]
 local now, id, user = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local keep_ms, remember_ms, expected = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-if #KEYS ~= 8 or #ARGV ~= 6 or not (keep_ms and remember_ms) then
+if #KEYS ~= 9 or #ARGV ~= 6 or not (keep_ms and remember_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -48,7 +49,7 @@ if expected ~= '' then
 end
 local revision = next_revision(now, changes, gone)
 
-redis.call('UNLINK', post, comments, latest)
+redis.call('UNLINK', post, comments, latest, kept)
 redis.call('ZREM', feed, id)
 redis.call('ZREM', changes, id)
 redis.call('ZREM', making, id)

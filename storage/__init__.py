@@ -7,6 +7,8 @@ environment variable.
     outbox, originals                      background work: images to make, bytes to erase
     keys, errors, settings, formats        what the other files share
     check, sweep, retry                    maintenance commands of `imagegram-storage`
+    moderation, users, export, erasure     its commands about what users have posted
+    progress, times                        what long commands print
     traces                                 what a request's calls take, as OpenTelemetry
     processes, watchdog, logs, files       the operating system: processes, their logs, durable files
     db/, objects/, backup/                 Redis, the object store, the backup of Redis

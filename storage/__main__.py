@@ -8,11 +8,21 @@
     check [--repair] [--deep]          checks the invariants of live or restored data
     sweep [--dry-run]                  removes objects that belong to no post and no upload
     retry                              gives posts that failed as `exhausted` new attempts at their image
+    show ID [--json]                   shows all that is known of a post or a comment, hidden or not
+    hide ID                            hides a post or a comment from everybody; nothing of it is lost
+    unhide ID                          shows a hidden post or comment again
+    delete ID                          deletes a post or a comment, as its author would
+    export USER FILE                   writes all that a user has posted into a zip file
+    erase USER [--yes]                 removes all that a user has posted; without --yes only counts it
+    erase --again [--yes]              repeats all erasures, after a restore
     script NAME                        prints a Lua script as it is sent to Redis, for `redis-cli --eval`
+
+ID is the id of a post, or POST/COMMENT.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -21,14 +31,16 @@ from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
-from storage import check, processes, retry, sweep
+from storage import check, erasure, export, keys, moderation, processes, retry, sweep
 from storage.backup import restore, retain, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
 from storage.db import server
-from storage.db.client import SCRIPTS, Redis
-from storage.errors import Unknown, Unreachable
+from storage.db.client import SCRIPTS, Redis, now_ms
+from storage.errors import Refusal, Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
+from storage.progress import Progress
 from storage.settings import Settings, load, make_data, refused
+from storage.times import format_ms
 
 STORES = {  # the stores that each command opens
     "ship": ["BACKUP_STORE"],
@@ -37,7 +49,11 @@ STORES = {  # the stores that each command opens
     "verify": ["STORE", "BACKUP_STORE"],
     "check": ["STORE"],
     "sweep": ["STORE", "BACKUP_STORE"],
+    **dict.fromkeys(("show", "hide", "delete", "export"), ["STORE"]),
+    "erase": ["STORE", "BACKUP_STORE"],
 }
+
+CONTINUE = ("export", "erase")  # commands that go on where they were broken off
 
 
 def main() -> None:
@@ -61,6 +77,18 @@ def run() -> None:
     check_parser.add_argument("--folder", type=Path, help="a restored data folder; starts a server for it")
     sweep_parser = commands.add_parser("sweep")
     sweep_parser.add_argument("--dry-run", action="store_true", help="only report what would be removed")
+    for name in ("show", "hide", "unhide", "delete"):
+        one_parser = commands.add_parser(name)
+        one_parser.add_argument("id", metavar="ID", help="the id of a post, or POST/COMMENT")
+        if name == "show":
+            one_parser.add_argument("--json", action="store_true", help="print JSON")
+    export_parser = commands.add_parser("export")
+    export_parser.add_argument("user", metavar="USER")
+    export_parser.add_argument("file", metavar="FILE", type=Path, help="a zip file that does not exist yet")
+    erase_parser = commands.add_parser("erase")
+    erase_parser.add_argument("user", metavar="USER", nargs="?")
+    erase_parser.add_argument("--again", action="store_true", help="all users that were erased before")
+    erase_parser.add_argument("--yes", action="store_true", help="really remove it")
     script_parser = commands.add_parser("script")
     script_parser.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
     arguments = parser.parse_args()
@@ -69,6 +97,8 @@ def run() -> None:
             script_parser.error(f"NAME must be one of {', '.join(SCRIPTS)}")
         print(SCRIPTS[arguments.name].text, end="")
         return
+    if arguments.command == "erase" and bool(arguments.user) == arguments.again:
+        erase_parser.error("either USER or --again is required")
     settings = load()
     if arguments.command in ("redis", "ship", "verify"):
         make_data(settings)
@@ -84,12 +114,15 @@ def run() -> None:
         ship.main(settings)
         return
     try:
-        work = {"sweep": _sweep, "check": _check, "retry": _retry}.get(arguments.command, _backup)
+        work = WORK.get(arguments.command, _backup)
         asyncio.run(_cancel_on_sigterm(work(arguments, settings)))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.exit("stopped before the command was complete")
-    except (restore.Refused, Damaged, NotFound, Unavailable, Unreachable, Unknown, sweep.Mistaken) as error:
-        sys.exit(f"{type(error).__name__.lower()}: {error}")
+        hint = "; the same command again continues" if arguments.command in CONTINUE else ""
+        sys.exit(f"stopped before the command was complete{hint}")
+    except (restore.Refused, Damaged, NotFound, Unavailable, Refusal, sweep.Mistaken, export.Busy) as error:
+        again = arguments.command in CONTINUE and isinstance(error, (Unavailable, Unreachable, Unknown))
+        hint = "; the same command again continues" if again else ""
+        sys.exit(f"{type(error).__name__.lower()}: {error}{hint}")
     except OSError as error:
         sys.exit(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
@@ -142,6 +175,59 @@ async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
     _say(f"{count} posts have new attempts")
 
 
+async def _moderate(arguments: argparse.Namespace, settings: Settings) -> None:
+    db, objects = Redis(settings.redis_url), open_store(settings.store_url)
+    post, _, comment = arguments.id.partition("/")
+    if "/" in arguments.id:
+        keys.comment_ms(comment)
+    if arguments.command == "show":
+        known = await moderation.show(db, objects, post, comment)
+        _say(json.dumps(known, indent=2) if arguments.json else moderation.render(known))
+    elif arguments.command == "hide":
+        _say(await moderation.hide(db, objects, post, comment))
+    elif arguments.command == "unhide":
+        _say(await moderation.unhide(db, post, comment))
+    else:
+        _say(await moderation.delete(db, objects, post, comment, settings.backup_reach_ms))
+    await db.close()
+
+
+async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
+    db = Redis(settings.redis_url)
+    with Progress() as progress:
+        about = await export.export(db, open_store(settings.store_url), arguments.user, arguments.file, progress)
+    await db.close()
+    counts = ", ".join(f"{about[name]} {name}" for name in export.ROWS)
+    missing = len(about["posts_without_original"])
+    _say(f"{arguments.file}: {counts}" + (f"; {missing} posts have no original any more" if missing else ""))
+
+
+async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
+    db, objects = Redis(settings.redis_url), open_store(settings.store_url)
+    reach = settings.backup_reach_ms
+    with Progress() as progress:
+        if arguments.again:
+            users, counts = await erasure.erase_again(db, objects, reach, progress, arguments.yes)
+            who = f"{users} users that were erased before"
+        else:
+            counts = await erasure.erase(db, objects, arguments.user, reach, progress, arguments.yes)
+            who = moderation.printable(arguments.user)
+    numbers = ", ".join(f"{count} {what}" for what, count in counts.items())
+    _say(f"{'removed' if arguments.yes else 'found'} of {who}: {numbers}")
+    if not arguments.yes:
+        _say("nothing was removed: add --yes to remove it")
+    elif arguments.again:
+        may_name = retain.KeptBackups(open_store(settings.backup_store_url)).may_name
+        old = await erasure.forget_old(db, objects, settings.partitions, may_name, reach)
+        _say(f"forgot {old} records of erasures that no backup can undo any more")
+    else:
+        gone = format_ms(now_ms(db) + reach)
+        _say(f"the last backup that names it is gone at {gone}, if trial restores succeed until then; originals too")
+        _say("a restore to before now brings it back: run `imagegram-storage erase --again --yes` after one")
+        _say("a token that is still valid can post again: revoke it at its issuer, then run this command once more")
+    await db.close()
+
+
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
@@ -155,6 +241,19 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
         done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {noun}" for noun, count in done.counts.items())
         _say(f"done: {arguments.to} holds all up to {restore.format_utc(done.second)} ({counts})")
+        later = [one for one in await erasure.records(open_store(settings.store_url)) if one.last >= done.second * 1000]
+        if later:
+            _say(f"{len(later)} users were erased after that: start, then run `imagegram-storage erase --again --yes`")
+
+
+WORK = {
+    "sweep": _sweep,
+    "check": _check,
+    "retry": _retry,
+    "export": _export,
+    "erase": _erase,
+    **dict.fromkeys(("show", "hide", "unhide", "delete"), _moderate),
+}  # the other commands are those of the backup
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ Each flaw in a report begins with the number of its invariant:
 | 2 | `latest` holds the newest comments of the post's stream. |
 | 3 | Every post is ready, failed, or in `making` with its author in `turns`. |
 | 3 | A ready post has its original. It has its JPEG, unless it is in `making`. |
+| 3 | A hidden post is in no list, has no JPEG, and has its original if it was ready. |
 | 5 | The chunks of an open upload have as many bytes as its offset says. |
 | 0 | No invariant: for example, an open upload is in `due`, and its bytes are reserved in `uploads`. |
 
@@ -28,13 +29,15 @@ from storage.db.client import BATCH, Redis
 from storage.errors import NoUpload
 from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
+from storage.outbox import make_again
+from storage.posts import erase_image, has_image, hide
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS
 
 EXACTLY = "surrogateescape"  # error handler that decodes any bytes so that encoding gives the same bytes (PEP 383)
 # The answer of Redis' TYPE to each kind of key in docs/keys.md.
 TYPES = {
     **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns"), "zset"),
-    **dict.fromkeys(("post", "upload", "uploads"), "hash"),
+    **dict.fromkeys(("post", "hidden", "kept", "upload", "uploads"), "hash"),
     **dict.fromkeys(("latest", "chunks"), "list"),
     **dict.fromkeys(("once", "rate", "epoch", "restored"), "string"),
     "comments": "stream",
@@ -84,8 +87,8 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
         for name in well_formed_keys(names, report):
             kind, partition, rest = keys.parts(name)
             report.partitions.add(partition)
-            if kind in ("post", "comments", "latest"):
-                judged = _check_post(db, objects, rest, report, repair, deep, count=kind == "post")
+            if kind in ("post", "hidden", "comments", "latest", "kept"):
+                judged = _check_post(db, objects, rest, report, repair, deep, count=kind in ("post", "hidden"))
                 work.append(_isolate(rest, report, judged))
             elif kind == "upload":
                 work.append(_isolate(rest, report, _check_upload(db, objects, rest, report, repair)))
@@ -162,9 +165,12 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
 
 
 async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
-    """A post's status (None: no such post), number of comments, whether its image is to be made, and its flaws."""
+    """A post's status, number of comments, whether its image is to be made, and its flaws.
+
+    The status is None where there is no such post, and for example "hidden ready" where it is hidden.
+    """
     partition = keys.partition_of_post(post)
-    script_keys = [*keys.post_and_lists(post), keys.turns(partition)]
+    script_keys = [*keys.post_and_lists(post), keys.turns(partition), keys.hidden(post)]
     args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
     status, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
     return status, comments, bool(waits), flaws
@@ -195,13 +201,17 @@ async def _check_post(
         remaining = flaws
     for flaw in flaws:
         report.add(post, flaw, flaw not in remaining)
-    if status != "ready":
+    if status and status.startswith("hidden ") and await has_image(objects, post):
+        if repair:
+            await erase_image(objects, post)
+        report.add(post, "3 it is hidden and its JPEG is stored", repair)
+    if status not in ("ready", "hidden ready"):
         return
     for name, role in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
-        if role == "JPEG" and waits:
+        if role == "JPEG" and (waits or status != "ready"):
             continue
         fault = await _object_flaw(objects, name, role, deep)
-        if not fault or (await _call_check_post(db, post, repair=False))[0] != "ready":  # it was deleted meanwhile
+        if not fault or (await _call_check_post(db, post, repair=False))[0] != status:  # it was deleted meanwhile
             continue
         queued = role == "JPEG" and repair and await make_again(db, post)
         report.add(post, f"3 its {role} {fault}", bool(queued))
@@ -221,16 +231,6 @@ async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -
         return "is missing"
     whole = bool(sniff(head)) if role == "original" else head[:2] == b"\xff\xd8" and end == b"\xff\xd9"
     return "" if whole else "is damaged"
-
-
-async def make_again(db: Redis, post: str) -> int:
-    """Put a post whose JPEG is missing back into its author's image work.
-
-    Returns 1, or 0 if the post is already there, has failed or does not exist.
-    """
-    partition = keys.partition_of_post(post)
-    script_keys = [keys.post(post), keys.turns(partition), keys.due(partition)]
-    return await db.call("make_again", script_keys, db.clock, post, keys.making_prefix(partition))
 
 
 async def _check_upload(db: Redis, objects: ObjectStore, upload: str, report: Report, repair: bool) -> None:
@@ -273,7 +273,8 @@ async def _check_reservations(db: Redis, partition: int, user: str, upload: str,
 async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Report:
     """Adapt restored data to the objects that are in the store now, then check the data.
 
-    Posts without JPEG get image work, uploads with incomplete chunks are dropped, and each partition gets a new epoch.
+    Posts without JPEG get image work, the JPEGs of hidden posts are due to be erased, uploads with incomplete chunks
+    are dropped, and each partition gets a new epoch.
     Derived data is not repaired, because a repair would hide flaws: a backup with flaws is not the data that was
     written.
     """
@@ -295,5 +296,7 @@ async def _fit_key(db: Redis, objects: ObjectStore, name: str) -> None:
             await asyncio.gather(*(make_again(db, post) for post in waiting))
     elif kind == "upload":
         await _check_upload(db, objects, rest, Report(), repair=True)
+    elif kind == "hidden":  # it may have been unhidden in the timeline that is left, and have its JPEG
+        await hide(db, rest)
     elif kind == "post" and await _object_flaw(objects, keys.image(rest), "JPEG", deep=False):
         await make_again(db, rest)

@@ -166,6 +166,14 @@ def latest(post_id: str) -> str:
     return f"latest:{{{partition_of_post(post_id)}}}:{post_id}"
 
 
+def hidden(post_id: str) -> str:
+    return f"hidden:{{{partition_of_post(post_id)}}}:{post_id}"
+
+
+def kept(post_id: str) -> str:
+    return f"kept:{{{partition_of_post(post_id)}}}:{post_id}"
+
+
 def post_and_lists(post_id: str) -> list[str]:
     """The keys with which KEYS of several scripts begin: the post, its comments, and the lists of its partition.
 
@@ -231,7 +239,7 @@ def parts(key: str) -> tuple[str, int | None, str]:
 def well_formed(key: str) -> bool:
     """Whether a function of this module can have built this key."""
     kind, partition, name = parts(key)
-    if kind in ("post", "comments", "latest", "upload", "chunks"):
+    if kind in ("post", "hidden", "comments", "latest", "kept", "upload", "chunks"):
         match = ID.fullmatch(name)
         of_upload = kind in ("upload", "chunks")
         return bool(match) and bool(match[1]) == of_upload and key == f"{kind}:{{{match[3]}}}:{name}"
@@ -290,8 +298,12 @@ def image(post_id: str) -> str:
     return f"images/{post_id}.jpg"
 
 
-IMAGES, ORIGINALS = "images/", "originals/"
-OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects
+def erasure(user_digest: str) -> str:
+    return f"erasures/{user_digest}"
+
+
+IMAGES, ORIGINALS, ERASURES = "images/", "originals/", "erasures/"
+OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects that belong to a post or an upload
 
 
 def owner(name: str) -> str:

@@ -15,6 +15,8 @@ Due entries, in the zset `due` (`lease`, `erase`, `end_upload`):
 | upload of a post without original | the post is ready or has failed | nothing: its chunks are the only bytes |
 | upload of a deleted post without original | no kept backup names the post | its chunks are erased |
 | failed post | at once, until JOB_MS have passed | its JPEG is erased |
+| hidden post | at once, until JOB_MS have passed | its JPEG is erased |
+| post that was unhidden | at once | `lease` moves it to image work, because it has no JPEG |
 | deleted post | at once, until JOB_MS have passed | its JPEG is erased |
 | deleted post | no kept backup names it | its original is erased |
 
@@ -46,7 +48,7 @@ from storage import keys, uploads
 from storage.db.client import Redis
 from storage.errors import NoPost, NoUpload
 from storage.objects import NotFound, ObjectStore
-from storage.posts import read as read_post
+from storage.posts import Inspected, inspect
 from storage.settings import DAY_MS, LEASE_MS
 
 # Attempts at one image, after which its post fails. An attempt counts if the decoder or the worker died, by chance or
@@ -187,22 +189,39 @@ async def fail(db: Redis, post: str, attempt: int, code: str, detail: str) -> No
     await db.call("fail_post", script_keys, db.clock, post, attempt, code, detail, keys.making_prefix(partition))
 
 
+async def make_again(db: Redis, post: str) -> int:
+    """Put a post whose JPEG is missing back into its author's image work.
+
+    Returns 1, or 0 if the post is already there, has failed or does not exist.
+    """
+    partition = keys.partition_of_post(post)
+    script_keys = [keys.post(post), keys.turns(partition), keys.due(partition)]
+    return await db.call("make_again", script_keys, db.clock, post, keys.making_prefix(partition))
+
+
 async def erase(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEntry, backup_reach_ms: int) -> None:
-    """Erase the JPEG of a post that was deleted or has failed, and the original of a deleted post.
+    """Erase the JPEG of a post that was deleted, has failed or is hidden, and the original of a deleted post.
 
     The JPEG is erased at once, and again until no job can store it any more. The original is erased when no kept backup
     can name it any more. Raises NoPost where the entry is not the id of a post, Unavailable, Unreachable, Unknown.
     """
-    keys.partition_of_post(entry.id)
+    row = await _inspect(db, entry.id)
+    if row and row.has_image():  # it was unhidden after this lease began, and is due again since then
+        return
     await objects.delete([keys.image(entry.id)])
+    row = await _inspect(db, entry.id)
+    if row and row.has_image():  # it was unhidden during the deletion, so its new JPEG may be deleted too
+        await make_again(db, entry.id)
+        return
     now = entry.lease - LEASE_MS
-    if now < entry.ended + JOB_MS:
+    ended = max(entry.ended, row.hidden_at() if row else 0)
+    if now < ended + JOB_MS:
         await _end_lease(db, entry, now + ERASE_EVERY_MS)
-    elif await _post_exists(db, entry.id):  # it has failed: keep the original until its author deletes it
+    elif row:  # it has failed or is hidden: keep the original until it is deleted
         await _end_lease(db, entry, "")
     else:
         # `gone` forgets a deletion after backup_reach_ms at the earliest. So an unknown deletion is at least as old.
-        deleted = entry.ended or now - backup_reach_ms
+        deleted = ended or now - backup_reach_ms
         needed_ms = max(deleted, await uploads.last_restore_ms(db, entry.partition))
         recheck_ms = await recheck_at(may_name, needed_ms, now, backup_reach_ms)
         if not recheck_ms:
@@ -223,7 +242,7 @@ async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, entry: 
     now = entry.lease - LEASE_MS
     # Without an original, the chunks are the post's only bytes.
     only = upload.post and not await _has_original(objects, upload.post)
-    if only and await _post_exists(db, upload.post):
+    if only and await _inspect(db, upload.post):
         await _end_lease(db, entry, "")  # keep the chunks as long as the post
     elif upload.post or not upload.expires:
         restored = await uploads.last_restore_ms(db, entry.partition)
@@ -266,11 +285,12 @@ async def _has_original(objects: ObjectStore, post: str) -> bool:
         return False
 
 
-async def _post_exists(db: Redis, post: str) -> bool:
+async def _inspect(db: Redis, post: str) -> Inspected | None:
+    """A post, hidden or not. None where it was deleted."""
     try:
-        return bool(await read_post(db, post))
+        return await inspect(db, post)
     except NoPost:
-        return False
+        return None
 
 
 async def postpone(db: Redis, entry: DueEntry, pause_ms: int) -> None:

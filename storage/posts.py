@@ -64,6 +64,32 @@ def post_from_line(row: str) -> Post:
     return Post(post, int(count), author, caption, "ready", thumbhash, None, None, comments)
 
 
+class Inspected(NamedTuple):
+    """All that Redis knows of a post, hidden or not. Times are in ms since 1970; None: the post does not have it."""
+
+    id: str
+    hidden: bool
+    comment_count: int
+    kept_count: int  # comments that were hidden, with those that were unhidden again
+    score: int | None  # in the feed
+    revision: int | None  # in the changes
+    gone: int | None  # its revision among the deletions, where a post that was ready goes when it is hidden
+    due: int | None  # when the outbox has work with it
+    fields: dict[str, str]  # of its hash
+
+    def has_image(self) -> bool:
+        """Whether its JPEG is served, or is to be made."""
+        return not self.hidden and self.fields.get("status") in ("ready", "processing")
+
+    def hidden_at(self) -> int:
+        """When it was hidden, in ms since 1970. 0: it is not hidden."""
+        return int(self.fields.get("hidden_at", 0))
+
+    def key(self) -> str:
+        """The key of its hash."""
+        return keys.hidden(self.id) if self.hidden else keys.post(self.id)
+
+
 class FeedCursor(NamedTuple):
     """A position in the feed: after a post with this number of comments and this id.
 
@@ -197,21 +223,89 @@ def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) 
     )
 
 
+async def inspect(db: Redis, post: str) -> Inspected:
+    """All that Redis knows of a post, hidden or not, for an operator. Raises NoPost."""
+    partition = keys.partition_of_post(post)
+    script_keys = [
+        keys.post(post),
+        keys.hidden(post),
+        keys.comments(post),
+        keys.kept(post),
+        keys.feed(partition),
+        keys.changes(partition),
+        keys.gone(partition),
+        keys.due(partition),
+    ]
+    hidden, comments, kept, *times, fields = await db.call("show_post", script_keys, post)
+    numbers = [None if value is None else int(float(value)) for value in times]
+    pairs = dict(zip(fields[::2], fields[1::2], strict=True))
+    return Inspected(post, bool(hidden), comments, kept, *numbers, pairs)
+
+
+async def hide(db: Redis, post: str) -> bool:
+    """Hide a post in any status: for everybody it does not exist, until `unhide`. Nothing of it is lost.
+
+    Returns whether it was shown before. The outbox erases its JPEG. Raises NoPost.
+    """
+    partition = keys.partition_of_post(post)
+    script_keys = [
+        keys.post(post),
+        keys.hidden(post),
+        keys.feed(partition),
+        keys.changes(partition),
+        keys.gone(partition),
+        keys.due(partition),
+    ]
+    return bool(await db.call("hide_post", script_keys, db.clock, post, keys.making_prefix(partition)))
+
+
+async def unhide(db: Redis, post: str) -> bool:
+    """Show a hidden post again, with its comments and its place in the feed. A worker makes its JPEG again.
+
+    Returns whether it was hidden before. Raises NoPost.
+    """
+    partition = keys.partition_of_post(post)
+    script_keys = [
+        keys.post(post),
+        keys.hidden(post),
+        keys.comments(post),
+        keys.feed(partition),
+        keys.changes(partition),
+        keys.gone(partition),
+        keys.due(partition),
+    ]
+    return bool(await db.call("unhide_post", script_keys, db.clock, post))
+
+
 async def delete(
-    db: Redis, objects: ObjectStore, author: str, post: str, backup_reach_ms: int = DAY_MS, seen: str = ""
+    db: Redis,
+    objects: ObjectStore,
+    author: str,
+    post: str,
+    backup_reach_ms: int = DAY_MS,
+    seen: str = "",
+    hidden: bool = False,
 ) -> None:
     """Delete a post with its comments and its served image.
 
-    With `seen` (see `Post.seen`) the post is deleted only if it has not changed since. The outbox erases the original
+    With `seen` (see `Post.seen`) the post is deleted only if it has not changed since. `hidden` says that it is hidden:
+    its author cannot delete it then, only an operator. The outbox erases the original
     once no kept backup can name it any more, `backup_reach_ms` from now at the earliest. The outbox also erases the
     image if the store is unavailable now or this process dies.
 
     Raises NoPost, Forbidden where somebody else created it, and Precondition where the post has changed since `seen`.
     """
     partition = keys.partition_of_post(post)
+    named, *lists = keys.post_and_lists(post)
     await db.call(
         "delete_post",
-        [*keys.post_and_lists(post), keys.due(partition), keys.making(partition, author)],
+        [
+            keys.hidden(post) if hidden else named,
+            *lists,
+            keys.due(partition),
+            keys.making(partition, author),
+            keys.kept(post),
+        ],
         db.clock,
         post,
         author,

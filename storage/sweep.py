@@ -116,5 +116,6 @@ async def _owned(db: Redis, owner: str) -> set[str]:
     if keys.ID.fullmatch(owner)[1]:
         return {keys.chunk(owner, name) for name in (await uploads.inspect(db, owner)).chunks}
     partition = keys.partition_of_post(owner)
-    known = await db.call("is_owned", [keys.post(owner), keys.gone(partition), keys.due(partition)], owner)
+    script_keys = [keys.post(owner), keys.hidden(owner), keys.gone(partition), keys.due(partition)]
+    known = await db.call("is_owned", script_keys, owner)
     return {keys.original(owner), keys.image(owner)} if known else set()

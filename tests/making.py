@@ -4,7 +4,7 @@ import io
 
 from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
-from storage import keys, outbox, posts, uploads
+from storage import comments, keys, outbox, posts, uploads
 from storage.db.client import Redis
 from storage.settings import CHUNKS, DAY_MS
 
@@ -28,6 +28,17 @@ async def make_post(db: Redis, author: str, partitions: int = 1, caption: str = 
     """Creates a post that is ready and has no image in the store, for tests that never read it. Returns its id."""
     post = await make_processing(db, author, partitions, caption)
     await outbox.publish(db, post, "thumbhash")
+    return post
+
+
+async def publish(db, store, author: str, comment_count: int = 0, partitions: int = 1) -> str:
+    """Creates a ready post with its original, its JPEG and comments by bob. Returns its id."""
+    post = await make_processing(db, author, partitions)
+    await store.put(keys.original(post), png())
+    await posts.put_image(store, post, jpeg())
+    await outbox.publish(db, post, "thumbhash")
+    for number in range(comment_count):
+        await comments.add(db, "bob", post, f"{number} / \\ \" é")
     return post
 
 

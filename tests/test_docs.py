@@ -21,6 +21,7 @@ from storage.backup.restore import format_utc
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
+MODERATION = (ROOT / "docs" / "moderation.md").read_text()
 DURABILITY = (ROOT / "docs" / "durability.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
@@ -34,7 +35,8 @@ PROGRAMS = (
 )
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
 # The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
-PRINTED = "> |generation |WARNING imagegram|found: |1 posts, "
+MODERATED = r"post  |the post |the comment |alice\.zip: |found of |removed of |1 users "
+PRINTED = f"> |generation |{MODERATED}|WARNING imagegram|found: |1 posts, "
 OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER ")
 DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
@@ -81,6 +83,7 @@ SCRIPTS = [
     ("README.md", "## Make the first call"),
     *(("api.md", heading) for heading in re.findall(r"^## .*$", API, re.MULTILINE)),
     ("durability.md", "## The restore drill"),
+    *(("moderation.md", heading) for heading in re.findall(r"^## .*$", MODERATION, re.MULTILINE)),
     ("production.md", "## With docker compose"),  # tests/compose/ does, because it has a container engine
     ("CONTRIBUTING.md", "## Profile"),
 ]
@@ -332,7 +335,7 @@ RUN = {
     r"python -m tests\.\S+( .*)?": parse,
     r"python -m pytest .*|python tests/golden\.py \S+": refer,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
-    r"imagegram-storage script \w+": succeed,
+    r"imagegram-storage script \w+|imagegram-storage erase --again --yes": succeed,
     r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
     r"imagegram-api token alice": succeed,
     r"imagegram-storage ship": start,
@@ -353,6 +356,35 @@ def test_a_command_of_the_docs_runs_as_written(home, command):
     ways = [way for pattern, way in RUN.items() if re.fullmatch(pattern, command)]
     assert ways, "add a pattern for this command to RUN"
     ways[0](home, command)
+
+
+def test_the_commands_of_the_moderation_page_print_what_it_says(home):
+    """Runs them in the order of the page. Numbers may differ: other tests have made posts of alice, too."""
+    with httpx.Client(base_url=home.site.url, headers=home.site.user) as alice:
+        bob = {"Authorization": "Bearer " + home.run("imagegram-api token bob").strip()}
+
+        def publish(**given) -> str:
+            post = alice.post("/v1/posts", files={"image": jpeg()}, **given).json()["id"]
+            until(lambda: alice.get(f"/v1/posts/{post}").json()["status"] == "ready", what="the picture")
+            return post
+
+        post = publish(data={"caption": "Hello"})
+        path = f"/v1/posts/{post}/comments"
+        alice.post(path, json={"text": "First!"}).raise_for_status()
+        comment = alice.post(path, json={"text": "Where is that?"}, headers=bob).json()["id"]
+        alice.post(f"/v1/posts/{publish(headers=bob)}/comments", json={"text": "Nice"}).raise_for_status()
+    blocks = [(language, block) for language, block, _ in BLOCK.findall(MODERATION)]
+    assert len(blocks) == 18
+    for (_, script), (language, expected) in zip(blocks[::2], blocks[1::2], strict=True):
+        assert not language
+        printed = home.run(f"POST={post} COMMENT={comment}\n{script}")
+        assert printed_shape(printed) == printed_shape(expected)
+
+
+def printed_shape(printed: str) -> list[str]:
+    """The words that a command of an operator printed, without what differs each time."""
+    printed = re.sub(r"(thumbhash +)\S+", r"\1#", POST.sub("<post>", printed))
+    return numbered(re.sub(r"removed of alice: .*", "removed", printed))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt", "pyyaml": "yaml", "tusp
 
 # Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
-    "EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "DBSIZE|EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HLEN|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".sh", ".conf", ".yml", ".cfg"}

@@ -86,6 +86,9 @@ class Scene(NamedTuple):
     upload: str
     leased: outbox.ImageWork
     due: outbox.DueEntry
+    hidden: str  # post
+    hidden_comment: str  # of `ready`
+    finished: str  # upload of carol
 
 
 async def scene(db) -> Scene:
@@ -96,10 +99,15 @@ async def scene(db) -> Scene:
     image = await leased(db, processing)
     await make_processing(db, "alice")  # not leased
     due = (await outbox.lease(db, 0))[0]
-    await make_post(db, "carol")  # its upload is due and not leased
+    finished = await make_upload(db, "carol")
+    await outbox.publish(db, (await posts.create(db, "carol", finished, ""))[0], "thumbhash")  # due and not leased
+    hidden = await make_post(db, "dave")
+    await posts.hide(db, hidden)
+    hidden_comment, _ = await comments.add(db, "bob", ready, "second")
+    await comments.hide(db, await posts.inspect(db, ready), hidden_comment.id)
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, outbox.EXHAUSTED, "five attempts failed")
-    return Scene(ready, processing, failed, comment.id, upload, image, due)
+    return Scene(ready, processing, failed, comment.id, upload, image, due, hidden, hidden_comment.id, finished)
 
 
 class Empty:
@@ -134,6 +142,7 @@ async def check_post(db, at: Scene):
         keys.changes(0),
         keys.gone(0),
         keys.turns(1),
+        keys.hidden(at.processing),
     ]
     await db.call("check_post", script_keys, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
 
@@ -144,8 +153,22 @@ async def check_uploads(db, at: Scene):
     await db.call("check_uploads", script_keys, db.clock, at.upload, keys.upload_prefix(0), IMAGE_BYTES, 1)
 
 
+async def hide_comment(db, at: Scene):
+    await comments.hide(db, await posts.inspect(db, at.ready), at.comment)
+
+
+async def unhide_comment(db, at: Scene):
+    await comments.unhide(db, await posts.inspect(db, at.ready), at.hidden_comment)
+
+
 # For each script that writes, a call that writes with it.
 WRITES = {
+    "hide_post": lambda db, at: posts.hide(db, at.ready),
+    "unhide_post": lambda db, at: posts.unhide(db, at.hidden),
+    "hide_comment": hide_comment,
+    "unhide_comment": unhide_comment,
+    "forget_owner": lambda db, at: db.call("forget_owner", [keys.upload(at.finished)], "carol"),
+    "drop_key": lambda db, at: db.call("drop_key", [keys.latest(at.ready)]),
     "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
     "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
     "delete_post": lambda db, at: posts.delete(db, EMPTY, "alice", at.processing),

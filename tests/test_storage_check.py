@@ -8,11 +8,11 @@ import sys
 import pytest
 import redis
 from conftest import ROOT, connect
-from making import jpeg, make_processing
+from making import jpeg, make_processing, publish
 from state import contents, unchanged
 from uploading import picture
 
-from storage import check, comments, keys, outbox, posts, uploads
+from storage import check, keys, outbox, posts, uploads
 from storage.db.client import Redis
 from storage.errors import Expired
 from storage.settings import IMAGE_BYTES
@@ -25,17 +25,6 @@ def db(db):
     """storage's client, at a time that only the test changes."""
     db.clock = NOW
     return db
-
-
-async def publish(db, store, author: str, comment_count: int = 0, partitions: int = 1) -> str:
-    """A ready post with its original, its JPEG and comments."""
-    post = await make_processing(db, author, partitions)
-    await store.put(keys.original(post), picture(100))
-    await posts.put_image(store, post, jpeg())
-    await outbox.publish(db, post, "thumbhash")
-    for number in range(comment_count):
-        await comments.add(db, "bob", post, f"{number} / \\ \" é")
-    return post
 
 
 @pytest.fixture
@@ -154,7 +143,7 @@ async def test_a_key_of_a_wrong_type_is_reported_and_other_partitions_are_repair
     key = {
         **{name: f"{name}:{{{partition}}}" for name in ("feed", "changes", "gone", "due", "turns")},
         **{name: f"{name}:{{{partition}}}" for name in ("epoch", "restored")},
-        **{name: f"{name}:{{{partition}}}:{post}" for name in ("post", "comments", "latest")},
+        **{name: f"{name}:{{{partition}}}:{post}" for name in ("post", "hidden", "comments", "latest", "kept")},
         **{name: f"{name}:{{0}}:{upload}" for name in ("upload", "chunks")},
         "uploads": keys.uploads(0, "carol"),
         "making": keys.making(0, "waiting"),

@@ -1,7 +1,7 @@
 """Random sequences of storage calls, compared with a plain Python model after each step.
 
-Hypothesis chooses posts, comments, deletions, walks over pages, and clocks that go back. The invariants of the feed are
-checked after each step.
+Hypothesis chooses posts, comments, deletions, what an operator hides, walks over pages, and clocks that go back. The
+invariants of the feed are checked after each step.
 """
 
 import asyncio
@@ -18,12 +18,13 @@ from hypothesis.stateful import (
     consumes,
     initialize,
     invariant,
+    multiple,
     rule,
     run_state_machine_as_test,
 )
 from making import make_post
 
-from storage import changes, comments, errors, keys, posts
+from storage import changes, check, comments, errors, keys, posts
 from storage.objects import open_store
 from storage.settings import LATEST_COMMENTS
 
@@ -38,6 +39,7 @@ class Feed(RuleBasedStateMachine):
     partitions = 1
     created_posts = Bundle("created_posts")
     added_comments = Bundle("added_comments")
+    hidden_comments = Bundle("hidden_comments")
 
     @initialize()
     def begin(self):
@@ -48,6 +50,7 @@ class Feed(RuleBasedStateMachine):
         self.db = connect(self.server)
         self.db.clock = 1_763_971_200_000
         self.model: dict[str, list[comments.Comment]] = {}  # post -> its comments, oldest first
+        self.hidden: dict[str, list[comments.Comment]] = {}  # the same of hidden posts, which no list may show
         self.authors: dict[str, str] = {}
         self.passing: list[str] = []  # posts that are in no bundle: only the rules of walks delete them
         self.held: dict[str, posts.Post] = {}  # the posts that a client holds, which refreshes by changes
@@ -73,8 +76,55 @@ class Feed(RuleBasedStateMachine):
         assert self.run(posts.read(self.db, post)).caption == caption
         return post
 
+    def comments_of(self, post):
+        """The comments of a post, hidden or not. None where it was deleted."""
+        return self.hidden.get(post, self.model.get(post))
+
+    @rule(post=created_posts)
+    def hide_post(self, post):
+        if post in self.model:
+            assert self.run(posts.hide(self.db, post))
+            self.hidden[post] = self.model.pop(post)
+        assert not self.run(posts.hide(self.db, post)), "repeating is harmless"
+
+    @rule(post=created_posts)
+    def unhide_post(self, post):
+        if post in self.hidden:
+            assert self.run(posts.unhide(self.db, post))
+            self.model[post] = self.hidden.pop(post)
+        assert not self.run(posts.unhide(self.db, post))
+
+    @rule(target=hidden_comments, added=consumes(added_comments))
+    def hide_comment(self, added):
+        post, comment = added
+        if self.comments_of(post) is None:
+            return multiple()
+        row = self.run(posts.inspect(self.db, post))
+        assert [self.run(comments.hide(self.db, row, comment.id)) for _ in range(2)] == [True, False]
+        self.comments_of(post).remove(comment)
+        return added
+
+    @rule(target=added_comments, added=consumes(hidden_comments))
+    def unhide_comment(self, added):
+        """It comes back as the newest comment, once."""
+        post, comment = added
+        if self.comments_of(post) is None:
+            return multiple()
+        row = self.run(posts.inspect(self.db, post))
+        shown = [self.run(comments.unhide(self.db, row, comment.id)) for _ in range(2)]
+        assert shown[0] == shown[1]
+        comment = comment._replace(id=shown[0])
+        self.comments_of(post).append(comment)
+        return post, comment
+
     @rule(post=consumes(created_posts), user=USERS)
     def delete_post(self, post, user):
+        if post in self.hidden:
+            with pytest.raises(errors.NoPost):
+                self.run(posts.delete(self.db, self.objects, self.authors[post], post))
+            self.run(posts.delete(self.db, self.objects, self.authors[post], post, hidden=True))
+            del self.hidden[post]
+            return
         if user != self.authors[post]:
             with pytest.raises(errors.Forbidden):
                 self.run(posts.delete(self.db, self.objects, user, post))
@@ -86,6 +136,10 @@ class Feed(RuleBasedStateMachine):
 
     @rule(target=added_comments, post=created_posts, author=USERS, text=TEXTS)
     def comment(self, post, author, text):
+        if post in self.hidden:
+            with pytest.raises(errors.NoPost):
+                self.run(comments.add(self.db, author, post, text))
+            return multiple()
         comment, repeated = self.run(comments.add(self.db, author, post, text))
         assert not repeated
         self.model[post].append(comment)
@@ -110,13 +164,14 @@ class Feed(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 4), post=created_posts)
     def walk_comments(self, limit, post):
         walked, before = [], ""
+        hidden = post in self.hidden
         while True:
-            page = self.run(comments.page(self.db, post, limit, before))
+            page = self.run(comments.page(self.db, post, limit, before, hidden))
             walked += page.comments
             if not page.more:
                 break
             before = page.comments[-1].id
-        assert walked == self.model[post][::-1]
+        assert walked == self.comments_of(post)[::-1]
 
     def expected(self) -> list[str]:
         """The posts in the order of the feed, by the model."""
@@ -217,6 +272,11 @@ class Feed(RuleBasedStateMachine):
             row = self.run(posts.read(self.db, post))
             shown = [f"{c.id} {c.author} {c.text}" for c in expected[: -LATEST_COMMENTS - 1 : -1]]
             assert [" ".join(entry) for entry in row.latest] == shown
+        for post in self.hidden:
+            with pytest.raises(errors.NoPost):
+                self.run(posts.read(self.db, post))
+            status, count, waits, flaws = self.run(check._call_check_post(self.db, post, repair=False))
+            assert (status, count, waits, flaws) == ("hidden ready", len(self.hidden[post]), False, [])
 
 
 @pytest.mark.parametrize("partitions", [1, 3])

@@ -1,0 +1,28 @@
+#!lua flags=no-writes
+-- Reads all that Redis knows of a post, hidden or not, for an operator.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] hidden    hidden:{p}:<id>    hash
+-- KEYS[3] comments  comments:{p}:<id>  stream
+-- KEYS[4] kept      kept:{p}:<id>      hash
+-- KEYS[5] feed      feed:{p}           zset
+-- KEYS[6] changes   changes:{p}        zset
+-- KEYS[7] gone      gone:{p}           zset
+-- KEYS[8] due       due:{p}            zset
+-- ARGV[1] id  post id
+-- Returns {hidden 0|1, number of comments, number of entries in `kept`, score in `feed`, revision in `changes`,
+--   revision in `gone`, time in `due`, {field, value, …}}; what the post does not have is false
+-- Refuses NOPOST
+local post, hidden, comments, kept, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local due = KEYS[8]
+local id = ARGV[1]
+
+local fields = redis.call('HGETALL', post)
+local is_hidden = #fields == 0 and 1 or 0
+if is_hidden == 1 then
+  fields = redis.call('HGETALL', hidden)
+end
+if #fields == 0 then
+  return redis.error_reply('NOPOST no such post')
+end
+return {is_hidden, redis.call('XLEN', comments), redis.call('HLEN', kept), redis.call('ZSCORE', feed, id),
+  redis.call('ZSCORE', changes, id), redis.call('ZSCORE', gone, id), redis.call('ZSCORE', due, id), fields}

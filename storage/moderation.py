@@ -1,0 +1,133 @@
+"""`imagegram-storage show`, `hide`, `unhide` and `delete`: one post or comment, for an operator.
+
+An id is the one of a post, or of a comment as `POST/COMMENT`. Every command may be repeated.
+"""
+
+from storage import comments, keys, posts
+from storage.comments import Comment
+from storage.db.client import Redis
+from storage.errors import NoComment
+from storage.objects import NotFound, ObjectStore, Unavailable
+from storage.posts import Inspected, inspect
+from storage.times import format_ms
+
+
+async def show(db: Redis, objects: ObjectStore, post: str, comment: str = "") -> dict[str, object]:
+    """All that is known of a post or of one of its comments, hidden or not. Raises NoPost, NoComment, Unavailable."""
+    row = await inspect(db, post)
+    if comment:
+        return await _show_comment(db, row, comment)
+    kept = await comments.kept(db, post)
+    known = dict(row.fields)
+    names = [row.key(), keys.comments(post), keys.latest(post), *([keys.kept(post)] if kept else [])]
+    return {
+        "post": post,
+        "status": known.pop("status", None),
+        "hidden_at": format_ms(int(known.pop("hidden_at"))) if row.hidden else None,
+        "author": known.pop("author", None),
+        "created_at": format_ms(keys.created_ms(post)),
+        "caption": known.pop("caption", None),
+        "comment_count": row.comment_count,
+        "hidden_comments": [key for key, value in kept.items() if not isinstance(value, str)],
+        "score_in_feed": row.score,
+        "last_change": row.revision,
+        "original": await _object(objects, keys.original(post)),
+        "image": await _object(objects, keys.image(post)),
+        "other_fields": known,
+        "keys": names,
+    }
+
+
+async def _object(objects: ObjectStore, name: str) -> dict[str, object]:
+    try:
+        return {"object": name, "bytes": await objects.size(name)}
+    except NotFound:
+        return {"object": name, "bytes": None}
+
+
+async def _show_comment(db: Redis, row: Inspected, comment: str) -> dict[str, object]:
+    found, hidden = await _find(db, row, comment)
+    return {
+        "post": row.id,
+        "comment": found.id,
+        "hidden": hidden,
+        "author": found.author,
+        "created_at": format_ms(keys.comment_ms(found.id)),
+        "text": found.text,
+        "keys": [keys.kept(row.id) if hidden else keys.comments(row.id)],
+    }
+
+
+async def _find(db: Redis, row: Inspected, comment: str) -> tuple[Comment, bool]:
+    """A comment, and whether it is hidden. Raises NoComment."""
+    try:
+        return await comments.read(db, row.id, comment, row.hidden), False
+    except NoComment:
+        kept = (await comments.kept(db, row.id)).get(comment)
+        if isinstance(kept, str):
+            raise NoComment(f"this comment was shown again as {kept}") from None
+        if not kept:
+            raise
+        return kept, True
+
+
+async def hide(db: Redis, objects: ObjectStore, post: str, comment: str = "") -> str:
+    """Hide a post or a comment. Returns a sentence for the operator. Raises NoPost, NoComment, Unavailable."""
+    if comment:
+        changed = await comments.hide(db, await inspect(db, post), comment)
+        return "the comment is hidden" if changed else "the comment was hidden before"
+    changed = await posts.hide(db, post)
+    try:
+        await posts.erase_image(objects, post)
+    except Unavailable as error:
+        raise Unavailable(f"the post is hidden, but its picture is served until a worker erases it: {error}") from error
+    return "the post is hidden" if changed else "the post was hidden before"
+
+
+async def unhide(db: Redis, post: str, comment: str = "") -> str:
+    """Show a hidden post or comment again. Returns a sentence for the operator. Raises NoPost, NoComment."""
+    if comment:
+        return f"the comment is shown as {post}/{await comments.unhide(db, await inspect(db, post), comment)}"
+    changed = await posts.unhide(db, post)
+    return "the post is shown again; a worker makes its picture" if changed else "the post was not hidden"
+
+
+async def delete(db: Redis, objects: ObjectStore, post: str, comment: str, backup_reach_ms: int) -> str:
+    """Delete a post in any status or a comment, as its author would. Returns a sentence for the operator.
+
+    Raises NoPost, NoComment.
+    """
+    row = await inspect(db, post)
+    if comment:
+        found, _ = await _find(db, row, comment)
+        await comments.remove(db, row, found)
+        return "the comment is deleted"
+    await delete_post(db, objects, row, backup_reach_ms)
+    return "the post is deleted; its original is erased when no backup names it any more"
+
+
+async def delete_post(db: Redis, objects: ObjectStore, row: Inspected, backup_reach_ms: int) -> None:
+    """Delete a post in any status, hidden or not. Raises NoPost."""
+    author = row.fields.get("author", "")
+    await posts.delete(db, objects, author, row.id, backup_reach_ms, hidden=row.hidden)
+
+
+def render(known: dict[str, object]) -> str:
+    """What `show` returns as lines for people. Characters that a terminal might obey are escaped."""
+    lines = []
+    for name, value in known.items():
+        pairs = value.items() if isinstance(value, dict) else [("", value)]
+        for inner, part in pairs:
+            items = part if isinstance(part, list) else [part]
+            text = " ".join("-" if item is None else printable(str(item)) for item in items) or "-"
+            lines.append(f"{f'{name}.{inner}' if inner else name:<22}  {text}")
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with all that cannot be printed as an escape sequence of Python.
+
+    >>> printable("a" + chr(27) + "[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

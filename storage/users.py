@@ -1,0 +1,127 @@
+"""Finds everything that belongs to some users, in all partitions, for `export` and `erase`.
+
+No index leads from a user to their comments. So this walks over all keys and all comments, a few at a time. Redis goes
+on answering others meanwhile: no script reads more than COMMENTS comments, and after each batch of keys there is a
+pause.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
+
+from redis.exceptions import ResponseError
+
+from storage import comments, keys, uploads
+from storage.check import Report, scan, well_formed_keys
+from storage.comments import Comment
+from storage.db.client import Redis
+from storage.errors import NoPost
+from storage.posts import Inspected, inspect
+from storage.progress import Progress
+from storage.uploads import Upload
+
+COMMENTS = 100  # comments that one script reads: 0.1 ms of Redis' time
+TOGETHER = 16  # scripts in one pipeline: 2 ms of Redis' time
+PAUSE = 0.002  # seconds between two batches of keys
+
+# Whether something belongs to one of the users: their name, and when it was created (ms since 1970; 0: not known).
+Wanted = Callable[[str, int], bool]
+
+
+class FoundComment(NamedTuple):
+    post: str
+    comment: Comment
+    hidden: bool
+
+
+class FoundUpload(NamedTuple):
+    id: str
+    upload: Upload  # in any state
+
+
+class FoundName(NamedTuple):
+    """A key, or a member of one, that exists only beside the others and contains the user's name."""
+
+    key: str
+    member: str | None  # None: the key itself contains it
+
+
+Found = Inspected | FoundComment | FoundUpload | FoundName
+
+
+async def walk(db: Redis, wanted: Wanted, progress: Progress) -> AsyncIterator[Found]:
+    """Everything that is `wanted`. Something that is created, hidden or unhidden meanwhile may be missing.
+
+    The same thing may come twice (Redis, "SCAN", "Scan guarantees"). What is malformed is skipped: `check` reports it.
+    """
+    total, done, found = await db.call("count_keys", []), 0, 0
+    async for names in scan(db):
+        known = well_formed_keys(names, Report())
+        for start in range(0, len(known), TOGETHER):
+            works = [_look(db, key, wanted) for key in known[start : start + TOGETHER]]
+            for items, more in await asyncio.gather(*works):
+                found += len(items)
+                for item in items:
+                    yield item
+                async for item in more or _nothing():
+                    found += 1
+                    yield item
+        done += len(names) // 2
+        progress.show("keys", done, total, f"{found} found")
+        await asyncio.sleep(PAUSE)
+
+
+async def _nothing() -> AsyncIterator[Found]:
+    return
+    yield
+
+
+async def _look(db: Redis, key: str, wanted: Wanted) -> tuple[list[Found], AsyncIterator[Found] | None]:
+    """What a key has for `walk`, and the rest of it where that is long."""
+    kind, partition, name = keys.parts(key)
+    try:
+        if kind in ("post", "hidden"):
+            row = await inspect(db, name)
+            return [row] if wanted(row.fields.get("author", ""), keys.created_ms(name)) else [], None
+        if kind == "comments":
+            row = await inspect(db, name)
+            page = await comments.page(db, name, COMMENTS, hidden=row.hidden)
+            rest = _comments(db, name, wanted, page.comments[-1].id) if page.more else None
+            return _choose(name, page.comments, wanted), rest
+        if kind == "kept":
+            rows = [row for row in (await comments.kept(db, name)).values() if not isinstance(row, str)]
+            return [found._replace(hidden=True) for found in _choose(name, rows, wanted)], None
+        if kind == "upload":
+            upload = await uploads.inspect(db, name, names=False)
+            if upload.owner and wanted(upload.owner, keys.created_ms(name)):
+                return [FoundUpload(name, upload)], None
+        if kind == "once" and wanted(name.rpartition(":")[0], 0):
+            return [FoundName(key, None)], None
+        if kind == "rate" and not name.startswith("address:") and wanted(name.partition(":")[2], 0):
+            return [FoundName(key, None)], None
+        if kind == "turns":
+            members = [member async for batch in scan(db, key) for member in batch[::2] if wanted(member, 0)]
+            return [FoundName(key, member) for member in members], None
+    except (NoPost, ResponseError, ValueError, TypeError):
+        pass  # it was deleted, hidden or unhidden meanwhile, or it is malformed
+    return [], None
+
+
+async def _comments(db: Redis, post: str, wanted: Wanted, before: str) -> AsyncIterator[Found]:
+    """The comments of a post that are older than `before`."""
+    more = True
+    while more:
+        try:
+            row = await inspect(db, post)
+            page = await comments.page(db, post, COMMENTS, before, row.hidden)
+        except NoPost:  # it was deleted meanwhile
+            return
+        for found in _choose(post, page.comments, wanted):
+            yield found
+        more = page.more
+        before = page.comments[-1].id if page.comments else before
+        await asyncio.sleep(0)
+
+
+def _choose(post: str, rows: list[Comment], wanted: Wanted) -> list[Found]:
+    return [FoundComment(post, row, False) for row in rows if wanted(row.author, keys.comment_ms(row.id))]
