@@ -7,6 +7,7 @@ import random
 import re
 import secrets
 import time
+from argparse import Namespace
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +26,8 @@ from parts import (
 from state import files
 from uploading import picture
 
-from storage import changes, comments, keys, originals, outbox, posts, uploads
+from storage import changes, comments, erasure, keys, originals, outbox, posts, uploads
+from storage.__main__ import _backup
 from storage.backup import aof, chain, snapshots
 from storage.backup import state as shipper_state
 from storage.backup.aof import Damaged
@@ -33,8 +35,9 @@ from storage.backup.restore import Refused, restore, running, url
 from storage.backup.retain import KeptBackups
 from storage.backup.verify import last_result, verify
 from storage.db.client import Redis
-from storage.errors import Expired, Outdated
+from storage.errors import Expired, NoPost, Outdated
 from storage.objects import open_store
+from storage.progress import Progress
 
 # Microseconds a key. Otherwise a rewrite of so few keys begins and ends before the shipper reads the manifest again,
 # which leaves a gap in the chain.
@@ -381,6 +384,35 @@ async def test_a_restore_can_be_undone_and_redone_and_no_image_is_lost(settings,
     # Restore d returns to the second generation, which b wrote.
     done = await restore(settings, backup, tmp_path / "d" / "redis", second)
     assert done.generation == 2 and done.counts["posts"] == 2 and done.counts["flaws"] == 0
+
+
+async def test_a_restore_brings_back_an_erased_user_says_so_and_keeps_hidden_what_was_hidden(
+    settings, backup, tmp_path, capsys
+):
+    quiet, reach, objects = Progress(io.StringIO()), settings.backup_reach_ms, open_store(settings.store_url)
+    async with redis_on(settings), shipping(settings, backup) as shipper:
+        db = Redis(settings.redis_url)
+        erased, hidden = [await publish(db, objects, author) for author in ("alice", "bob")]
+        await posts.hide(db, hidden)
+        good = await next_second()
+        await posts.unhide(db, hidden)
+        await erasure.erase(db, objects, "alice", reach, quiet, remove=True)
+        await db.close()
+        await shipped(shipper)
+    to = tmp_path / "to"
+    await _backup(Namespace(command="restore", at=good, to=to), settings)
+    printed = capsys.readouterr().out
+    assert "1 users were erased after that: start, then run `imagegram-storage erase --again --yes`" in printed
+    async with running(settings, to) as client:
+        db = Redis(url(client))
+        assert (await posts.inspect(db, hidden)).hidden
+        assert (await posts.read(db, erased)).author == "alice"
+        users, counts = await erasure.erase_again(db, objects, reach, quiet, remove=True)
+        assert (users, counts["posts"]) == (1, 1)
+        with pytest.raises(NoPost):
+            await posts.inspect(db, erased)
+        assert await erasure.forget_old(db, objects, 1, KeptBackups(backup).may_name, reach) == 0
+        await db.close()
 
 
 async def test_a_missing_original_is_reported_and_the_restore_does_not_fail(settings, backup, tmp_path):
