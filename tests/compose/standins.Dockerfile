@@ -24,3 +24,11 @@ RUN useradd -r -g nogroup -u 101 -M -d /nonexistent -s /bin/false nginx && mkdir
 COPY nginx /usr/local/lib/nginx
 STOPSIGNAL SIGQUIT
 CMD ["nginx", "-g", "daemon off;"]
+
+# As in the official image: nobody owns the volume, and the command has only the options.
+FROM base AS prometheus
+COPY prometheus promtool /bin/
+RUN install -d -o nobody -g nogroup /prometheus
+USER nobody
+VOLUME /prometheus
+ENTRYPOINT ["/bin/prometheus"]

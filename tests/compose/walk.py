@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -318,6 +319,8 @@ def main(folder: Path) -> int:
 def walk(project: Project, again: Project) -> None:
     with step("clone, and the README's commands"):
         first_calls(project)
+    with step("Prometheus reaches all parts"):
+        observe(project)
     tokens = [project.compose("exec", "-T", "api", "imagegram-api", "token", name).strip() for name in "abc"]
     writers = Writers(tokens)
     try:
@@ -377,6 +380,31 @@ def first_calls(project: Project) -> None:
     assert {service["State"] for service in services} == {"running"}
     anonymous = [name for name in run("docker", "volume", "ls", "-q").split() if re.fullmatch("[0-9a-f]{64}", name)]
     assert not anonymous, f"anonymous volumes: {anonymous}"
+
+
+def observe(project: Project) -> None:
+    """Starts Prometheus of the profile `observe`, alone: Grafana has no stand-in. It must reach all parts."""
+
+    def made(kind: str) -> set[str]:
+        return set(run("docker", kind, "ls", "--format", "{{.Name}}").split())
+
+    before = {kind: made(kind) for kind in ("network", "volume")}
+    project.compose("up", "-d", "--wait", "prometheus")
+
+    def get(path: str) -> dict:
+        with urllib.request.urlopen(f"http://127.0.0.1:9090/api/v1/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def up() -> set[str]:
+        return {each["labels"]["job"] for each in get("targets")["activeTargets"] if each["health"] == "up"}
+
+    until(lambda: up() == {"api", "worker", "ship"}, 40, "a scrape of all parts")
+    rules = [rule for group in get("rules")["groups"] for rule in group["rules"]]
+    assert len(rules) > 10 and {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules
+    # `down` without the profile would leave these.
+    project.compose("rm", "-fsv", "prometheus")
+    for kind, names in before.items():
+        run("docker", kind, "rm", *(made(kind) - names))
 
 
 def kill(project: Project, writers: Writers, part: str) -> tuple:
