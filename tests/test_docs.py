@@ -31,7 +31,7 @@ SECOND = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 PROGRAMS = (
-    r"make|imagegram-\w+|python3?|pip3?|docker|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
+    r"make|imagegram(?:-\w+)?|python3?|pip3?|docker|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
 )
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
 # The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
@@ -81,6 +81,7 @@ def commands(page: str) -> set[str]:
 # Other tests run all blocks below these headings, in their order.
 SCRIPTS = [
     ("README.md", "## Make the first call"),
+    ("client.md", "## Try it"),
     *(("api.md", heading) for heading in re.findall(r"^## .*$", API, re.MULTILINE)),
     ("durability.md", "## The restore drill"),
     *(("moderation.md", heading) for heading in re.findall(r"^## .*$", MODERATION, re.MULTILINE)),
@@ -139,12 +140,18 @@ def home(tmp_path_factory):
 
 def test_the_readme_makes_the_first_call(home):
     script = "".join(shell(section(README, "## Make the first call")))
-    assert script.startswith(". .venv/bin/activate\nURL=http://127.0.0.1:8000\n")
-    ready, rest = home.run(script).split("\n", 1)
+    assert script.startswith(". .venv/bin/activate\n")
+    printed = home.run(script)
+    by_client, ready, rest = re.fullmatch(
+        r'(logged in .*?)^({"id".*?})$(.*)', printed, re.DOTALL | re.MULTILINE
+    ).groups()
+    assert by_client.startswith(f"logged in at {home.site.url} as alice\n") and by_client.count("    First!\n") == 2
     assert json.loads(ready)["status"] == "ready"
-    comment, feed = map(json.loads, rest.replace("}{", "}\n{").splitlines())
+    comment, feed = map(json.loads, rest.strip().replace("}{", "}\n{").splitlines())
     assert comment["text"] == "First!"
+    # The post of the client is in the feed as well.
     assert feed["items"][0] == {**json.loads(ready), "comment_count": 1, "latest_comments": [comment]}
+    assert [post["latest_comments"][0]["text"] for post in feed["items"][:2]] == ["First!", "First!"]
     assert (home.folder / "served.jpg").read_bytes().startswith(b"\xff\xd8\xff")
 
 
@@ -164,6 +171,8 @@ def answer_pattern(line: str) -> re.Pattern:
         r"u?01[0-9A-HJKMNP-TV-Z]{24}\\-0",  # post, upload
         r"\d{13}\\-0",  # comment
         r"\d{4}\\-\d\d\\-\d\dT[\d:]{8}\\\.\d{3}Z",  # RFC 3339
+        r"\d{4}\\-\d\d\\-\d\d\d\d:\d\d(?!:)",  # a minute, as the client prints it
+        r"(?<=http://127\\.0\\.0\\.1:)\d+",  # a port
         r"\w{3},\d\d\w{3}\d{4}\d\d:\d\d:\d\dGMT",  # HTTP's date
         r'(?<=ETag:")[^"]+',
         r"(?<=/)\d+$",  # the length of a JPEG
@@ -173,15 +182,17 @@ def answer_pattern(line: str) -> re.Pattern:
     return re.compile(line)
 
 
-def test_the_examples_of_the_api_page_answer_as_written(home):
+@pytest.mark.parametrize(("page", "least"), [("api.md", 21), ("client.md", 4)])
+def test_the_examples_of_a_page_answer_as_written(home, page, least):
     """Runs all examples in one shell. Each line of an answer is printed, in order. The page leaves out some headers."""
-    pairs = examples(API)
-    assert len(pairs) > 20
+    is_http = page == "api.md"  # long lines are wrapped there; on the other page an indentation is part of the output
+    pairs = examples(PAGES[page] if is_http else section(PAGES[page], "## Try it"))
+    assert len(pairs) >= least
     end = "= the end of an example ="
     printed = home.run("".join(f"{block}\necho\necho '{end}'\n" for block, _ in pairs)).replace("\r", "")
     for (block, answer), output in zip(pairs, printed.split(end), strict=False):
         lines = iter(re.sub(r"[ \t]", "", output).splitlines())
-        for expected in re.sub(r"\n +", "", answer).splitlines():
+        for expected in (re.sub(r"\n +", "", answer) if is_http else answer).splitlines():
             matches = answer_pattern(expected)
             assert any(matches.fullmatch(line) for line in lines), f"{block}\n{output}\nlacks {expected}"
 
@@ -339,10 +350,12 @@ RUN = {
     r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
     r"imagegram-api token alice": succeed,
     r"imagegram-storage ship": start,
-    r"imagegram-\w+|redis-cli": exist,
+    r"imagegram (login|logout|upload|feed|show|comment|delete|watch)( [\w.-]+)*": parse,
+    r"imagegram(-\w+)?|redis-cli": exist,
     r"\. \.venv/bin/activate": succeed,
     r"redis-cli -s data/redis/redis\.sock": ask,
     r"pip wheel --no-deps \.|pip install --no-deps imagegram-0\.1\.0-py3-none-any\.whl": install,
+    r"pip install 'imagegram-0\.1\.0-py3-none-any\.whl\[client\]'|pip install httpx rich tuspy": install,
     r"pip install --require-hashes -r run\.txt": install,
     r"sed '/\^# test/,\$d' requirements\.lock >run\.txt": succeed,
     r"apt-get install [\w-]+": simulate,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_a_wheel_holds_all_modules_scripts_and_redis_conf_and_nothing_else(wheel
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
+
+
+def test_the_extra_client_requires_what_the_client_imports_and_the_client_nothing_of_the_servers(wheel, scripts):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        required = re.findall(r"^Requires-Dist: (\w+);.*client", archive.read(metadata).decode(), re.MULTILINE)
+    assert sorted(required) == ["httpx", "rich", "tuspy"]
+    program = (
+        "import sys, api.client.__main__, api.client.uploading; print({'sanic', 'redis', 'PIL'} & sys.modules.keys())"
+    )
+    assert subprocess.check_output([scripts / "python", "-c", program], text=True) == "set()\n"
 
 
 def test_an_installed_wheel_serves_uploads_converts_ships_and_verifies(scripts, tmp_path):
