@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz lock clean
+.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -96,6 +96,10 @@ picture: ## draw the picture of the page /docs in docs/images/ again
 fuzz: ## 10,000 random requests over all routes; three minutes
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.fuzz
+
+sbom: ## write sbom.json, a bill of materials of the servers (CycloneDX), with licences and hashes
+	@.ci/setup test
+	$(python) -m deploy.sbom >sbom.json
 
 lock: ## write requirements.lock again, with the newest versions
 	@.ci/lock

@@ -221,6 +221,20 @@ def test_a_422_names_the_part_of_the_request_that_is_wrong(furnished, case):
     assert answer.json()["errors"] == [{**where, "detail": answer.json()["detail"]}]
 
 
+def test_what_a_client_must_not_set_is_ignored(furnished):
+    """Author, id and time of a comment are those of the server. The post's author and status stay, too."""
+    forged = {"text": "mine", "author": "bob", "id": "1-0", "created_at": "2000-01-01T00:00:00.000Z", "post": NOBODY}
+    with furnished.client("alice") as alice:
+        before = alice.get(f"/v1/posts/{furnished.post}").json()
+        comment = alice.post(f"/v1/posts/{furnished.post}/comments", json={**forged, "status": "failed"}).json()
+        assert comment.keys() == {"id", "author", "text", "created_at"}
+        assert (comment["author"], comment["text"]) == ("alice", "mine")
+        assert comment["id"] != forged["id"] and comment["created_at"] > "2020"
+        after = alice.get(f"/v1/posts/{furnished.post}").json()
+        assert (after["author"], after["status"]) == (before["author"], before["status"])
+        alice.delete(f"/v1/posts/{furnished.post}/comments/{comment['id']}").raise_for_status()
+
+
 def test_a_422_names_the_idempotency_key(furnished):
     target = furnished.fill_in("/v1/posts/{post}/comments")
     with furnished.client("bob") as client:
