@@ -31,7 +31,6 @@ MODULES = [path for package in ("api", "storage", "workers") for path in sorted(
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 KEYS = (ROOT / "docs" / "keys.md").read_text()
-API = (ROOT / "docs" / "api.md").read_text()
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 LOCK = (ROOT / "requirements.lock").read_text()
 SETUP = ConfigParser()
