@@ -35,18 +35,22 @@ async def scrape(request):
 def count(http, response) -> None:
     """Count an answer as it begins. `http` is the parser, which has the request. None: no answer was possible."""
     status = NO_ANSWER if response is None or http.protocol.conn_info.lost else response.status
-    if isinstance(response, ProblemResponse) and status != NO_ANSWER:
+    request = http.request
+    try:
+        requests, durations = _series[request.route.path, request.method, status]
+    except (AttributeError, KeyError):  # no route, or the first such answer
+        requests, durations = _find(request, status)
+    requests.add()
+    if durations:
+        durations.observe(perf_counter() - http.perft0)
+    if status >= 400 and status != NO_ANSWER and isinstance(response, ProblemResponse):
         metrics.PROBLEMS.series(response.code).add()
-    route, method = http.request.route, http.request.method
-    if route is None:
-        metrics.REQUESTS.series(UNKNOWN, method if method in METHODS else UNKNOWN, str(status)).add()
-        return
-    counted = _series.get((route.path, method, status)) or _find(route, method, status)
-    counted[0].add()
-    counted[1].observe(perf_counter() - http.perft0)
 
 
-def _find(route, method: str, status: int) -> tuple[metrics.Series, metrics.Series]:
+def _find(request, status: int) -> tuple[metrics.Series, metrics.Series | None]:
+    route, method = request.route, request.method
+    if route is None:  # not kept: only the program's own routes are bounded
+        return metrics.REQUESTS.series(UNKNOWN, method if method in METHODS else UNKNOWN, str(status)), None
     path = readable(route.path)
     found = metrics.REQUESTS.series(path, method, str(status)), metrics.DURATIONS.series(path, method)
     _series[route.path, method, status] = found
