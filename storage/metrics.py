@@ -9,8 +9,8 @@ The slices are one shared memory, which the command's first process creates (`sh
 takes 0.05 µs, a histogram 0.2. What a process has counted stays when it is killed. All numbers begin at 0 when the
 command starts again; Prometheus' `rate` expects that.
 
-prometheus_client writes the text. Its own mode for several processes was rejected. It takes 0.7 µs for a counter and 1.6
-for a histogram. It also leaves a file for each process that ever ran, and a worker forks one for each image.
+prometheus_client writes the text. Its own mode for several processes was rejected. It takes 0.7 µs for a counter and
+1.6 for a histogram. It also leaves a file for each process that ever ran, and a worker forks one for each image.
 
 docs/metrics.md says what each metric means.
 """

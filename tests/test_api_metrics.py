@@ -105,8 +105,9 @@ async def test_a_request_whose_client_has_gone_is_counted_as_499(serving, empty)
 
 
 async def test_a_request_that_waits_is_counted_while_it_does_and_its_wait_is_no_delay(serving, empty):
-    before = Scrape(serving.url)
     post = await asyncio.to_thread(run_with_db, serving.server, lambda db: make_processing(db, "alice"))
+    assert exchange(serving.port, head("GET", f"/v1/posts/{post}")).status == 200
+    before = Scrape(serving.url)
     with dial(serving.port) as line:
         line.sendall(head("GET", f"/v1/posts/{post}", "Prefer: wait=2"))
         await asyncio.to_thread(until, lambda: Scrape(serving.url)("imagegram_requests_waiting") == 1, what="the wait")
