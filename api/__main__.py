@@ -119,7 +119,8 @@ def serve(settings) -> None:
     """
     logs.configure(settings.log, environment.secret_values())
     require_stores(settings, "STORE")
-    environment.signing_secret(settings)  # made here, before several processes need it
+    if not settings.jwks_url:
+        environment.signing_secret(settings)  # made here, before several processes need it
     # The parent binds the sockets. So a port in use is reported once, and port 0 becomes one port for all processes.
     sockets = listen(settings)
     settings = dataclasses.replace(settings, port=sockets[0].getsockname()[1])
@@ -181,13 +182,15 @@ def main() -> None:
     if arguments.command == "token":
         if not tokens.USER.fullmatch(arguments.user):
             raise SystemExit("api token: the user must be 1 to 255 visible ASCII characters")
+        if settings.jwks_url:
+            raise SystemExit("api token: with IMAGEGRAM_JWKS_URL only the identity provider can sign tokens")
         secret = settings.data / "jwt-secret"
         is_new = not settings.jwt_secret and not secret.exists()
         print(tokens.mint(settings, arguments.user))
         if is_new:  # maybe in the wrong folder: a running site has made its secret in its own
             print(f"made a new signing secret, {secret}", file=sys.stderr)
     elif arguments.command == "welcome":
-        token = tokens.mint(settings, "alice")
+        token = "… # a token of your identity provider" if settings.jwks_url else tokens.mint(settings, "alice")
         socket_file = shlex.quote(f"{settings.data}/redis/redis.sock")
         print(WELCOME.format(**dataclasses.asdict(settings), token=token, socket=socket_file))
     else:

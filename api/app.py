@@ -7,6 +7,7 @@ from sanic import Sanic
 
 from api import bodies, comments, cors, description, health, images, metrics, posts, uploads
 from api.flights import Flights
+from api.jwks import Provider
 from api.problems import Errors
 from api.reading import JSON_BYTES
 from api.waiting import Waiting
@@ -24,6 +25,7 @@ def create(settings: Settings) -> Sanic:
     | name | what |
     |---|---|
     | `settings`, `secret` | the settings; the secret that signs tokens |
+    | `provider` | the keys of the identity provider; None if tokens are signed with the secret |
     | `log_requests` | whether each request has a line in the log |
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
     | `cors` | the headers of answers, by origin (`api.cors`); empty: none |
@@ -56,7 +58,7 @@ def create(settings: Settings) -> Sanic:
     )
     app.ctx.settings = settings
     app.ctx.log_requests = settings.log == "json"
-    app.ctx.secret = signing_secret(settings)
+    app.ctx.secret = "" if settings.jwks_url else signing_secret(settings)
     app.ctx.verified = {}
     app.ctx.cors = cors.headers_by_origin(settings.cors_origins) if settings.cors_origins else {}
     if app.ctx.cors:
@@ -66,6 +68,10 @@ def create(settings: Settings) -> Sanic:
 
     @app.before_server_start
     async def connect(app):
+        # Tokens of a key that was removed must not stay valid in the cache.
+        app.ctx.provider = Provider(settings.jwks_url, app.ctx.verified.clear) if settings.jwks_url else None
+        if app.ctx.provider:
+            app.ctx.provider.begin()
         if settings.traces:
             traces.start("imagegram-api")
         app.ctx.db = traces.connect(settings.redis_url)

@@ -28,7 +28,7 @@ async def admit(request, name: str) -> str:
 
     Raises Problem 401, Problem 429, Unreachable. A `read` is also allowed while Redis is away.
     """
-    user, limiter = tokens.user(request), request.app.ctx.limiter
+    user, limiter = await tokens.user(request), request.app.ctx.limiter
     if limiter and (charge := limiter.charge(name, user)):
         try:
             await _take(request, charge)

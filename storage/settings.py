@@ -63,6 +63,7 @@ LIMITS = (
     "expected for example comment=60/m,post=30/m,upload_bytes=2G/d, with each class once; the classes are read,"
     " comment, post, upload and upload_bytes; the units are s, m, h, d, and K, M, G for bytes"
 )
+JWKS_URLS = "expected https://host/path, or http:// of this machine, without a user and a fragment"
 WINDOWS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 PROXIES = "expected the number of trusted proxies, 0 to 9, or their addresses: 10.0.0.0/8,192.0.2.7"
 
@@ -109,6 +110,8 @@ class Settings:
     ship_metrics: tuple[str, int] | None  # the same of the shipper
     verify_every: int  # seconds between two test restores. Each needs the memory of the data again. 0: none
     jwt_secret: str  # empty: created on the first start and stored in the data folder
+    jwks_url: str  # where the identity provider publishes its keys. Empty: tokens are signed with the secret
+    jwt_user_claim: str  # the claim of a token that is the user
     jwt_issuer: str  # what `iss` of every token must be. Empty: not checked
     jwt_audience: str  # what `aud` of every token must contain. Empty: `aud` is ignored
     limits: Mapping[str, Limit]  # by class. Empty: nothing is limited
@@ -183,6 +186,13 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         raise refused("DATA", get("DATA", "data"), "expected a folder")
     # The default is a socket file, not a port. No other program can listen there, and only this user may open it.
     redis_url = redis("REDIS_URL", f"unix://{quote(str(data))}/redis/redis.sock")
+    jwks_url, claim = get("JWKS_URL", ""), get("JWT_USER_CLAIM", "sub")
+    if jwks_url and not _is_jwks_url(jwks_url):
+        raise SystemExit(f"IMAGEGRAM_JWKS_URL: {JWKS_URLS}")  # without the value: it may contain a password
+    if jwks_url and get("JWT_SECRET", ""):
+        raise SystemExit("IMAGEGRAM_JWKS_URL: not together with IMAGEGRAM_JWT_SECRET")
+    if not re.fullmatch("[!-~]{1,255}", claim):
+        raise refused("JWT_USER_CLAIM", claim, "expected 1 to 255 visible ASCII characters")
     return Settings(
         host=get("HOST", "127.0.0.1"),
         port=integer("PORT", 8000, 0, 65535),
@@ -218,6 +228,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         # does not answer.
         watchdog=integer("WATCHDOG", 30, 0, 3600),
         jwt_secret=get("JWT_SECRET", ""),
+        jwks_url=jwks_url,
+        jwt_user_claim=claim,
         jwt_issuer=get("JWT_ISSUER", ""),
         jwt_audience=get("JWT_AUDIENCE", ""),
         limits=_limits(get("LIMITS", "")),
@@ -331,6 +343,22 @@ def _is_redis_url(url: str) -> bool:
     if parts.scheme == "unix":
         return len(path) > 1 and not parts.hostname
     return bool(re.fullmatch(r"/?[0-9]*", path))
+
+
+def _is_jwks_url(url: str) -> bool:
+    """Whether the URL is one of JWKS_URLS. By plain http somebody on the way could replace the keys.
+
+    >>> [_is_jwks_url(url) for url in ("https://example/keys", "http://127.0.0.1:8080/keys", "http://example/keys")]
+    [True, True, False]
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        local = host == "localhost" or (host[-1:].isdigit() or ":" in host) and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    visible = re.fullmatch("[!-~]+", url) and not set("#@\\") & set(url)
+    return bool(visible and host and port != 0 and (parts.scheme == "https" or (parts.scheme == "http" and local)))
 
 
 def make_data(settings: Settings) -> None:

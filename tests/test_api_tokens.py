@@ -80,6 +80,7 @@ TOKENS = {
     "signed with HS512": lambda: signed(claims(), algorithm="HS512"),
     "signed with none": lambda: signed(claims(), None, "none"),
     "signed with None": lambda: unsigned(claims(), "None"),
+    "signed with a list": lambda: unsigned(claims(), ["HS256"]),
     "cut off": lambda: signed(claims())[:-1],
     "with a fourth part": lambda: signed(claims()) + ".e30",
     "that is one word": lambda: "alice",

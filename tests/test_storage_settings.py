@@ -116,6 +116,23 @@ WRONG = {
         " ",
     ],
     "PROXIES": ["", "10", "-1", "proxy", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.1,", "fe80::1%eth0,x"],
+    "JWKS_URL": [
+        "foo",
+        "http://login.example/keys",
+        "http://192.0.2.1/keys",
+        "http://127.0.0.1.example/keys",
+        "ftp://localhost/keys",
+        "file:///etc/passwd",
+        "https://",
+        "https://user:word@host/keys",
+        "https://host:x/keys",
+        "https://host:0/keys",
+        "https://host/a b",
+        "https://host/#a",
+        "https://host\\@other/",
+        "https://[::1/keys",
+    ],
+    "JWT_USER_CLAIM": ["", "a b", "é", "x" * 256],
     "JWT_ISSUER": ["\udcff"],
     "JWT_SECRET": ["word@host" * 4 + "\udcff"],
 }
@@ -144,6 +161,13 @@ ORIGINS = {
 @pytest.mark.parametrize("value", ORIGINS)
 def test_origins_are_a_list_with_commas(value):
     assert settings.load({"IMAGEGRAM_CORS_ORIGINS": value}).cors_origins == ORIGINS[value]
+
+
+def test_a_secret_and_an_identity_provider_exclude_each_other():
+    with pytest.raises(SystemExit, match="^IMAGEGRAM_JWKS_URL: not together with IMAGEGRAM_JWT_SECRET$"):
+        settings.load({"IMAGEGRAM_JWKS_URL": "https://login.example/keys", "IMAGEGRAM_JWT_SECRET": "x" * 32})
+    for url in ("https://login.example/keys", "http://[::1]:8080/keys", "http://localhost/keys", "http://127.9.9.9/"):
+        assert settings.load({"IMAGEGRAM_JWKS_URL": url}).jwks_url == url
 
 
 def run_all(folder, commands, **variables) -> dict[str, tuple[int, str]]:
