@@ -7,7 +7,9 @@ and nothing must be invalidated.
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from time import perf_counter
+from urllib.parse import unquote
 
+from api import tokens
 from api.headers import list_header, preferred_wait
 from api.limits import begin_read, end_read, settle_read
 from storage import traces
@@ -72,7 +74,7 @@ def shared_read(read):
     async def handler(request, **path):
         flights = request.app.ctx.flights
         if request.app.ctx.limiter:
-            answer = await _join_limited(request, read, path)
+            answer = await _join_limited(request, request.raw_url, read, path)
         else:
             answer = await flights.join(request.raw_url, lambda: read(request, **path))
         return await answer.respond(request)
@@ -90,7 +92,7 @@ def awaited_read(read):
     async def handler(request, **path):
         ctx, seconds = request.app.ctx, preferred_wait(list_header(request, "prefer"))
         if ctx.limiter:
-            answer = await _join_limited(request, read, path)
+            answer = await _join_limited(request, request.raw_url, read, path)
         else:
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         if seconds and answer.awaited:
@@ -106,14 +108,34 @@ def awaited_read(read):
     return handler
 
 
-async def _join_limited(request, read, path: dict[str, str]):
+def owned_read(read):
+    """Like shared_read, for what a user of the path sees more of than others: `read` is told whether the user asks.
+
+    A token that is not valid is refused. Otherwise its owner would take the part that others see for the whole.
+    """
+
+    async def handler(request, user: str):
+        ctx, user = request.app.ctx, unquote(user)
+        owns = "authorization" in request.headers and tokens.user(request) == user
+        key, path = (request.raw_url, owns), {"user": user, "owns": owns}
+        if ctx.limiter:
+            answer = await _join_limited(request, key, read, path)
+        else:
+            answer = await ctx.flights.join(key, lambda: read(request, **path))
+        return await answer.respond(request)
+
+    handler.__name__, handler.__doc__ = read.__name__, read.__doc__
+    return handler
+
+
+async def _join_limited(request, key: Hashable, read, path: dict):
     """Join a flight, and count the request against its limit meanwhile. Raises Problem 429.
 
     A request over its limit may have joined the flight already. So it is refused no later than the others are answered.
     """
     ticket = begin_read(request)
     try:
-        answer = await request.app.ctx.flights.join(request.raw_url, lambda: read(request, **path))
+        answer = await request.app.ctx.flights.join(key, lambda: read(request, **path))
     except Exception:
         if ticket:
             await end_read(request, ticket)  # 429 comes before the error of the read

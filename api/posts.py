@@ -5,7 +5,7 @@ from sanic.response import empty
 
 from api import limits, reading, rendering
 from api.answers import READ, VARY, Answer, json_answer
-from api.flights import awaited_read, shared_read
+from api.flights import awaited_read, owned_read, shared_read
 from api.forms import publish
 from api.headers import list_header
 from api.problems import Problem
@@ -57,6 +57,18 @@ async def feed(request) -> Answer:
     links = () if cursor else (f'</v1/changes?since={changes.issue(ctx.db, page.seen)}>; rel="changes"',)
     template = "{row.comment_count}:{row.id}"
     return rendering.page(request.path, limit, page.posts, page.more, rendering.post_json, template, links)
+
+
+@routes.route("/v1/users/<user>/posts", methods=READ)
+@owned_read
+async def of_user(request, user: str, owns: bool) -> Answer:
+    ctx, status, limit = request.app.ctx, reading.status(request), reading.limit(request)
+    visible = posts.STATUSES if owns else ("ready",)
+    statuses = tuple(name for name in visible if status in ("", name))
+    page = await posts.of_user(ctx.db, ctx.settings.partitions, user, statuses, limit, reading.post_cursor(request))
+    query = f"status={status}&" if status else ""
+    row_json, template = rendering.post_json, "{row.id}"
+    return rendering.page(request.path, limit, page.posts, False, row_json, template, query=query, end=page.next)
 
 
 @routes.route("/v1/changes", methods=READ)

@@ -13,7 +13,7 @@ import orjson
 from api.problems import Problem
 from storage import keys
 from storage.errors import TooLarge
-from storage.posts import FeedCursor
+from storage.posts import STATUSES, FeedCursor
 from storage.settings import TEXT_CHARACTERS
 
 JSON_BYTES = 64 * 1024  # a comment of 2,200 characters, each escaped as two \\uXXXX, and the same again
@@ -85,6 +85,26 @@ def comment_cursor(request) -> str:
     if not keys.COMMENT_ID.fullmatch(comment):
         raise _wrong_cursor()
     return comment
+
+
+def post_cursor(request) -> str:
+    """The post id behind which the page begins. Empty on the first page. Raises Problem 422."""
+    cursor = parameters(request).get("cursor")
+    if not cursor:
+        return ""
+    post = _decode_cursor(cursor)
+    parts = keys.ID.fullmatch(post)
+    if not parts or parts[1]:
+        raise _wrong_cursor()
+    return post
+
+
+def status(request) -> str:
+    """The status that the posts of a list must have. Empty: any. Raises Problem 422."""
+    text = parameters(request).get("status", "")
+    if text and text not in STATUSES:
+        raise invalid(f"status is one of {', '.join(STATUSES)}", parameter="status")
+    return text
 
 
 def _decode_cursor(cursor: str) -> str:

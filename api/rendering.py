@@ -113,12 +113,15 @@ def page(
     encode: Callable[..., bytes],
     cursor: str,
     links: tuple[str, ...] = (),
+    query: str = "",
+    end: str = "",
 ) -> Answer:
     """A page of a list: as many rows as fit into PAGE_BYTES, and the cursor behind the last of them.
 
     `more`: storage has rows behind these. `encode` renders a row. `cursor` is a template for `str.format` with `row`,
-    the last row of the page. `links` are Link headers that go with the one to the next page. The cached Answer keeps
-    its ETag and its compressed forms.
+    the last row of the page. `links` are Link headers that go with the one to the next page. `query` has the other
+    parameters of the list, each with a `&` behind it. `end` is the position of the next page if all rows fit, also if
+    there are none; empty: `more` decides. The cached Answer keeps its ETag and its compressed forms.
     """
     items, size = [], 0
     for row in rows:
@@ -126,10 +129,11 @@ def page(
             break
         items.append(encode(row))
         size += len(items[-1]) + 1
-    next_cursor = None
-    if items and (more or len(items) < len(rows)):
+    next_cursor, position = None, end
+    if items and (len(items) < len(rows) or (more and not end)):
         position = cursor.format(row=rows[len(items) - 1])
+    if position:
         next_cursor = urlsafe_b64encode(position.encode()).decode().rstrip("=")
-        links = (f'<{path}?limit={limit}&cursor={next_cursor}>; rel="next"', *links)
+        links = (f'<{path}?{query}limit={limit}&cursor={next_cursor}>; rel="next"', *links)
     body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(next_cursor))
     return Answer(body, {"Link": ", ".join(links)} if links else None)

@@ -13,7 +13,8 @@
 -- ARGV[3] latest_count  how many comments `latest` holds
 -- ARGV[4] repair        0|1
 -- ARGV[5] making        prefix of this partition's `making` keys; the author is appended
--- Returns {status or false, or `hidden` and its status, number of comments, 1 if its image is in `making` or else 0, flaw, …}
+-- Returns {status or false, or `hidden` and its status, author or empty, number of comments, 1 if its image is in `making`
+--   or else 0, flaw, …}
 --   A flaw begins with the number of the invariant that it breaks (see storage/check.py), or with 0 if it breaks none.
 -- Refuses nothing
 --
@@ -49,7 +50,7 @@ local status, author = row[1] or false, row[2] or ''
 local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', changes, id)
 local queue = making .. author
 local queued = redis.call('ZSCORE', queue, id) and 1 or 0
-local result = {is_hidden and status and 'hidden ' .. status or status, count, queued}
+local result = {is_hidden and status and 'hidden ' .. status or status, author, count, queued}
 local function report(flaw, ...) -- the other arguments are the command that repairs it, if there is one
   result[#result + 1] = flaw
   if repair and ... then

@@ -6,7 +6,8 @@
 -- KEYS[4] due      due:{p}             zset
 -- KEYS[5] making   making:{p}:<user>   zset: of the author
 -- KEYS[6] turns    turns:{p}           zset
--- KEYS[7] once     once:{p}:…          string; only if the request has an Idempotency-Key
+-- KEYS[7] leaves   leaves:{p}          zset
+-- KEYS[8] once     once:{p}:…          string; only if the request has an Idempotency-Key
 -- ARGV[1] now             ms since 1970; empty: Redis' clock
 -- ARGV[2] upload_id       upload id
 -- ARGV[3] id              post id
@@ -18,6 +19,9 @@
 -- ARGV[9] lease_ms        lease of lease_images, which is also the longest time of a job
 -- ARGV[10] posts          prefix of this partition's post keys; a post id is appended
 -- ARGV[11] trace          traceparent of the request; empty: there are no traces
+-- ARGV[12] entry          of the post in the list of its author's posts
+-- ARGV[13] leaf           prefix of this partition's leaf keys
+-- ARGV[14] leaf_entries   how many entries a leaf may have
 -- Returns {post id, how}; how is 0: the post is new, 1: the Idempotency-Key was used for the same request before,
 --   2: the upload had already become this post
 -- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
@@ -30,12 +34,12 @@
 --   in the future  all of the author's posts were leased. lease_images set this place to the end of a lease, so the
 --                  author was last served one lease before it. That is the new place, but not later than now.
 local upload, post, uploads, due, making, turns = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local idempotency = KEYS[7]
+local leaves, idempotency = KEYS[7], KEYS[8]
 local now, upload_id, id, author, caption = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local request, remember_ms = ARGV[6], ARGV[7]
 local max_processing, lease_ms, posts = tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local trace = ARGV[11]
-if #KEYS < 6 or #ARGV ~= 11 or not (tonumber(remember_ms) and max_processing and lease_ms) then
+local trace, entry, leaf, leaf_entries = ARGV[11], ARGV[12], ARGV[13], tonumber(ARGV[14])
+if #KEYS < 7 or #ARGV ~= 14 or not (tonumber(remember_ms) and max_processing and lease_ms and leaf_entries) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -75,6 +79,7 @@ redis.call('HSET', post, 'author', author, 'caption', caption, 'status', 'proces
 if trace ~= '' then
   redis.call('HSET', post, 'trace', trace)
 end
+add_entry(leaves, leaf, entry, leaf_entries)
 redis.call('HSET', upload, 'post', id, 'length', row[2]) -- the worker compares `length` with the sum of the chunks
 redis.call('HDEL', upload, 'metadata', 'expires', 'offset')
 redis.call('HDEL', uploads, upload_id)

@@ -9,6 +9,7 @@
 -- KEYS[7] due       due:{p}            zset
 -- KEYS[8] making    making:{p}:<user>  zset: of the user who deletes it
 -- KEYS[9] kept      kept:{p}:<id>      hash: hidden comments
+-- KEYS[10] leaves   leaves:{p}         zset
 -- ARGV[1] now          ms since 1970; empty: Redis' clock
 -- ARGV[2] id           post id
 -- ARGV[3] user         who deletes it
@@ -16,6 +17,8 @@
 -- ARGV[5] remember_ms  how long a deletion is reported as a change
 -- ARGV[6] expected     the state that the post must have: "status comment-count newest-comment", with "-" for no
 --                      comment; empty: any state
+-- ARGV[7] entry        of the post in the list of its author's posts
+-- ARGV[8] leaf         prefix of this partition's leaf keys
 -- Returns 1
 -- Refuses NOPOST FORBIDDEN PRECONDITION
 --
@@ -25,10 +28,11 @@
 -- come between the comparison and the deletion.
 -- `due` erases the JPEG at once. It erases the original or the chunks when no kept backup can bring the post back.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local due, making, kept = KEYS[7], KEYS[8], KEYS[9]
+local due, making, kept, leaves = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local now, id, user = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local keep_ms, remember_ms, expected = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-if #KEYS ~= 9 or #ARGV ~= 6 or not (keep_ms and remember_ms) then
+local entry, leaf = ARGV[7], ARGV[8]
+if #KEYS ~= 10 or #ARGV ~= 8 or not (keep_ms and remember_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -48,11 +52,16 @@ if expected ~= '' then
   end
 end
 local revision = next_revision(now, changes, gone)
+local first = redis.call('ZREVRANGEBYLEX', leaves, '[' .. entry, '-', 'LIMIT', 0, 1)[1] or '0'
 
 redis.call('UNLINK', post, comments, latest, kept)
 redis.call('ZREM', feed, id)
 redis.call('ZREM', changes, id)
 redis.call('ZREM', making, id)
+redis.call('ZREM', leaf .. first, entry)
+if first ~= '0' and redis.call('EXISTS', leaf .. first) == 0 then
+  redis.call('ZREM', leaves, first)
+end
 redis.call('ZADD', gone, revision, id)
 redis.call('ZREMRANGEBYSCORE', gone, '-inf', now - remember_ms)
 redis.call('ZADD', due, now, id)

@@ -1,6 +1,6 @@
 -- Functions that several scripts use. storage's loader puts this text behind the first line of every script.
--- They only read. A function that refuses returns the refusal, and the script returns it to the caller. The script's
--- header lists the word under `Refuses`.
+-- They only read, except add_entry. A function that refuses returns the refusal, and the script returns it to the
+-- caller. The script's header lists the word under `Refuses`.
 -- Every call of a script creates all of these functions, about 0.04 µs for each. So there are few of them, and none
 -- uses another one, which would cost twice as much.
 -- luacheck: ignore 211 (a local function that this file does not use)
@@ -60,4 +60,27 @@ local function refuse_busy(making, posts, allowed)
   if count >= allowed then
     return redis.error_reply('BUSY you have ' .. count .. ' posts in processing: wait until one of them is ready')
   end
+end
+
+-- Adds a post to the list of its author's posts. It may be there already. The only function that writes.
+-- The lists of all users are one sequence of entries in lexical order, in leaves of at most `leaf_entries`. `leaves` has
+-- the first possible entry of each leaf, which is also the leaf's name; that of the lowest leaf is 0. A full leaf is
+-- split: its upper half becomes a new leaf.
+local function add_entry(leaves, leaf, entry, leaf_entries)
+  local first = redis.call('ZREVRANGEBYLEX', leaves, '[' .. entry, '-', 'LIMIT', 0, 1)[1]
+  if not first then
+    first = '0'
+    redis.call('ZADD', leaves, 0, first)
+  end
+  if redis.call('ZCARD', leaf .. first) >= leaf_entries then
+    local half = math.floor(leaf_entries / 2)
+    local middle = redis.call('ZRANGE', leaf .. first, half, half)[1]
+    redis.call('ZRANGESTORE', leaf .. middle, leaf .. first, half, -1)
+    redis.call('ZADD', leaves, 0, middle)
+    redis.call('ZREMRANGEBYRANK', leaf .. first, half, -1)
+    if entry >= middle then
+      first = middle
+    end
+  end
+  redis.call('ZADD', leaf .. first, 0, entry)
 end

@@ -11,16 +11,19 @@ Each flaw in a report begins with the number of its invariant:
 | 3 | A hidden post is in no list, has no JPEG, and has its original if it was ready. |
 | 5 | The chunks of an open upload have as many bytes as its offset says. |
 | 0 | No invariant: for example, an open upload is in `due`, and its bytes are reserved in `uploads`. |
+| 0 | The list of a user's posts (`leaves`, `leaf`) contains exactly the posts of this user. |
 
 The check reads some hundred keys at a time. One script judges each post at one moment, so writes may go on meanwhile.
 The check does not decode originals. It does not compare them with the uploaded bytes either: nothing remembers those.
 """
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from redis.exceptions import ResponseError
 
@@ -31,12 +34,12 @@ from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
 from storage.outbox import make_again
 from storage.posts import erase_image, has_image, hide
-from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS
+from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS, LEAF_ENTRIES
 
 EXACTLY = "surrogateescape"  # error handler that decodes any bytes so that encoding gives the same bytes (PEP 383)
 # The answer of Redis' TYPE to each kind of key in docs/keys.md.
 TYPES = {
-    **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns"), "zset"),
+    **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns", "leaves", "leaf"), "zset"),
     **dict.fromkeys(("post", "hidden", "kept", "upload", "uploads"), "hash"),
     **dict.fromkeys(("latest", "chunks"), "list"),
     **dict.fromkeys(("once", "rate", "epoch", "restored"), "string"),
@@ -74,10 +77,10 @@ class Report:
 async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: bool = False) -> Report:
     """Check all keys, and that their objects exist. With `deep` it also reads every object.
 
-    With `repair` it repairs derived data: scores in the feed, latest comments, memberships in sorted sets, reserved
-    bytes. It puts a post without JPEG back into image work, and drops an upload whose chunks are missing. A malformed
-    key is reported and otherwise ignored. To remove members whose bytes are not UTF-8, `db` must be opened with
-    `undecodable=EXACTLY`.
+    With `repair` it repairs derived data: scores in the feed, latest comments, memberships in sorted sets, lists of
+    users' posts, reserved bytes. It puts a post without JPEG back into image work, and drops an upload whose chunks are
+    missing. A malformed key is reported and otherwise ignored. To remove members whose bytes are not UTF-8, `db` must
+    be opened with `undecodable=EXACTLY`.
 
     Raises Unreachable, Unavailable, and Unknown where the reply to a repair was lost.
     """
@@ -94,7 +97,9 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
                 work.append(_isolate(rest, report, _check_upload(db, objects, rest, report, repair)))
             elif kind == "uploads":
                 work.append(_isolate(name, report, _check_reservations(db, partition, rest, "", report, repair)))
-            elif kind in ("feed", "changes", "gone", "due", "making"):
+            elif kind == "leaf":
+                work.append(_isolate(name, report, _check_leaf(db, partition, rest, report, repair)))
+            elif kind in ("feed", "changes", "gone", "due", "making", "leaves"):
                 work.append(_isolate(name, report, _check_members(db, objects, name, report, repair)))
         await asyncio.gather(*work)
     return report
@@ -140,14 +145,50 @@ async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Rep
         ids = []
         for member in members[::2]:
             parts = keys.ID.fullmatch(member)
-            if parts and int(parts[3]) == partition and (kind == "due" or not parts[1]):
+            if kind == "leaves":
+                valid = keys.well_formed(keys.leaf(partition, member))
+            else:
+                valid = parts and int(parts[3]) == partition and (kind == "due" or not parts[1])
+            if valid:
                 ids.append(member)
             else:
-                removed = bool(repair and await db.call("drop_member", [name], member.encode("utf-8", EXACTLY)))
-                report.add(member, f"0 it is not a valid member of {kind}", removed)
+                report.add(member, f"0 it is not a valid member of {kind}", repair and await _drop(db, name, member))
         if kind in ("feed", "changes"):
             work = (_check_post(db, objects, post, report, repair, deep=False, count=False) for post in ids)
             await asyncio.gather(*(_isolate(post, report, one) for post, one in zip(ids, work, strict=True)))
+
+
+async def _drop(db: Redis, zset: str, member: str) -> bool:
+    return bool(await db.call("drop_member", [zset], member.encode("utf-8", EXACTLY)))
+
+
+async def _check_leaf(db: Redis, partition: int, first: str, report: Report, repair: bool) -> None:
+    """Check that each entry of a leaf is of a post of its author, and belongs in this leaf."""
+    name = keys.leaf(partition, first)
+    skip = len(keys.entry_prefix(""))
+    flawed = []
+    for start in itertools.count(0, BATCH):
+        args = (start, BATCH, skip, keys.post_prefix(partition), keys.hidden_prefix(partition))
+        page = await db.call("leaf_page", [keys.leaves(partition), name], *args)
+        for entry, author, place in zip(page[::3], page[1::3], page[2::3], strict=True):
+            if place != first:
+                flawed.append((entry, "it is in a wrong leaf"))
+            elif not author or entry != keys.entry(author, entry[skip:]):
+                flawed.append((entry, "it names no post of this author"))
+        if len(page) < 3 * BATCH:
+            break
+    for entry, flaw in flawed:
+        report.add(entry, f"0 {flaw}", repair and await _drop(db, name, entry))
+
+
+async def _check_listed(db: Redis, post: str, status: str, author: str, report: Report, repair: bool) -> None:
+    """Check that a post is in the list of its author's posts. A hidden one is, too, but no page shows it."""
+    partition = keys.partition_of_post(post)
+    own_key = keys.hidden(post) if status.startswith("hidden ") else keys.post(post)
+    script_keys = [own_key, keys.leaves(partition)]
+    args = (author, keys.entry(author, post), keys.leaf_prefix(partition), LEAF_ENTRIES, int(repair))
+    if await db.call("index_post", script_keys, *args):
+        report.add(post, "0 it is missing in the list of its author's posts", repair)
 
 
 async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
@@ -164,16 +205,22 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
             return
 
 
-async def _call_check_post(db: Redis, post: str, repair: bool) -> tuple[str | None, int, bool, list[str]]:
-    """A post's status, number of comments, whether its image is to be made, and its flaws.
+class Judged(NamedTuple):
+    """What check_post found."""
 
-    The status is None where there is no such post, and for example "hidden ready" where it is hidden.
-    """
+    status: str | None  # None: no such post. Of a hidden post for example "hidden ready"
+    author: str  # empty: no such post, or it has none
+    comments: int
+    waits: bool  # whether its image is to be made
+    flaws: list[str]
+
+
+async def _call_check_post(db: Redis, post: str, repair: bool) -> Judged:
     partition = keys.partition_of_post(post)
     script_keys = [*keys.post_and_lists(post), keys.turns(partition), keys.hidden(post)]
     args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
-    status, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
-    return status, comments, bool(waits), flaws
+    status, author, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
+    return Judged(status, author, comments, bool(waits), flaws)
 
 
 async def _check_post(
@@ -184,10 +231,12 @@ async def _check_post(
     `count` is true for its own key. The check of that key reports the post's flaws, so each is reported once. If that
     key is missing, the first check of another name reports it.
     """
-    status, comments, waits, flaws = await _call_check_post(db, post, repair=False)
+    status, author, comments, waits, flaws = await _call_check_post(db, post, repair=False)
     if count:
         report.posts += 1
         report.comments += comments
+        if author:
+            await _check_listed(db, post, status or "", author, report, repair)
     elif status:
         return
     if not status:
@@ -195,8 +244,8 @@ async def _check_post(
             return
         report.missing_posts.add(post)
     if flaws and repair:
-        flaws = (await _call_check_post(db, post, repair=True))[3]
-        remaining = (await _call_check_post(db, post, repair=False))[3]
+        flaws = (await _call_check_post(db, post, repair=True)).flaws
+        remaining = (await _call_check_post(db, post, repair=False)).flaws
     else:
         remaining = flaws
     for flaw in flaws:
@@ -211,7 +260,7 @@ async def _check_post(
         if role == "JPEG" and (waits or status != "ready"):
             continue
         fault = await _object_flaw(objects, name, role, deep)
-        if not fault or (await _call_check_post(db, post, repair=False))[0] != status:  # it was deleted meanwhile
+        if not fault or (await _call_check_post(db, post, repair=False)).status != status:  # it was deleted meanwhile
             continue
         queued = role == "JPEG" and repair and await make_again(db, post)
         report.add(post, f"3 its {role} {fault}", bool(queued))

@@ -27,6 +27,7 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 DIGITS = str.maketrans(ALPHABET, "0123456789ABCDEFGHIJKLMNOPQRSTUV")  # to the digits of int(text, 32)
 ID = re.compile(r"(u?)([0-7][0-9A-HJKMNP-TV-Z]{25})-(0|[1-9][0-9]{0,4})")
 KEY = re.compile(r"([a-z]+):\{([0-9]{1,5})\}(?::(.*))?", re.DOTALL)
+ENTRY = re.compile(rf"[0-9a-f]{{16}} (?!u){ID.pattern}")
 COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
 
 
@@ -170,6 +171,10 @@ def hidden(post_id: str) -> str:
     return f"hidden:{{{partition_of_post(post_id)}}}:{post_id}"
 
 
+def hidden_prefix(partition: int) -> str:
+    return f"hidden:{{{partition}}}:"
+
+
 def kept(post_id: str) -> str:
     return f"kept:{{{partition_of_post(post_id)}}}:{post_id}"
 
@@ -223,6 +228,36 @@ def rate(partition: int, kind: str, who: str) -> str:
     return f"rate:{{{partition}}}:{kind}:{who}"
 
 
+def leaves(partition: int) -> str:
+    return f"leaves:{{{partition}}}"
+
+
+def leaf(partition: int, first: str) -> str:
+    """A part of the lists of users' posts. `first` is its lowest possible entry, or "0" for the lowest leaf."""
+    return f"leaf:{{{partition}}}:{first}"
+
+
+def leaf_prefix(partition: int) -> str:
+    return f"leaf:{{{partition}}}:"
+
+
+def entry_prefix(user: str) -> str:
+    """What the entries of a user's posts begin with in the leaves.
+
+    >>> entry_prefix("alice")
+    '4deaec0cce54da89 '
+
+    It is a digest, so that all entries have the same length, however long the user's name is. In Redis a zset with a
+    member of more than 64 bytes takes three times the memory.
+    """
+    return f"{digest(user.encode())} "
+
+
+def entry(user: str, post_id: str) -> str:
+    """A post in the list of its author's posts: a member of a leaf."""
+    return entry_prefix(user) + post_id
+
+
 def parts(key: str) -> tuple[str, int | None, str]:
     """The kind, the partition and the rest of a key. The rest is an id, a user, `user:digest`
     for an Idempotency-Key, `class:user` for a rate limit, or empty.
@@ -243,7 +278,10 @@ def well_formed(key: str) -> bool:
         match = ID.fullmatch(name)
         of_upload = kind in ("upload", "chunks")
         return bool(match) and bool(match[1]) == of_upload and key == f"{kind}:{{{match[3]}}}:{name}"
-    of_user = kind in ("uploads", "making", "once", "rate")
+    if kind == "leaf" and name != "0":
+        match = ENTRY.fullmatch(name)
+        return bool(match) and int(match[3]) == partition and key == f"leaf:{{{partition}}}:{name}"
+    of_user = kind in ("uploads", "making", "once", "rate", "leaf")
     rest = f":{name}" if of_user and name else ""
     return bool(rest) == of_user and key == f"{kind}:{{{partition}}}{rest}"
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from heapq import merge
@@ -13,11 +13,13 @@ import orjson
 from storage import keys, metrics, traces
 from storage.db.client import Redis
 from storage.objects import NotFound, ObjectStore, Unavailable
-from storage.settings import CHANGES_MS, DAY_MS, LEASE_MS, PAGE_BYTES, PROCESSING
+from storage.settings import CHANGES_MS, DAY_MS, LEAF_ENTRIES, LEASE_MS, LOOKED_POSTS, PAGE_BYTES, PROCESSING
 
 CACHED_PAGES = 128  # parsed pages of the feed: 1 MB, or 32 MB where all of them have PAGE_BYTES
 CACHED_ROWS = 2048  # parsed rows of the feed: 3 MB, or 60 MB where all captions and comments are as long as allowed
 MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
+
+STATUSES = ("processing", "ready", "failed")
 
 log = logging.getLogger("imagegram.posts")
 _reported: set[str] = set()
@@ -107,6 +109,13 @@ class Page(NamedTuple):
     seen: list[tuple[str, int]]
 
 
+class UserPage(NamedTuple):
+    posts: tuple[Post, ...]
+    # The id of a post, behind which the next page begins. Empty: no more posts follow. A page may have no posts and
+    # still be followed by others, because each call looks at LOOKED_POSTS in each partition at most.
+    next: str
+
+
 # What `create` has done: created a post; found the post of the same idempotency key; found the post of the same upload.
 CREATED, REPLAYED, EXISTING = 0, 1, 2
 
@@ -137,6 +146,7 @@ async def create(
         keys.due(partition),
         keys.making(partition, author),
         keys.turns(partition),
+        keys.leaves(partition),
     ]
     if idempotency:
         script_keys.append(keys.once(partition, author, idempotency.scoped_key))
@@ -154,6 +164,9 @@ async def create(
         LEASE_MS,
         keys.post_prefix(partition),
         traces.traceparent(),
+        keys.entry(author, post),
+        keys.leaf_prefix(partition),
+        LEAF_ENTRIES,
     )
     if outcome == CREATED:
         metrics.FINISHED.add()
@@ -187,10 +200,48 @@ async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None 
     return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
 
 
-def report_skipped(reply: list, list_name: str) -> None:
-    """Log the members of a list that a script has skipped, each once. They are the fifth item of the reply."""
-    if len(reply) > 4:
-        for member in reply[4]:
+async def of_user(
+    db: Redis, partitions: int, user: str, statuses: Iterable[str], limit: int, after: str = ""
+) -> UserPage:
+    """Up to `limit` posts of a user in one of `statuses`, newest first, behind the post id `after`.
+
+    The page also ends where its captions and comments have PAGE_BYTES.
+    """
+    calls = [_user_page(db, partition, user, statuses, limit, after) for partition in range(partitions)]
+    replies = await asyncio.gather(*calls)
+    for reply in replies:
+        report_skipped(reply, "posts of a user", place=2)
+    # A partition that has more rows is complete down to this post only. The page ends there: between this post and the
+    # partition's next row, only the other partitions are known.
+    through = max(reply[0] for reply in replies)
+    rows = [post_from_row(row) for reply in replies for row in reply[1] if row[0] >= through]
+    rows.sort(key=lambda row: row.id, reverse=True)
+    return UserPage(tuple(rows[:limit]), rows[limit - 1].id if len(rows) > limit else through)
+
+
+async def _user_page(db: Redis, partition: int, user: str, statuses: Iterable[str], limit: int, after: str) -> list:
+    """The reply of user_page."""
+    return await db.call(
+        "user_page",
+        [keys.leaves(partition)],
+        user,
+        keys.entry_prefix(user),
+        after,
+        f" {' '.join(statuses)} ",
+        limit,
+        PAGE_BYTES,
+        LOOKED_POSTS,
+        keys.leaf_prefix(partition),
+        keys.post_prefix(partition),
+        keys.latest_prefix(partition),
+        keys.comments_prefix(partition),
+    )
+
+
+def report_skipped(reply: list, list_name: str, place: int = 4) -> None:
+    """Log the members of a list that a script has skipped, each once. They are at `place` of the reply, if any."""
+    if len(reply) > place:
+        for member in reply[place]:
             if member not in _reported and len(_reported) < MAX_REPORTED:
                 _reported.add(member)
                 log.warning("%s: %r has no whole post and is skipped; run `imagegram-storage check`", list_name, member)
@@ -305,6 +356,7 @@ async def delete(
             keys.due(partition),
             keys.making(partition, author),
             keys.kept(post),
+            keys.leaves(partition),
         ],
         db.clock,
         post,
@@ -312,6 +364,8 @@ async def delete(
         backup_reach_ms,
         max(CHANGES_MS, backup_reach_ms + DAY_MS),
         seen,
+        keys.entry(author, post),
+        keys.leaf_prefix(partition),
     )
     with suppress(Unavailable):  # the post is deleted in any case, and the outbox erases the image
         await erase_image(objects, post)

@@ -21,6 +21,7 @@ from storage.settings import (
     HOUR_MS,
     IMAGE_BYTES,
     LATEST_COMMENTS,
+    LEAF_ENTRIES,
     MIB,
     OPEN_UPLOADS,
     RESERVED_BYTES,
@@ -147,6 +148,13 @@ async def check_post(db, at: Scene):
     await db.call("check_post", script_keys, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
 
 
+async def index_post(db, at: Scene):
+    """Uses the `leaves` of another partition, where the post is missing: so there is something to repair."""
+    script_keys = [keys.post(at.ready), keys.leaves(1)]
+    args = ("alice", keys.entry("alice", at.ready), keys.leaf_prefix(1), LEAF_ENTRIES, 1)
+    await db.call("index_post", script_keys, *args)
+
+
 async def check_uploads(db, at: Scene):
     """Uses the `due` of another partition, where the upload is missing: so there is something to repair."""
     script_keys = [keys.uploads(0, "alice"), keys.due(1)]
@@ -187,6 +195,7 @@ WRITES = {
     "make_again": lambda db, at: check.make_again(db, at.ready),
     "check_post": check_post,
     "check_uploads": check_uploads,
+    "index_post": index_post,
     "drop_member": lambda db, at: db.call("drop_member", [keys.feed(0)], at.ready),
     "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name"),
     "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),

@@ -87,6 +87,69 @@ async def test_derived_data_are_repaired_to_what_they_were(db, store, data, serv
     assert (await check.check(db, store)).lines == []
 
 
+def entries(client) -> dict[str, list[str]]:
+    """The members of each leaf, and of `leaves`."""
+    return {key: client.zrange(key, 0, -1) for key in client.keys("lea*")}
+
+
+async def test_old_data_without_lists_of_users_posts_gets_them_by_a_repair(db, store, server, monkeypatch):
+    """Enough posts for several leaves, in all statuses. Another leaf size only changes how they are cut."""
+    monkeypatch.setattr(check, "LEAF_ENTRIES", 4)
+    made = [await make_processing(db, f"user{number % 5}", 2) for number in range(16)]
+    await outbox.fail(db, made[0], 0, "damaged", "it is damaged")
+    ready = await publish(db, store, "alice", partitions=2)
+    listed = sorted(entry for key, leaf in entries(server.client).items() if key.startswith("leaf:") for entry in leaf)
+    for key in entries(server.client):
+        server.client.delete(key)
+    report = await check.check(db, store)
+    assert (report.flaws, report.repaired) == (17, 0)
+    assert f"{ready}: 0 it is missing in the list of its author's posts" in report.lines
+    report = await check.check(db, store, repair=True)
+    assert (report.flaws, report.repaired) == (0, 17)
+    after = entries(server.client)
+    assert sorted(entry for key, leaf in after.items() if key.startswith("leaf:") for entry in leaf) == listed
+    assert max(len(leaf) for key, leaf in after.items() if key.startswith("leaf:")) <= 4
+    assert (await check.check(db, store)).lines == []
+    page = await posts.of_user(db, 2, "user1", posts.STATUSES, 100)
+    assert [row.id for row in page.posts] == sorted(made[1::5], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    ["missing", "wrong score", "wrong author", "no post", "wrong leaf", "no entry", "no leaf", "unlisted", "no id"],
+)
+async def test_lists_of_users_posts_are_repaired_to_what_they_were(db, store, server, monkeypatch, flaw):
+    monkeypatch.setattr(posts, "LEAF_ENTRIES", 4)
+    made = [await make_processing(db, f"user{number % 5}") for number in range(20)]
+    client, leaves = server.client, keys.leaves(0)
+    before = contents(client)
+    firsts = client.zrange(leaves, 0, -1)
+    assert len(firsts) > 3 and firsts[0] == "0"
+    leaf = keys.leaf(0, firsts[1])
+    entry = client.zrange(leaf, 0, -1)[0]
+    count = client.zcard(leaf)
+    other = entry[:15] + ("0" if entry[15] != "0" else "1") + entry[16:]
+    spoil = {
+        "missing": lambda: client.zrem(leaf, entry),
+        "wrong score": lambda: client.zadd(leaf, {entry: 5}),
+        "wrong author": lambda: client.zadd(leaf, {other: 0}),
+        "no post": lambda: client.zadd(keys.leaf(0, "0"), {"0" * 16 + " " + keys.new_post_id(0): 0}),
+        "wrong leaf": lambda: client.zadd(keys.leaf(0, firsts[-1]), {entry: 0}),
+        "no entry": lambda: client.zadd(keys.leaf(0, firsts[-1]), {"rubbish": 0}),
+        "no leaf": lambda: client.delete(leaf),
+        "unlisted": lambda: client.zadd(keys.leaf(0, keys.entry("eve", made[0])), {keys.entry("eve", made[0]): 0}),
+        "no id": lambda: client.zadd(leaves, {"rubbish": 0}),
+    }[flaw]
+    spoil()
+    with unchanged(client):
+        report = await check.check(db, store)
+    assert report.flaws == (count if flaw == "no leaf" else 1), report.lines
+    report = await check.check(db, store, repair=True)
+    assert report.flaws == 0
+    assert contents(client) == before
+    assert (await check.check(db, store)).lines == []
+
+
 async def test_a_processing_post_that_is_missing_in_the_outbox_is_put_back(db, store, data, server):
     post = await make_processing(db, "forgotten")
     server.client.zrem(keys.making(0, "forgotten"), post)
@@ -141,13 +204,15 @@ async def test_a_key_of_a_wrong_type_is_reported_and_other_partitions_are_repair
     post, upload = data[5], data["upload"]
     partition = keys.partition_of_post(post)
     key = {
-        **{name: f"{name}:{{{partition}}}" for name in ("feed", "changes", "gone", "due", "turns")},
+        **{name: f"{name}:{{{partition}}}" for name in ("feed", "changes", "gone", "due", "turns", "leaves")},
         **{name: f"{name}:{{{partition}}}" for name in ("epoch", "restored")},
         **{name: f"{name}:{{{partition}}}:{post}" for name in ("post", "hidden", "comments", "latest", "kept")},
         **{name: f"{name}:{{0}}:{upload}" for name in ("upload", "chunks")},
         "uploads": keys.uploads(0, "carol"),
         "making": keys.making(0, "waiting"),
         "once": keys.once(0, "carol", "a request"),
+        "rate": keys.rate(0, "comment", "carol"),
+        "leaf": keys.leaf(partition, "0"),
     }[kind]
     wrong = write_wrong_type(server.client, key)
     other = data[1]

@@ -22,13 +22,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from making import make_post
+from making import make_post, make_processing
 
-from storage import changes, check, comments, errors, keys, posts
+from storage import changes, check, comments, errors, keys, outbox, posts
 from storage.objects import open_store
 from storage.settings import LATEST_COMMENTS
 
 USERS = st.sampled_from(["alice", "bob", "{c}:arol"])
+SMALL_LEAF = 3  # entries
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 
 
@@ -53,6 +54,7 @@ class Feed(RuleBasedStateMachine):
         self.hidden: dict[str, list[comments.Comment]] = {}  # the same of hidden posts, which no list may show
         self.authors: dict[str, str] = {}
         self.passing: list[str] = []  # posts that are in no bundle: only the rules of walks delete them
+        self.unready: dict[str, str] = {}  # posts that are processing or failed, with their status
         self.held: dict[str, posts.Post] = {}  # the posts that a client holds, which refreshes by changes
         self.token = None
 
@@ -116,6 +118,45 @@ class Feed(RuleBasedStateMachine):
         comment = comment._replace(id=shown[0])
         self.comments_of(post).append(comment)
         return post, comment
+
+    @rule(author=USERS, ends=st.sampled_from(["processing", "failed"]))
+    def create_a_post_that_is_not_ready(self, author, ends):
+        post = self.run(make_processing(self.db, author, self.partitions))
+        self.unready[post], self.authors[post] = ends, author
+        if ends == "failed":
+            self.run(outbox.fail(self.db, post, 0, "damaged", "it is damaged"))
+
+    @rule(data=st.data())
+    def delete_a_post_that_is_not_ready(self, data):
+        if self.unready:
+            post = data.draw(st.sampled_from(sorted(self.unready)))
+            self.run(posts.delete(self.db, self.objects, self.authors[post], post))
+            del self.unready[post]
+
+    def posts_of(self, user: str, statuses) -> list[str]:
+        """The posts of a user with one of the statuses, newest first, by the model."""
+        known = {**dict.fromkeys(self.model, "ready"), **self.unready}
+        found = [post for post, status in known.items() if self.authors[post] == user and status in statuses]
+        return sorted(found, reverse=True)
+
+    @rule(user=USERS, limit=st.integers(1, 4), statuses=st.sampled_from([posts.STATUSES, *zip(posts.STATUSES)]))
+    def walk_the_posts_of_a_user(self, user, limit, statuses):
+        """A post that exists during the whole walk is returned exactly once, while others come and go."""
+        before, walked, after = self.posts_of(user, statuses), [], ""
+        while True:
+            page = self.run(posts.of_user(self.db, self.partitions, user, statuses, limit, after))
+            assert len(page.posts) <= limit
+            walked += [row.id for row in page.posts]
+            after = page.next
+            if not after:
+                break
+            if self.passing and len(walked) % 2:
+                post = self.passing.pop()
+                self.run(posts.delete(self.db, self.objects, "bob", post))
+                del self.model[post]
+                before = [other for other in before if other != post]
+                walked = [other for other in walked if other != post]
+        assert walked == before
 
     @rule(post=consumes(created_posts), user=USERS)
     def delete_post(self, post, user):
@@ -267,6 +308,13 @@ class Feed(RuleBasedStateMachine):
             here = [post for post in self.model if keys.partition_of_post(post) == partition]
             counts = {post: len(self.model[post]) for post in here}
             assert dict(client.zrange(keys.feed(partition), 0, -1, withscores=True)) == counts
+            here += [post for post in (*self.unready, *self.hidden) if keys.partition_of_post(post) == partition]
+            entries = [keys.entry(self.authors[post], post) for post in here]
+            leaves = client.zrange(keys.leaves(partition), 0, -1)
+            found = [client.zrange(keys.leaf(partition, first), 0, -1) for first in leaves]
+            assert sum(found, []) == sorted(entries)
+            for first, following, leaf in zip(leaves, (*leaves[1:], "~"), found, strict=False):
+                assert len(leaf) <= SMALL_LEAF and all(first <= entry < following for entry in leaf)
         for post, expected in self.model.items():
             assert client.xlen(keys.comments(post)) == len(expected)
             row = self.run(posts.read(self.db, post))
@@ -275,13 +323,16 @@ class Feed(RuleBasedStateMachine):
         for post in self.hidden:
             with pytest.raises(errors.NoPost):
                 self.run(posts.read(self.db, post))
-            status, count, waits, flaws = self.run(check._call_check_post(self.db, post, repair=False))
-            assert (status, count, waits, flaws) == ("hidden ready", len(self.hidden[post]), False, [])
+            judged = self.run(check._call_check_post(self.db, post, repair=False))
+            assert judged == ("hidden ready", self.authors[post], len(self.hidden[post]), False, [])
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
 @pytest.mark.parametrize("kind", ["fake", "valkey"])
-def test_the_feed_always_equals_a_plain_model(kind, partitions):
+def test_the_feed_and_the_lists_of_users_always_equal_a_plain_model(kind, partitions, monkeypatch):
+    """The lists are cut into small leaves, and a call looks at few posts, so that a few posts reach every case."""
+    monkeypatch.setattr(posts, "LEAF_ENTRIES", SMALL_LEAF)
+    monkeypatch.setattr(posts, "LOOKED_POSTS", 3)
     server = start_server(kind)
     try:
         Machine = type("Machine", (Feed,), {"server": server, "partitions": partitions})

@@ -55,6 +55,12 @@ def tied(posts: int) -> list[int]:
     return comment_counts
 
 
+def post_id(ms: int, chance: random.Random | None = None) -> str:
+    """The id of a post that was created at a time in unix milliseconds."""
+    ulid = ms << 80 | (chance or random).getrandbits(80)
+    return "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + "-0"
+
+
 def rows(comment_counts: list[int]) -> Iterator[Row]:
     """One post for each number in `comment_counts`, with this number of comments. The posts are one second apart. The
     last one is a moment old.
@@ -63,7 +69,6 @@ def rows(comment_counts: list[int]) -> Iterator[Row]:
     start = now - 1000 * len(comment_counts) - GAP_MS * (max(comment_counts) + 1)
     for number, count in enumerate(comment_counts):
         post_ms = start + 1000 * number
-        ulid = post_ms << 80 | chance.getrandbits(80)
         comment_ms = post_ms
         comments = []
         for _ in range(count):
@@ -72,7 +77,7 @@ def rows(comment_counts: list[int]) -> Iterator[Row]:
             comment = f"{min(comment_ms, now)}-{len(comments) if comment_ms > now else 0}"
             comments.append((comment, AUTHOR % chance.randrange(100_000)))
         yield Row(
-            "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + "-0",
+            post_id(post_ms, chance),
             AUTHOR % (number % 100_000),
             CAPTION % number,
             b64encode(chance.randbytes(21)).decode(),

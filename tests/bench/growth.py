@@ -3,6 +3,7 @@
 import contextlib
 import random
 import tempfile
+import time
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from statistics import median
 
 from storage import keys
 from storage.db.client import SCRIPTS
-from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
+from storage.settings import DAY_MS, LATEST_COMMENTS, LEAF_ENTRIES, PAGE_BYTES
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
 from tests.bench.parts import Api, Redis
 from tests.bench.table import Row, of_runs
+from tests.conftest import ROOT
 
 SIZES = (10_000, 100_000, 1_000_000)  # posts
 LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # comments of a post
@@ -168,6 +170,26 @@ def fill_keys(server: Redis, number: int) -> None:
         fill.send(server, (fill.pack("SET", name, value, "PX", str(DAY_MS)) for name in names))
 
 
+# How the posts are spread over users: for each shape the users of 100,000 posts, in the order of time.
+SHAPES: dict[str, Callable[[int], list[int]]] = {
+    "1 post a user": lambda posts: list(range(posts)),
+    "Zipf": lambda posts: [int(random.paretovariate(1)) for _ in range(posts)],
+    "1,000 posts a user": lambda posts: [random.randrange(posts // 1000) for _ in range(posts)],
+}
+
+
+def fill_lists(server: Redis, shape: str, posts: int) -> None:
+    """Writes the lists of users' posts, without the posts themselves."""
+    shared = (ROOT / "lua" / "shared.lua").read_text()
+    text = f"#!lua\n{shared}\nadd_entry(KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]))"
+    command = ["EVALSHA", server.client.script_load(text), "1", keys.leaves(0), keys.leaf_prefix(0)]
+    start = int(time.time() * 1000) - 1000 * posts
+    ids = (fill.post_id(start + 1000 * number) for number in range(posts))
+    entries = (keys.entry(fill.AUTHOR % user, post) for user, post in zip(SHAPES[shape](posts), ids, strict=True))
+    with server.filling():
+        fill.send(server, (fill.pack(*command, entry, str(LEAF_ENTRIES)) for entry in entries))
+
+
 def memory(kind: str, quick: bool) -> tuple[list[Row], dict[int, float]]:
     """Measures Redis' memory, with all its keys. Returns the rows of the table, and bytes a comment by post length."""
 
@@ -179,9 +201,14 @@ def memory(kind: str, quick: bool) -> tuple[list[Row], dict[int, float]]:
     post = used(kind, lambda server: fill.fill(server, [0] * entries)) / entries
     key = used(kind, lambda server: fill_keys(server, entries)) / entries
     by_length = {each: bytes_a_comment(each, max(20, 20_000 // each)) for each in LENGTHS}
+    lists = {shape: used(kind, lambda server, shape=shape: fill_lists(server, shape, entries)) for shape in SHAPES}
     rows = [
         Row(f"memory a comment, {length} a post ({kind})", bytes_a_comment(length, posts), 125, most=True, unit="B"),
         Row(f"memory a post without comments ({kind})", post, 700, most=True, unit="B"),
         Row(f"memory an Idempotency-Key ({kind})", key, 220, most=True, unit="B"),
+        *(
+            Row(f"memory a post in its author's list, {shape} ({kind})", size / entries, 80, most=True, unit="B")
+            for shape, size in lists.items()
+        ),
     ]
     return rows, by_length
