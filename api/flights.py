@@ -116,7 +116,7 @@ def owned_read(read):
 
     async def handler(request, user: str):
         ctx, user = request.app.ctx, unquote(user)
-        owns = "authorization" in request.headers and tokens.user(request) == user
+        owns = "authorization" in request.headers and await tokens.user(request) == user
         key, path = (request.raw_url, owns), {"user": user, "owns": owns}
         if ctx.limiter:
             answer = await _join_limited(request, key, read, path)
