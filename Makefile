@@ -93,7 +93,7 @@ picture: ## draw the picture of the page /docs in docs/images/ again
 	@.ci/setup test
 	PICTURE=docs/images/docs-page.png $(python) -m pytest tests/test_api_page.py -k picture
 
-fuzz: ## 10,000 random requests over all routes, and 10,000 made from the description; eight minutes
+fuzz: ## 10,000 random requests over all routes, and 10,000 made from the description; ten minutes
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.fuzz
 	PYTHONPATH=tests timeout 1200 $(python) -m tests.drills.described
