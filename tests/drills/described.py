@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import hypothesis
@@ -64,7 +65,7 @@ class Explorer:
         self.owners: dict[str, str] = {}  # id -> the token of who created it
         self.seen: Counter[tuple[str, int]] = Counter()
         self.session = requests.Session()
-        self.schema = schemathesis.openapi.from_dict(DESCRIPTION)
+        self.schema = schemathesis.openapi.from_dict(deepcopy(DESCRIPTION))  # it changes what it gets
         self.schema.config.update(base_url=site.url)
 
     def furnish(self, case, chance: random.Random, share: float, token: str = "") -> None:
