@@ -95,8 +95,9 @@ def awaited_read(read):
             answer = await _join_limited(request, request.raw_url, read, path)
         else:
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
-        if seconds and answer.awaited:
-            await ctx.waiting.wait(answer.awaited, seconds)
+        if seconds and (awaited := answer.awaited):
+            del answer  # 2 kB for each who waits
+            await ctx.waiting.wait(awaited, seconds)
             request.stream.perft0 = perf_counter()  # for api/metrics.py: the client asked for this delay
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         response = await answer.respond(request)

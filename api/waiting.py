@@ -43,21 +43,22 @@ class Waiting:
         table = self._changes
         if isinstance(subject, str):
             table = self._posts.setdefault(keys.partition_of_post(subject), {})
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         table.setdefault(subject, set()).add(future)
+        timer = loop.call_later(seconds, _resolve, future)  # asyncio.timeout and asyncio.wait take 1 kB more each
         WAITING_REQUESTS.add(1)
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask_while_somebody_waits())
         try:
-            await asyncio.wait((future,), timeout=seconds)
+            await future
         finally:  # also if the client went away, which cancels this task
+            timer.cancel()
             WAITING_REQUESTS.add(-1)
             futures = table[subject]
             futures.discard(future)
             if not futures:
                 del table[subject]
-        if future.done():
-            future.result()
 
     def stop(self) -> None:
         """Answer all who wait with what is true now."""
@@ -117,9 +118,13 @@ def _has_changed(seen: Seen, newest: dict[int, tuple[str, int]]) -> bool:
 def _wake(table: dict, subjects: Iterable, error: Exception | None = None) -> None:
     for subject in subjects:
         for future in table.get(subject, ()):
-            if future.done():
-                continue
-            if error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
+            _resolve(future, error)
+
+
+def _resolve(future: asyncio.Future, error: Exception | None = None) -> None:
+    if future.done():
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)

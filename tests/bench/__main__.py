@@ -7,11 +7,11 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import forecast, growth, plots, requests, shipping, table, transfers
+from tests.bench import forecast, growth, plots, requests, shipping, table, transfers, waiting
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = ("requests", "growth", "memory", "transfers", "shipping", "forecast")
+PARTS = ("requests", "growth", "memory", "transfers", "shipping", "waiting", "forecast")
 FORECAST = 300  # seconds of each load
 QUICK_SIZES = (1000, 10_000)  # posts
 
@@ -36,6 +36,8 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
             rows = transfers.measure(rounds)
         case "shipping":
             rows = shipping.measure(rounds, seconds)
+        case "waiting":
+            rows = waiting.measure()
         case "forecast":
             rows, results = forecast.measure(10 if options.quick else FORECAST)
             plots.forecast(results, forecast.TARGET, pictures / "forecast.png")
