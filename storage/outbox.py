@@ -205,6 +205,7 @@ async def erase(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEn
     The JPEG is erased at once, and again until no job can store it any more. The original is erased when no kept backup
     can name it any more. Raises NoPost where the entry is not the id of a post, Unavailable, Unreachable, Unknown.
     """
+    keys.partition_of_post(entry.id)  # `_inspect` takes a malformed id for a deleted post
     row = await _inspect(db, entry.id)
     if row and row.has_image():  # it was unhidden after this lease began, and is due again since then
         return

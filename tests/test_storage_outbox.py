@@ -601,7 +601,7 @@ async def test_the_jpeg_of_a_deleted_post_is_erased_at_once_and_its_original_aft
     assert await object_names(store) == []
     assert not server.client.exists(keys.due(0))
     assert await outbox.lease_images(db, 0, 10) == []  # this also removes alice from the turns
-    assert {key.split(":")[0] for key in contents(server.client)} <= {"gone", "upload"}
+    assert {key.split(":")[0] for key in contents(server.client)} <= {"gone", "leaves", "upload"}
 
 
 async def test_the_bytes_of_a_failed_post_stay_until_a_day_after_it_is_deleted(server, db, store):
