@@ -31,8 +31,9 @@ lint:
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
+# Three processes also on two cores: many tests wait for a timer or for a process to start.
 unit:
-	$(python) -m pytest -n 2 --dist loadfile
+	$(python) -m pytest -n 3 --dist loadfile
 
 test-pillow: ## the image tests with Pillow itself, which is used where pillow-simd cannot be compiled
 	@.ci/setup test
