@@ -65,9 +65,9 @@ bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; half
 	@.ci/setup bench
 	$(python) -m tests.bench
 
-bench-before: ## compare the rates of this checkout with those of a revision: make bench-before REVISION=main~10
+bench-before: ## compare the rates of this checkout with those of a revision: make bench-before REVISION=main~10; LIMITS=read=9000000/s,… sets rate limits
 	@.ci/setup bench
-	$(python) -m tests.bench.before $(REVISION)
+	$(python) -m tests.bench.before $(REVISION) --limits '$(LIMITS)'
 
 bench-images: ## the cost of a picture, beside libvips
 	@.ci/setup bench

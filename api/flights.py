@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from api import tokens
 from api.headers import list_header, preferred_wait
-from api.limits import begin_read, end_read, settle_read
+from api.limits import begin_read, end_read
 from storage import traces
 from storage.errors import Unreachable
 from storage.metrics import FLIGHTS, PASSENGERS
@@ -141,8 +141,11 @@ async def _join_limited(request, key: Hashable, read, path: dict):
         if ticket:
             await end_read(request, ticket)  # 429 comes before the error of the read
         raise
-    if ticket and ticket[0].verdicts:
-        settle_read(request, ticket)  # the usual case, without the cost of a coroutine
-    elif ticket:
-        await end_read(request, ticket)
+    if ticket:
+        batch, charge, number = ticket
+        verdict = batch.verdicts and batch.verdicts[charge]
+        if verdict and number <= verdict.allowed and verdict.headers:
+            request.stream.limits = verdict.headers  # the usual case, without the calls of end_read
+        else:
+            await end_read(request, ticket)
     return answer

@@ -31,16 +31,13 @@ async def admit(request, name: str) -> str:
     user, limiter = await tokens.user(request), request.app.ctx.limiter
     if limiter and (charge := limiter.charge(name, user)):
         try:
-            await _take(request, charge)
+            allowed, verdict = await limiter.decide(charge)
         except Refusal:
             if name != "read":
                 raise
+        else:
+            _settle(request.stream, charge, allowed, verdict)
     return user
-
-
-async def _take(request, charge: Charge) -> None:
-    allowed, verdict = await request.app.ctx.limiter.decide(charge)
-    _settle(request.stream, charge, allowed, verdict)
 
 
 def begin_read(request) -> Ticket | None:
@@ -70,13 +67,8 @@ def begin_read(request) -> Ticket | None:
 
 async def end_read(request, ticket: Ticket) -> None:
     """Raises Problem 429 if the read is over its limit. It is allowed if Redis did not decide."""
-    await ticket[0].decided()
-    settle_read(request, ticket)
-
-
-def settle_read(request, ticket: Ticket) -> None:
-    """The end of `end_read`, for a batch that is decided."""
     batch, charge, number = ticket
+    await batch.decided(request.app.ctx.limiter.loop)
     if batch.verdicts:
         verdict = batch.verdicts[charge]
         _settle(request.stream, charge, number <= verdict.allowed, verdict)
@@ -95,7 +87,8 @@ async def paid_body(request, user: str, most: int):
         yield
         return
     # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
-    await run_to_completion(_take(request, charge))
+    allowed, verdict = await run_to_completion(limiter.decide(charge))
+    _settle(stream, charge, allowed, verdict)
     try:
         yield
     finally:

@@ -66,13 +66,14 @@ class Batch:
         self.error: Exception | None = None  # why there are no verdicts
         self.waiting: list[asyncio.Future] = []
 
-    async def decided(self) -> None:
-        """Wait until the batch is decided."""
+    def decided(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future:
+        """A future that ends when the batch is decided."""
+        future = loop.create_future()  # one for each caller: a caller that is cancelled must not disturb the others
         if self.verdicts is None and self.error is None:
-            # One future for each caller: a caller that is cancelled must not disturb the others.
-            future = asyncio.get_running_loop().create_future()
             self.waiting.append(future)
-            await future
+        else:
+            future.set_result(None)
+        return future
 
 
 # The place of a request: it is the n-th with this charge in this batch, counted from 1. A plain tuple, because creating
@@ -87,7 +88,7 @@ class Limiter:
         self._db = db
         self._limits = limits
         self._partitions = partitions
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._open: dict[int, Batch] = {}  # by partition: the batch that has not left yet
         self.charge = lru_cache(CACHED)(self._charge)
 
@@ -102,7 +103,7 @@ class Limiter:
     def take(self, charge: Charge) -> Ticket | Verdict:
         """Enter a request into the next batch. A Verdict, which refuses, if the charge is known to be blocked."""
         if charge.blocked_until:
-            rest = charge.blocked_until - self._loop.time()
+            rest = charge.blocked_until - self.loop.time()
             if rest > 0:
                 return Verdict(0, 0, math.ceil(rest * 1000))
             charge.blocked_until = 0.0
@@ -140,7 +141,7 @@ class Limiter:
             for charge, count in batch.counts.items():
                 verdict = verdicts[charge] = Verdict(*reply[place : place + 3])
                 if verdict.allowed < count and charge.cost == 1:
-                    charge.blocked_until = self._loop.time() + verdict.again_ms / 1000
+                    charge.blocked_until = self.loop.time() + verdict.again_ms / 1000
                 place += 3
             batch.verdicts = verdicts
         else:
@@ -158,7 +159,7 @@ class Limiter:
         if isinstance(ticket, Verdict):
             return False, ticket
         batch, _, number = ticket
-        await batch.decided()
+        await batch.decided(self.loop)
         if batch.verdicts is None:
             raise batch.error
         verdict = batch.verdicts[charge]
