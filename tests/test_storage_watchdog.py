@@ -142,7 +142,8 @@ def test_no_watchdog_outlives_its_process(program, signum):
         "  await asyncio.sleep(60)",
         limit=30,
     )
-    fork, child = psutil.Process(int(process.stdout.readline())), watchdog_of(process.pid)
+    fork = psutil.Process(int(process.stdout.readline()))
+    child = until(lambda: watchdog_of(process.pid), what="the watchdog, which may still be starting")
     until(lambda: ignores(child.pid, signal.SIGTERM, signal.SIGINT, signal.SIGHUP), what="the watchdog")
     assert sorted(int(file) for file in os.listdir(f"/proc/{child.pid}/fd")) == [0, 1, 2]
     assert child.environ() == {}
