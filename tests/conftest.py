@@ -127,13 +127,16 @@ class FakeChannel:
     async def ask(self, *command):
         return await self.client.execute_command(*command)
 
-    def ask_packed(self, packed):
-        return asyncio.ensure_future(self._ask_packed(packed))
+    def ask_packed(self, packed, answer):
+        asyncio.ensure_future(self._ask_packed(packed, answer))
 
-    async def _ask_packed(self, packed):
+    async def _ask_packed(self, packed, answer):
         reader = hiredis.Reader(encoding="utf-8")  # a command is packed like a reply that is a list
         reader.feed(packed if isinstance(packed, bytes) else packed())
-        return await self.ask(*reader.gets())
+        try:
+            answer.set_result(await self.ask(*reader.gets()))
+        except redis_client.RedisError as error:
+            answer.set_exception(error)
 
     async def close(self) -> None:
         await self.client.aclose()
