@@ -1,8 +1,8 @@
 """Sends what the description of the API allows, and more, and compares the answers with it. A part of `make fuzz`.
 
 Schemathesis makes the requests from the description: for each call some that it allows and some that it does not, and
-scenarios that follow its links, for example from a new post to its comments. The seed determines all of them. Most of
-them name something that exists and have a token, so that they reach the handlers.
+scenarios that follow its links, for example from a new post to its comments. Most of them name something that exists
+and have a token, so that they reach the handlers. The seed determines all but the ids, which the server chooses.
 
 Asserts that no status is 5xx and that each answer is as the description says, by Schemathesis' checks and by those of
 tests/conformance.py.
@@ -43,7 +43,8 @@ CHECKS = [
 TUS = {"Tus-Resumable": "1.0.0"}
 IMAGE = jpeg(64, 48)
 KEPT = 30  # ids of each kind that requests name
-# Answers that show that the requests reach the handlers.
+# Answers that show that the requests reach the handlers. A long run gets all of them. What a short run gets depends on
+# the ids that the server chooses.
 REACHED = {
     ("createPost", 201), ("readPost", 200), ("deletePost", 204), ("addComment", 201), ("listComments", 200),
     ("readComment", 200), ("deleteComment", 204), ("createUpload", 201), ("appendToUpload", 204), ("listUploads", 200),
@@ -200,7 +201,6 @@ def explore(server, folder: Path, examples: int, scenarios: int, seed: int = 1) 
         explorer.linked_calls(scenarios, 8, seed)
         logged = log.read_text(errors="replace")
         assert "Traceback" not in logged and "ERROR" not in logged, logged[-3000:]
-        assert explorer.seen.keys() >= REACHED, REACHED - explorer.seen.keys()
         return explorer.seen
     finally:
         site.close()
@@ -214,6 +214,7 @@ def described(examples: int = 140, scenarios: int = 250) -> str:
             seen = explore(server, Path(folder), examples, scenarios)
         finally:
             server.close()
+    assert seen.keys() >= REACHED, REACHED - seen.keys()
     statuses: Counter[int] = Counter()
     for (_, status), count in seen.items():
         statuses[status] += count
