@@ -14,9 +14,6 @@
 -- ARGV[5] latest_count  how many comments `latest` holds
 -- Returns 1
 -- Refuses NOPOST NOCOMMENT FORBIDDEN
---
--- `latest` is always filled again from the stream, whichever comment was deleted. So there is one path only, and it
--- also corrects a `latest` that is wrong.
 local post, comments, latest, feed, changes, gone, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local now, id, comment, user, latest_count = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if #KEYS < 6 or #KEYS > 7 or #ARGV ~= 5 or not tonumber(latest_count) then
@@ -40,11 +37,5 @@ local revision = next_revision(now, changes, gone)
 if not entry then
   return redis.call('HDEL', kept, comment)
 end
-redis.call('XDEL', comments, comment)
-redis.call('DEL', latest)
-for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
-  redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
-end
-redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id) -- XX: a hidden post is not in the feed, and stays out
-redis.call('ZADD', changes, 'XX', revision, id)
+remove_comment(comments, latest, feed, changes, id, comment, latest_count, revision)
 return 1

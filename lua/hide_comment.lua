@@ -38,11 +38,5 @@ if not entry then
   return 0
 end
 redis.call('HSET', kept, comment, cjson.encode({entry[2][2], entry[2][4]}))
-redis.call('XDEL', comments, comment)
-redis.call('DEL', latest)
-for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
-  redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
-end
-redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id) -- XX: a hidden post is not in the feed, and stays out
-redis.call('ZADD', changes, 'XX', revision, id)
+remove_comment(comments, latest, feed, changes, id, comment, latest_count, revision)
 return 1

@@ -1,5 +1,5 @@
 -- Functions that several scripts use. storage's loader puts this text behind the first line of every script.
--- They only read, except add_entry. A function that refuses returns the refusal, and the script returns it to the
+-- The last two write, the others only read. A function that refuses returns the refusal, and the script returns it to the
 -- caller. The script's header lists the word under `Refuses`.
 -- Every call of a script creates all of these functions, about 0.04 µs for each. So there are few of them, and none
 -- uses another one, which would cost twice as much.
@@ -62,7 +62,7 @@ local function refuse_busy(making, posts, allowed)
   end
 end
 
--- Adds a post to the list of its author's posts. It may be there already. The only function that writes.
+-- Adds a post to the list of its author's posts. It may be there already.
 -- The lists of all users are one sequence of entries in lexical order, in leaves of at most `leaf_entries`. `leaves` has
 -- the first possible entry of each leaf, which is also the leaf's name; that of the lowest leaf is 0. A full leaf is
 -- split: its upper half becomes a new leaf.
@@ -83,4 +83,17 @@ local function add_entry(leaves, leaf, entry, leaf_entries)
     end
   end
   redis.call('ZADD', leaf .. first, 0, entry)
+end
+
+-- Removes a comment from its post's stream, and corrects what is derived from the stream.
+-- `latest` is always filled again, whichever comment was removed. So there is one path only, and it also corrects a
+-- `latest` that is wrong. XX: a hidden post is not in `feed` and `changes`, and stays out.
+local function remove_comment(comments, latest, feed, changes, id, comment, latest_count, revision)
+  redis.call('XDEL', comments, comment)
+  redis.call('DEL', latest)
+  for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
+    redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
+  end
+  redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id)
+  redis.call('ZADD', changes, 'XX', revision, id)
 end
