@@ -69,8 +69,8 @@ class StrictHttp(Http):
     has checked the token. A body that no handler reads is neither invited by `100 Continue` nor read.
     """
 
-    # None, or the values of RateLimit and RateLimit-Policy in the answer if the request counts against a limit
-    # None, or the charge of a read from this connection's address (api/limits.py)
+    # limits: the values of RateLimit and RateLimit-Policy, None if the request counts against no limit.
+    # reader: the charge of a read from this connection's address (api/limits.py), None if there was no such read yet.
     __slots__ = ("limits", "reader")
 
     def __init__(self, protocol):

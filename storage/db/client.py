@@ -134,9 +134,9 @@ class Channel:
     async def _run(self) -> None:
         try:
             while self._waiting and (len(self._tasks) == 1 or len(self._waiting) >= self._enough):
-                if self._enough == math.inf:
-                    # A request may ask for a limit first and then, in a task of its own, for what it reads. So each
-                    # turn of the event loop ends before its commands leave.
+                if callable(self._waiting[0][0]):
+                    # A request asks for its limit first and then, in a task of its own, for what it reads. The turn of
+                    # the event loop ends before they leave, so they leave together.
                     await asyncio.sleep(0)
                 await self._send()
         finally:
