@@ -7,13 +7,17 @@
 | the keys are older than STALE | they are fetched again, and requests go on with those that are there |
 | a fetch fails | the keys that are there stay in use |
 
+A timer fetches stale keys, too: verified tokens are cached, and a request with a cached token looks for no key.
+
 A fetch runs in a thread: it may block on the name server, the network or TLS. It ends after DEADLINE, whatever comes.
 """
 
 import asyncio
 import logging
+import ssl
 import threading
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from socket import SHUT_RDWR
 from time import monotonic
@@ -54,7 +58,10 @@ class Provider:
         self._began = self._fetched = -1e9  # times of the event loop
         self._connection: HTTPConnection | None = None  # of the fetch in progress
         self._ended = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # the deadline of this fetch, or the next fetch
+        self._connect = HTTPConnection
+        if urlsplit(url).scheme == "https":  # reading the system's certificates takes 20 ms, so not for each fetch
+            self._connect = partial(HTTPSConnection, context=ssl.create_default_context())
 
     @property
     def ready(self) -> bool:
@@ -83,12 +90,13 @@ class Provider:
         if self._connection or self._loop.time() < self._began + PAUSE:
             return
         parts = urlsplit(self._url)
-        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=STEP)
+        self._connection = self._connect(parts.hostname, parts.port, timeout=STEP)
         self._began = self._loop.time()
         self._ended = asyncio.Event()
         target = f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
         threading.Thread(target=self._run, args=(self._connection, target), daemon=True).start()
+        if self._timer:
+            self._timer.cancel()
         self._timer = self._loop.call_later(DEADLINE, self._end, self._connection, TimeoutError("it took too long"))
 
     def _run(self, connection: HTTPConnection, target: str) -> None:
@@ -108,6 +116,7 @@ class Provider:
             return
         self._connection = None
         self._timer.cancel()
+        self._timer = self._loop.call_later(STALE, self.begin)
         self._ended.set()
         if isinstance(result, Exception):
             log.warning("the keys of %s cannot be read: %s", self._url, str(result) or type(result).__name__)

@@ -354,6 +354,32 @@ async def test_a_new_key_is_found_and_a_removed_one_is_dropped(login):
     assert provider.find("rsa", "RS256") and provider.find("next", "RS256") is None
 
 
+async def test_keys_are_fetched_again_without_a_request_so_a_removed_key_ends_its_cached_tokens(login, monkeypatch):
+    monkeypatch.setattr(jwks, "STALE", 0.1)
+    monkeypatch.setattr(jwks, "PAUSE", 0.01)
+    changed = asyncio.Event()
+    provider = Provider(login.url, changed.set)
+    await provider.fetch()
+    changed.clear()
+    login.serve([jwk(RSA_NEXT, "RS256", kid="next")])
+    async with asyncio.timeout(5):
+        await changed.wait()
+    assert provider.find("rsa", "RS256") is None and provider.find("next", "RS256")
+    login.answer = BAD["closes"]
+    asked = len(login.asked)
+    while len(login.asked) < asked + 3:  # also after a fetch that has failed
+        await asyncio.sleep(0.01)
+
+
+async def test_to_begin_a_fetch_by_https_never_blocks_the_event_loop():
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        provider = Provider(f"https://127.0.0.1:{hangs.getsockname()[1]}/keys")
+        began = time.thread_time()
+        provider.begin()
+        assert time.thread_time() - began < 0.005
+        provider._end(provider._connection, TimeoutError())
+
+
 def test_keys_for_other_uses_and_weak_keys_are_ignored():
     def used(*keys) -> set:
         return set(read_keys(json.dumps({"keys": [*keys, jwk(ED, "EdDSA", kid="good")]}).encode())[1])
