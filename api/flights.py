@@ -97,8 +97,10 @@ def awaited_read(read):
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         if seconds and (awaited := answer.awaited):
             del answer  # 2 kB for each who waits
-            await ctx.waiting.wait(awaited, seconds)
-            request.stream.perft0 = perf_counter()  # for api/metrics.py: the client asked for this delay
+            try:
+                await ctx.waiting.wait(awaited, seconds)
+            finally:  # for api/metrics.py: the client asked for this delay, also if it goes away meanwhile
+                request.stream.perft0 = perf_counter()
             answer = await ctx.flights.join(request.raw_url, lambda: read(request, **path))
         response = await answer.respond(request)
         if seconds:

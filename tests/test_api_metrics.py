@@ -112,6 +112,12 @@ async def test_a_request_that_waits_is_counted_while_it_does_and_its_wait_is_no_
         line.sendall(head("GET", f"/v1/posts/{post}", "Prefer: wait=2"))
         await asyncio.to_thread(until, lambda: Scrape(serving.url)("imagegram_requests_waiting") == 1, what="the wait")
         assert (await asyncio.to_thread(hear, line)).status == 200
+    gone = {"route": "/v1/posts/{post}", "method": "GET", "status": "499"}
+    with dial(serving.port) as line:
+        line.sendall(head("GET", f"/v1/posts/{post}", "Prefer: wait=20"))
+        await asyncio.to_thread(until, lambda: Scrape(serving.url)("imagegram_requests_waiting") == 1, what="the wait")
+        await asyncio.sleep(1)  # of the wait, before its client goes away
+    await asyncio.to_thread(until, lambda: any(s.labels == gone for s in Scrape(serving.url).samples), what="the count")
     after = Scrape(serving.url)
     assert after("imagegram_requests_waiting") == 0
     route = {"route": "/v1/posts/{post}", "method": "GET"}
