@@ -4,13 +4,17 @@ import asyncio
 import base64
 import json
 import socket
+import ssl
 import subprocess
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 
 import jwt
 import pytest
 from conftest import NOBODY, Site, running_site, until
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
@@ -72,6 +76,7 @@ class Login:
         self.url = f"http://127.0.0.1:{self.port}/keys?tenant=1"
         self.asked: list[bytes] = []  # the head of each request
         self.open: list[socket.socket] = []
+        self.flags = 0  # MSG_PEEK: `answer` reads the request, too
         self.serve(KEYS)
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -83,7 +88,7 @@ class Login:
         while True:
             try:
                 line, _ = self.socket.accept()
-                self.asked.append(line.recv(65536))
+                self.asked.append(line.recv(65536, self.flags))
                 threading.Thread(target=self._answer, args=(line,), daemon=True).start()
             except OSError:
                 return
@@ -371,13 +376,40 @@ async def test_keys_are_fetched_again_without_a_request_so_a_removed_key_ends_it
         await asyncio.sleep(0.01)
 
 
-async def test_to_begin_a_fetch_by_https_never_blocks_the_event_loop():
-    with socket.create_server(("127.0.0.1", 0)) as hangs:
-        provider = Provider(f"https://127.0.0.1:{hangs.getsockname()[1]}/keys")
-        began = time.thread_time()
-        provider.begin()
-        assert time.thread_time() - began < 0.005
-        provider._end(provider._connection, TimeoutError())
+def certificate(folder) -> str:
+    """A file with a certificate of 127.0.0.1, which it has signed itself, and its key."""
+    name, now = x509.Name([]), datetime.now(UTC)
+    build = x509.CertificateBuilder(name, name, EC.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    build = build.add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), True)
+    key = EC.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = folder / "certificate.pem"
+    file.write_bytes(key + build.sign(EC, SHA256()).public_bytes(serialization.Encoding.PEM))
+    return str(file)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_keys_come_by_https_only_from_whom_the_system_trusts_and_no_fetch_blocks_the_event_loop(
+    login, trusted, tmp_path, monkeypatch
+):
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(file := certificate(tmp_path))
+    serve = login.answer
+
+    def answer_by_tls(line) -> None:
+        with tls.wrap_socket(line, server_side=True) as line:
+            line.recv(65536)
+            serve(line)
+
+    login.answer = answer_by_tls
+    login.flags = socket.MSG_PEEK
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", file)
+    provider = Provider(login.url.replace("http:", "https:"))
+    began = time.thread_time()
+    provider.begin()
+    assert time.thread_time() - began < 0.005
+    await provider.fetch()
+    assert (provider.ready, len(login.asked)) == (trusted, 1)
 
 
 def test_keys_for_other_uses_and_weak_keys_are_ignored():
