@@ -56,6 +56,8 @@ def create(settings: Settings) -> Sanic:
         MOTD=False,
         DEPRECATION_FILTER="ignore",  # on Python 3.14 Sanic calls a function that 3.16 removes; each process would warn
     )
+    # Sanic reads two settings for each request, as attributes. If they are none it calls a function, for a µs in all.
+    vars(app.config).update(app.config)
     app.ctx.settings = settings
     app.ctx.log_requests = settings.log == "json"
     app.ctx.secret = "" if settings.jwks_url else signing_secret(settings)

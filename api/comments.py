@@ -7,7 +7,7 @@ from api import limits, reading, rendering
 from api.answers import READ, Answer, json_answer
 from api.flights import shared_read
 from api.headers import list_header
-from storage import comments
+from storage import comments, keys
 from storage.errors import Precondition
 
 routes = Blueprint("comments")
@@ -15,13 +15,22 @@ routes = Blueprint("comments")
 
 @routes.post("/v1/posts/<post>/comments", stream=True)
 async def add(request, post: str):
-    user = await limits.admit(request, "comment")
-    await reading.receive_json(request)
-    text = reading.text(reading.fields(request).get("text"), "text")
-    if not reading.VISIBLE.search(text):
-        raise reading.invalid("text must not be blank", pointer="#/text")
-    idempotency = reading.idempotency_key(request, request.body)
-    comment, replayed = await comments.add(request.app.ctx.db, user, post, text, idempotency)
+    user, limit = await limits.begin_write(request, "comment")
+    try:
+        await reading.receive_json(request)
+        text = reading.text(reading.fields(request).get("text"), "text")
+        if not reading.VISIBLE.search(text):
+            raise reading.invalid("text must not be blank", pointer="#/text")
+        idempotency = reading.idempotency_key(request, request.body)
+        if limit and limit.charge.partition != keys.partition_of_post(post):  # one script cannot write in both
+            paid, limit = limit, None
+            await limits.pay(request, paid)
+        comment, replayed = await comments.add(request.app.ctx.db, user, post, text, idempotency, limit)
+    except Exception as error:
+        await limits.end_write(request, limit, error)
+        raise
+    if limit:
+        await limits.end_write(request, limit)
     return rendering.created(rendering.comment(comment), f"/v1/posts/{post}/comments/{comment.id}", replayed)
 
 

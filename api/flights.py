@@ -144,10 +144,9 @@ async def _join_limited(request, key: Hashable, read, path: dict):
             await end_read(request, ticket)  # 429 comes before the error of the read
         raise
     if ticket:
-        batch, charge, number = ticket
-        verdict = batch.verdicts and batch.verdicts[charge]
-        if verdict and number <= verdict.allowed and verdict.headers:
-            request.stream.limits = verdict.headers  # the usual case, without the calls of end_read
+        entry, number = ticket
+        if entry.headers and number <= entry.allowed:
+            request.stream.limits = entry.headers  # the usual case, without the calls of end_read
         else:
             await end_read(request, ticket)
     return answer

@@ -10,7 +10,7 @@ from sanic import Blueprint
 from sanic.response import HTTPResponse, empty
 
 from api import limits
-from api.answers import READ, FastResponse, encode_headers
+from api.answers import READ, FastResponse, encode_head
 from api.headers import list_header, matches_etag
 from api.problems import problem
 from storage import posts
@@ -36,7 +36,7 @@ async def image(request, name: str):
     post, ctx = name.removesuffix(".jpg"), request.app.ctx
     if ctx.limiter and (ticket := limits.begin_read(request)):
         await limits.end_read(request, ticket)
-        request.stream.limits = None  # caches store this answer, and would repeat what it says about one client
+        request.stream.limits = ""  # caches store this answer, and would repeat what it says about one client
     try:
         jpeg = await posts.image(ctx.objects, post)
     except NotFound:
@@ -49,7 +49,7 @@ async def image(request, name: str):
     bounds = RANGE.fullmatch(request.headers.get("range", ""))
     if bounds and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         return part(jpeg, bounds[1], bounds[2], headers)
-    return FastResponse(encode_headers({**headers, "Content-Type": "image/jpeg"}), 200, jpeg)
+    return FastResponse(encode_head(200, {**headers, "Content-Type": "image/jpeg"}), 200, jpeg)
 
 
 def part(jpeg: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPResponse:

@@ -11,8 +11,8 @@ from api import reading, tokens
 from api.headers import list_header
 from api.problems import Problem
 from storage import metrics
-from storage.errors import Refusal
-from storage.limits import Charge, Ticket, Verdict
+from storage.errors import Refusal, Unknown, Unreachable
+from storage.limits import Entry, Ticket
 from storage.uploads import run_to_completion
 
 CACHED = 10_000  # addresses and header values, in a few MB each
@@ -31,13 +31,47 @@ async def admit(request, name: str) -> str:
     user, limiter = await tokens.user(request), request.app.ctx.limiter
     if limiter and (charge := limiter.charge(name, user)):
         try:
-            allowed, verdict = await limiter.decide(charge)
+            allowed, entry = await limiter.decide(charge)
         except Refusal:
             if name != "read":
                 raise
         else:
-            _settle(request.stream, charge, allowed, verdict)
+            settle(request.stream, entry, allowed)
     return user
+
+
+async def begin_write(request, name: str) -> tuple[str, Entry | None]:
+    """Like `admit`, but only what this process knows is checked. A script that writes takes from the entry.
+
+    The entry is None if there is no limit. `end_write` has the decision.
+    """
+    user, limiter = await tokens.user(request), request.app.ctx.limiter
+    charge = limiter and limiter.charge(name, user)
+    if not charge:
+        return user, None
+    entry = limiter.alone(charge)
+    if entry.allowed is not None:
+        settle(request.stream, entry, False)
+    return user, entry
+
+
+async def pay(request, entry: Entry) -> None:
+    """Take from the limit by a call of its own. Raises Problem 429, Unreachable."""
+    allowed, entry = await request.app.ctx.limiter.decide(entry.charge)
+    settle(request.stream, entry, allowed)
+
+
+async def end_write(request, entry: Entry | None, error: Exception | None = None) -> None:
+    """Count a request, also if it was refused by `error` before a script took from its limit.
+
+    Raises Problem 429, which comes before the error, and Unreachable.
+    """
+    if not entry or isinstance(error, (Unreachable, Unknown)):
+        return
+    if entry.allowed is None:
+        await pay(request, entry)
+    else:
+        settle(request.stream, entry, entry.allowed > 0)
 
 
 def begin_read(request) -> Ticket | None:
@@ -60,18 +94,17 @@ def begin_read(request) -> Ticket | None:
     if charge is None:
         return None
     ticket = ctx.limiter.take(charge)
-    if type(ticket) is Verdict:
-        _settle(stream, charge, False, ticket)
+    if ticket[0].allowed is not None:
+        settle(stream, ticket[0], False)
     return ticket
 
 
 async def end_read(request, ticket: Ticket) -> None:
     """Raises Problem 429 if the read is over its limit. It is allowed if Redis did not decide."""
-    batch, charge, number = ticket
-    await batch.decided(request.app.ctx.limiter.loop)
-    if batch.verdicts:
-        verdict = batch.verdicts[charge]
-        _settle(request.stream, charge, number <= verdict.allowed, verdict)
+    entry, number = ticket
+    await entry.batch.decided(request.app.ctx.limiter.loop)
+    if entry.allowed is not None:
+        settle(request.stream, entry, number <= entry.allowed)
 
 
 @asynccontextmanager
@@ -87,8 +120,8 @@ async def paid_body(request, user: str, most: int):
         yield
         return
     # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
-    allowed, verdict = await run_to_completion(limiter.decide(charge))
-    _settle(stream, charge, allowed, verdict)
+    allowed, entry = await run_to_completion(limiter.decide(charge))
+    settle(stream, entry, allowed)
     try:
         yield
     finally:
@@ -100,34 +133,38 @@ async def paid_body(request, user: str, most: int):
 # What the answers say
 
 
-def _settle(stream, charge: Charge, allowed: bool, verdict: Verdict) -> None:
+def settle(stream, entry: Entry, allowed: bool) -> None:
     """Put the limit into the headers of the answer. Raises Problem 429 if the request is not allowed.
 
-    Requests of one batch with the same charge get the same headers: they say what is left after the last of them.
+    Requests of one entry get the same headers: they say what is left after the last of them.
     """
-    if verdict.headers is None:
-        verdict.headers = header_values(charge, verdict)
-    before, now = stream.limits, verdict.headers
-    stream.limits = (f"{before[0]}, {now[0]}", f"{before[1]}, {now[1]}") if before else now
+    if not entry.headers:
+        entry.headers = header_lines(entry)
+    stream.limits += entry.headers  # several lines of one name are one list
     if not allowed:
-        name, (quota, window) = charge.name, charge.limit
+        name, (quota, window) = entry.charge.name, entry.charge.limit
         metrics.LIMITED.series(name).add()
         unit = "bytes" if name == "upload_bytes" else "requests"
         detail = f"the limit of `{name}` is used up: {quota} {unit} in {window} s"
-        raise Problem(429, "limited", detail, {"Retry-After": str(max(1, -(-verdict.again_ms // 1000)))})
+        raise Problem(429, "limited", detail, {"Retry-After": str(max(1, -(-entry.again_ms // 1000)))})
 
 
-def header_values(charge: Charge, verdict: Verdict) -> tuple[str, str]:
-    """The values of RateLimit and RateLimit-Policy.
+def header_lines(entry: Entry) -> str:
+    """The headers RateLimit and RateLimit-Policy.
 
+    >>> from storage.limits import Charge
     >>> from storage.settings import Limit
-    >>> limit = Limit(quota=60, window=60)
-    >>> header_values(Charge("comment", "", 0, limit, 1), Verdict(1, 59, 1000))
-    ('"comment";r=59;t=1', '"comment";q=60;w=60')
+    >>> entry = Entry(Charge("comment", "", 0, Limit(quota=60, window=60), 1))
+    >>> entry.decide(1, 59, 1000)
+    >>> header_lines(entry).splitlines()
+    ['RateLimit: "comment";r=59;t=1', 'RateLimit-Policy: "comment";q=60;w=60']
     """
-    name, (quota, window) = charge.name, charge.limit
+    name, (quota, window) = entry.charge.name, entry.charge.limit
     unit = ';qu="content-bytes"' if name == "upload_bytes" else ""
-    return f'"{name}";r={verdict.left};t={-(-verdict.again_ms // 1000)}', f'"{name}";q={quota}{unit};w={window}'
+    return (
+        f'RateLimit: "{name}";r={entry.left};t={-(-entry.again_ms // 1000)}\r\n'
+        f'RateLimit-Policy: "{name}";q={quota}{unit};w={window}\r\n'
+    )
 
 
 # Network addresses

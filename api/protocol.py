@@ -69,16 +69,16 @@ class StrictHttp(Http):
     has checked the token. A body that no handler reads is neither invited by `100 Continue` nor read.
     """
 
-    # limits: the values of RateLimit and RateLimit-Policy, None if the request counts against no limit.
+    # limits: the lines of RateLimit and RateLimit-Policy, empty if the request counts against no limit.
     # reader: the charge of a read from this connection's address (api/limits.py), None if there was no such read yet.
     __slots__ = ("limits", "reader")
 
     def __init__(self, protocol):
         super().__init__(protocol)
-        self.limits = self.reader = None
+        self.limits, self.reader = "", None
 
     async def http1_request_header(self):
-        self.limits = None
+        self.limits = ""
         # Every byte would reset an idle timer. So the time of the whole header is limited.
         self.protocol.header_began = monotonic()
         buffer = self.recv_buffer
@@ -101,7 +101,7 @@ class StrictHttp(Http):
             or (hosts == 0 and request.version == "1.1")
             # RFC 9112, section 6.1: HTTP/1.0 has no chunks
             or (self.request_body == "chunked" and request.version == "1.0")
-            or not all(map(FRAMED.fullmatch, framing))
+            or (framing and not all(map(FRAMED.fullmatch, framing)))
         ):
             self.request_body = None
             raise BadRequest("the request's header is malformed")
@@ -155,7 +155,8 @@ class StrictHttp(Http):
             response.headers["Date"] = http_date(int(time()))
             response.headers["Request-Id"] = request_id(self.request)
             if self.limits:
-                response.headers["RateLimit"], response.headers["RateLimit-Policy"] = self.limits
+                for line in self.limits.splitlines():
+                    response.headers.add(*line.split(": "))
         if ctx.log_requests:
             access.log(self, response)
         if traces.tracer:

@@ -7,13 +7,14 @@ from functools import lru_cache
 
 import orjson
 
-from api.answers import Answer, FastResponse, encode_headers
+from api.answers import Answer, FastResponse, encode_head
 from storage import keys
 from storage.comments import Comment
 from storage.posts import Post
 from storage.settings import PAGE_BYTES
 from storage.uploads import OpenUpload
 
+CREATED = encode_head(201, {"Content-Type": "application/json"})
 SIDE = 600  # pixels of the served image
 # Caches of rendered JSON. They save rendering, never a call to Redis: the same rows always give the same bytes.
 CACHED_PAGES = 128  # 1 MB, and 32 MB if all are as long as a page may be
@@ -23,7 +24,7 @@ CACHED_CHARACTERS = 500  # of caption and comments. A longer post is not cached,
 
 def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
     """201. A repeated request gets the same answer with `Idempotent-Replayed: true`."""
-    response = FastResponse(encode_headers({"Content-Type": "application/json"}), 201, orjson.dumps(body))
+    response = FastResponse(CREATED, 201, orjson.dumps(body))
     response.headers["Location"] = location  # not encoded, so that api.access can read it
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"

@@ -7,6 +7,8 @@
 -- KEYS[5] changes   changes:{p}        zset
 -- KEYS[6] gone      gone:{p}           zset
 -- KEYS[7] once      once:{p}:…         string; only if the request has an Idempotency-Key
+-- KEYS[8] rate      rate:{p}:…         string; only if the comment takes from a rate limit in this partition. It is the
+--                                      last key: without an Idempotency-Key it is the seventh
 -- ARGV[1] now          ms since 1970; empty: Redis' clock
 -- ARGV[2] id           post id
 -- ARGV[3] author       user
@@ -14,17 +16,25 @@
 -- ARGV[5] latest_count how many comments `latest` holds
 -- ARGV[6] request      digest of the request
 -- ARGV[7] remember_ms  how long the Idempotency-Key is remembered
--- Returns {comment id, 0}, or {comment id, 1} if the Idempotency-Key was used for the same request before
+-- ARGV[8] quota        units of the rate limit, only if there is one
+-- ARGV[9] window_ms    of the rate limit
+-- Returns {comment id, 1} if the Idempotency-Key was used for the same request before, otherwise {comment id, 0}. With a
+--   rate limit, the 0 and three numbers as take.lua returns them. If the first of them is 0, no comment was added
 -- Refuses REUSED NOPOST NOTREADY FAILED
 --
+-- Only a comment that can be added takes from the limit. What is refused or repeated does not.
 -- A new comment's id is greater than every id that the stream ever had. This also holds if the clock went back, or if
 -- the newest comment was deleted.
 -- The score in `feed` is counted (XLEN), never incremented. So it cannot drift.
 local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local idempotency = KEYS[7]
+local idempotency, rate = KEYS[7], KEYS[8]
 local now, id, author, text = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 local latest_count, request, remember_ms = tonumber(ARGV[5]), ARGV[6], ARGV[7]
-if #KEYS < 6 or #ARGV ~= 7 or not (latest_count and tonumber(remember_ms)) then
+local quota, window_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
+if quota and not rate then
+  idempotency, rate = nil, idempotency
+end
+if #KEYS < 6 or #ARGV ~= (rate and 9 or 7) or not (latest_count and tonumber(remember_ms)) or (rate and not window_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -41,6 +51,16 @@ if status == 'failed' then
 end
 if status ~= 'ready' then
   return redis.error_reply('NOTREADY the image of this post is not ready yet')
+end
+
+local allowed, left, again_ms
+if rate then
+  redis.set_repl(redis.REPL_NONE) -- as in take.lua
+  allowed, left, again_ms = take(rate, now, quota, window_ms, 1, 1)
+  redis.set_repl(redis.REPL_ALL)
+  if allowed == 0 then
+    return {'', 0, allowed, left, again_ms}
+  end
 end
 local revision = next_revision(now, changes, gone)
 
@@ -62,4 +82,4 @@ redis.call('ZADD', changes, revision, id)
 if idempotency then
   redis.call('SET', idempotency, request .. ' ' .. comment, 'PX', remember_ms)
 end
-return {comment, 0}
+return {comment, 0, allowed, left, again_ms}

@@ -1,5 +1,5 @@
 -- Functions that several scripts use. storage's loader puts this text behind the first line of every script.
--- The last two write, the others only read. A function that refuses returns the refusal, and the script returns it to the
+-- The last three write, the others only read. A function that refuses returns the refusal, and the script returns it to the
 -- caller. The script's header lists the word under `Refuses`.
 -- Every call of a script creates all of these functions, about 0.04 µs for each. So there are few of them, and none
 -- uses another one, which would cost twice as much.
@@ -96,4 +96,30 @@ local function remove_comment(comments, latest, feed, changes, id, comment, late
   end
   redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id)
   redis.call('ZADD', changes, 'XX', revision, id)
+end
+
+-- Takes `cost` units for each of `count` requests from a limit of `quota` units in `window_ms`. See take.lua.
+-- Returns how many requests are allowed, the units that are left, and the ms until more are there.
+local function take(rate, now, quota, window_ms, cost, count)
+  local ms_per_unit = window_ms / quota
+  local used, stored = 0, redis.call('GET', rate)
+  if stored then
+    local before, at = stored:match('^(%S+) (%d+)$')
+    used = math.max(0, (tonumber(before) or 0) - math.max(0, now - (at or now)) / ms_per_unit)
+  end
+  local allowed = count
+  if cost > 0 and used + count * cost > quota + 0 then -- a millionth of a unit is the tolerance for rounding
+    allowed = math.max(0, math.min(count, math.floor((quota - used) / cost + 1e-6)))
+  end
+  if allowed > 0 then
+    used = math.max(0, used + allowed * cost)
+    if used > 0 then
+      redis.call('SET', rate, used .. ' ' .. now, 'PX', math.ceil(used * ms_per_unit) + 60000)
+    else
+      redis.call('DEL', rate)
+    end
+  end
+  local left = math.max(0, math.floor(quota - used + 1e-6))
+  local missing = allowed < count and cost or math.min(left + 1, quota)
+  return allowed, left, math.ceil(math.max(0, used + missing - quota - 1e-6) * ms_per_unit)
 end

@@ -7,6 +7,7 @@ import orjson
 from storage import keys
 from storage.db.client import Redis
 from storage.errors import NoComment
+from storage.limits import Entry
 from storage.posts import Inspected
 from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 
@@ -25,20 +26,31 @@ class Page(NamedTuple):
 
 
 async def add(
-    db: Redis, author: str, post: str, text: str, idempotency: keys.IdempotencyKey | None = None
+    db: Redis,
+    author: str,
+    post: str,
+    text: str,
+    idempotency: keys.IdempotencyKey | None = None,
+    limit: Entry | None = None,
 ) -> tuple[Comment, bool]:
     """Add a comment to a ready post. Returns the comment, and whether its idempotency key was used before.
+
+    `limit` is of the post's partition. Only a new comment that can be added takes from it, and decides it. If the limit
+    does not allow it, no comment is added, and the one that is returned has no id.
 
     Raises Reused where the idempotency key was used for another request, NoPost, NotReady where the post is processing,
     and Failed where its image could not be made.
     """
     script_keys = keys.post_and_lists(post)
+    args = [db.clock, post, author, text, LATEST_COMMENTS, idempotency.digest if idempotency else "-", DAY_MS]
     if idempotency:
         script_keys.append(keys.once(keys.partition_of_post(post), author, idempotency.scoped_key))
-    digest = idempotency.digest if idempotency else "-"
-    comment_id, repeated = await db.call(
-        "add_comment", script_keys, db.clock, post, author, text, LATEST_COMMENTS, digest, DAY_MS
-    )
+    if limit:
+        script_keys.append(limit.charge.key)
+        args += limit.charge.limit.quota, limit.charge.window_ms
+    comment_id, repeated, *decision = await db.call("add_comment", script_keys, *args)
+    if limit and decision:
+        limit.decide(*decision)
     return Comment(comment_id, author, text), bool(repeated)
 
 

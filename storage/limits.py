@@ -5,14 +5,16 @@ so all processes together keep to the limit. No process gets requests in advance
 
 Requests that wait at the same time are decided by one call, which leaves with the next pipeline of reads:
 
-    request ──► charge ──► batch of its partition ──take──► verdict for each charge of the batch ──► request
+    request ──► charge ──► batch of its partition ──take──► decision for each charge of the batch ──► request
 
-Of several requests with the same charge in one batch, the first ones are allowed.
+Of several requests with the same charge in one batch, the first ones are allowed. A comment takes from its limit itself
+where both have the same partition: see `storage.comments.add`.
 """
 
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Mapping
 from functools import lru_cache, partial
 
@@ -30,7 +32,7 @@ log = logging.getLogger("imagegram.limits")
 class Charge:
     """What one request takes from one limit. Equal requests share one object."""
 
-    __slots__ = ("name", "key", "partition", "limit", "window_ms", "cost", "blocked_until")
+    __slots__ = ("name", "key", "partition", "limit", "window_ms", "cost", "blocked_until", "entry")
 
     def __init__(self, name: str, key: str, partition: int, limit: Limit, cost: int):
         self.name = name  # of the limit
@@ -39,46 +41,55 @@ class Charge:
         self.limit = limit
         self.window_ms = limit.window * 1000
         self.cost = cost  # units; below 0: to give back
-        # Until this time of the event loop Redis would certainly refuse. So this process refuses without Redis.
+        # Until this time (time.monotonic) Redis would certainly refuse. So this process refuses without Redis.
         self.blocked_until = 0.0
+        self.entry: Entry | None = None  # of the batch that has not left yet
 
 
-class Verdict:
-    """The decision about all requests of a batch with the same charge."""
+class Entry:
+    """Requests with the same charge that are decided together, and the decision: the first `allowed` of them pass."""
 
-    __slots__ = ("allowed", "left", "again_ms", "headers")
+    __slots__ = ("charge", "batch", "count", "allowed", "left", "again_ms", "headers")
 
-    def __init__(self, allowed: int, left: int, again_ms: int):
-        self.allowed = allowed  # how many of the requests, which are the first ones
-        self.left = left  # units that are left of the limit
-        self.again_ms = again_ms  # until another unit is there; if some were refused: until one of them may be repeated
-        self.headers: tuple[str, str] | None = None  # for the API: what it says about the verdict
+    def __init__(self, charge: Charge, batch: "Batch | None" = None):
+        self.charge = charge
+        self.batch = batch  # None: a script decides that also does something else
+        self.count = 0  # requests
+        self.allowed: int | None = None  # None: not decided yet, or Redis did not decide
+        self.left = 0  # units that are left of the limit
+        self.again_ms = 0  # until another unit is there; if some were refused: until one of them may be repeated
+        self.headers = ""  # for the API: what it says about the decision
+
+    def decide(self, allowed: int, left: int, again_ms: int) -> None:
+        self.allowed, self.left, self.again_ms = allowed, left, again_ms
+        if allowed < self.count and self.charge.cost == 1:
+            self.charge.blocked_until = time.monotonic() + again_ms / 1000
 
 
 class Batch:
-    """Charges that are decided together. It is decided when `verdicts` or `error` is set."""
+    """Entries of one partition that are decided by one call."""
 
-    __slots__ = ("counts", "verdicts", "error", "waiting")
+    __slots__ = ("entries", "error", "waiting", "answered")
 
     def __init__(self):
-        self.counts: dict[Charge, int] = {}  # how many requests there are of each charge
-        self.verdicts: dict[Charge, Verdict] | None = None
-        self.error: Exception | None = None  # why there are no verdicts
+        self.entries: list[Entry] = []
+        self.error: Exception | None = None  # why there is no decision
         self.waiting: list[asyncio.Future] = []
+        self.answered = False
 
     def decided(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future:
-        """A future that ends when the batch is decided."""
-        future = loop.create_future()  # one for each caller: a caller that is cancelled must not disturb the others
-        if self.verdicts is None and self.error is None:
-            self.waiting.append(future)
-        else:
+        """A future that ends when the batch is decided, or when it is known that it will not be."""
+        future = loop.create_future()  # one for each caller: one that is cancelled must not disturb the others
+        if self.answered:
             future.set_result(None)
+        else:
+            self.waiting.append(future)
         return future
 
 
-# The place of a request: it is the n-th with this charge in this batch, counted from 1. A plain tuple, because creating
-# a NamedTuple takes as long as everything else in `take`.
-Ticket = tuple[Batch, Charge, int]
+# The place of a request: it is the n-th of this entry, counted from 1. A plain tuple, because creating a NamedTuple
+# takes as long as everything else in `take`.
+Ticket = tuple[Entry, int]
 
 
 class Limiter:
@@ -100,50 +111,72 @@ class Limiter:
         partition = keys.partition_of_user(who, self._partitions)
         return Charge(name, keys.rate(partition, ADDRESS if address else name, who), partition, limit, cost)
 
-    def take(self, charge: Charge) -> Ticket | Verdict:
-        """Enter a request into the next batch. A Verdict, which refuses, if the charge is known to be blocked."""
+    def alone(self, charge: Charge) -> Entry:
+        """An entry for one request, in no batch. If the charge is known to be blocked, it is already refused."""
+        entry = Entry(charge)
+        entry.count = 1
         if charge.blocked_until:
-            rest = charge.blocked_until - self.loop.time()
+            rest = charge.blocked_until - time.monotonic()
             if rest > 0:
-                return Verdict(0, 0, math.ceil(rest * 1000))
-            charge.blocked_until = 0.0
-        batch = self._open.get(charge.partition)
+                entry.decide(0, 0, math.ceil(rest * 1000))
+            else:
+                charge.blocked_until = 0.0
+        return entry
+
+    def take(self, charge: Charge) -> Ticket:
+        """Enter a request into the next batch. If the charge is known to be blocked, the entry is already refused."""
+        entry = charge.entry
+        if entry is None:
+            if charge.blocked_until and (refused := self.alone(charge)).allowed is not None:
+                return refused, 1
+            entry = self._enter(charge)
+        entry.count = number = entry.count + 1
+        return entry, number
+
+    def _enter(self, charge: Charge) -> Entry:
+        """A new entry in the batch that has not left yet."""
+        partition = charge.partition
+        batch = self._open.get(partition)
         if batch is None:
-            batch = self._open[charge.partition] = Batch()
-            whose = charge.partition, batch
-            self._db.call_late("take", partial(self._collect, *whose), partial(self._decided, *whose))
-        counts = batch.counts
-        number = counts[charge] = counts.get(charge, 0) + 1
-        if len(counts) == BATCH:  # so that one call never takes Redis more than a few ms
-            del self._open[charge.partition]
-        return batch, charge, number
+            batch = self._open[partition] = Batch()
+            # In the next turn of the event loop, in which the request also asks for what it reads. Otherwise the call
+            # could leave before that.
+            collect, decided = partial(self._collect, partition, batch), partial(self._decided, partition, batch)
+            self.loop.call_soon(self._db.call_late, "take", collect, decided)
+        entry = charge.entry = Entry(charge, batch)
+        batch.entries.append(entry)
+        if len(batch.entries) == BATCH:  # so that one call never takes Redis more than a few ms
+            del self._open[partition]
+        return entry
 
     def give_back(self, charge: Charge, units: int) -> None:
         """Give units back, without waiting for it. If Redis is away they are lost."""
         self.take(Charge(charge.name, charge.key, charge.partition, charge.limit, -units))
 
     def _close(self, partition: int, batch: Batch) -> None:
+        """Later requests go into the next batch."""
         if self._open.get(partition) is batch:
             del self._open[partition]
+        for entry in batch.entries:
+            if entry.charge.entry is entry:
+                entry.charge.entry = None
 
     def _collect(self, partition: int, batch: Batch) -> tuple[list[str], list]:
-        """The keys and arguments of the script, when its pipeline leaves. Later requests go into the next batch."""
+        """The keys and arguments of the script, when its pipeline leaves."""
         self._close(partition, batch)
         names, args = [], [self._db.clock]
-        for charge, count in batch.counts.items():
+        for entry in batch.entries:
+            charge = entry.charge
             names.append(charge.key)
-            args += (charge.limit.quota, charge.window_ms, charge.cost, count)
+            args += (charge.limit.quota, charge.window_ms, charge.cost, entry.count)
         return names, args
 
     def _decided(self, partition: int, batch: Batch, reply: list[int] | None, error: Exception | None) -> None:
+        batch.answered = True
         if error is None:
-            verdicts, place = {}, 0
-            for charge, count in batch.counts.items():
-                verdict = verdicts[charge] = Verdict(*reply[place : place + 3])
-                if verdict.allowed < count and charge.cost == 1:
-                    charge.blocked_until = self.loop.time() + verdict.again_ms / 1000
-                place += 3
-            batch.verdicts = verdicts
+            numbers = iter(reply)
+            for entry, *decision in zip(batch.entries, numbers, numbers, numbers, strict=True):
+                entry.decide(*decision)
         else:
             self._close(partition, batch)  # the call may have failed before it left
             batch.error = error
@@ -153,14 +186,11 @@ class Limiter:
             if not future.done():
                 future.set_result(None)
 
-    async def decide(self, charge: Charge) -> tuple[bool, Verdict]:
-        """Whether a request is allowed, and the verdict. Raises Unreachable, or ResponseError, which is a bug."""
-        ticket = self.take(charge)
-        if isinstance(ticket, Verdict):
-            return False, ticket
-        batch, _, number = ticket
-        await batch.decided(self.loop)
-        if batch.verdicts is None:
-            raise batch.error
-        verdict = batch.verdicts[charge]
-        return number <= verdict.allowed, verdict
+    async def decide(self, charge: Charge) -> tuple[bool, Entry]:
+        """Whether a request is allowed, and the decision. Raises Unreachable, or ResponseError, which is a bug."""
+        entry, number = self.take(charge)
+        if entry.allowed is None:
+            await entry.batch.decided(self.loop)
+            if entry.batch.error:
+                raise entry.batch.error
+        return number <= entry.allowed, entry

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -148,7 +149,7 @@ def connect(server) -> Redis:
         return Redis(server.url)
     # fakeredis does not know the `#!lua` line with which a script begins, nor `set_repl`.
     plain = {
-        name: script(known.text.split("\n", 1)[1].replace("redis.set_repl(redis.REPL_NONE)", ""))
+        name: script(re.sub(r"redis\.set_repl\(.*?\)", "", known.text.split("\n", 1)[1]))
         for name, known in SCRIPTS.items()
     }
     db = Redis("redis://unused", plain)

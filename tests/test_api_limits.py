@@ -153,6 +153,36 @@ def test_a_repeated_request_counts_and_its_answer_is_the_first(site):
         assert third.headers["RateLimit"].startswith('"post";r=0;t=') and 0 < int(refused.headers["Retry-After"]) <= 20
 
 
+@pytest.mark.parametrize("partitions", [1, 16])
+def test_comments_count_once_whatever_becomes_of_them(embedded, tmp_path, partitions):
+    """With one partition the script that adds a comment takes from the limit, with several usually one before it."""
+    with serve(embedded, tmp_path, "comment=7/d", partitions=partitions) as site:
+
+        async def publish() -> list[str]:
+            db = connect(embedded)
+            made = [await make_post(db, f"user{number}", partitions) for number in range(3)]
+            await db.close()
+            return made
+
+        found = asyncio.run(publish())
+        with site.client("bob") as bob:
+            once = {"Idempotency-Key": "a-key"}
+
+            def add(post: str, text: str = "Hi", **given) -> tuple[int, str]:
+                answer = bob.post(f"/v1/posts/{post}/comments", json={"text": text}, **given)
+                return answer.status_code, re.sub(r";t=\d+", "", answer.headers["RateLimit"])
+
+            answers = [add(post, headers=once) for post in found]
+            assert answers == [(201, f'"comment";r={left}') for left in (6, 5, 4)]
+            assert add(found[0], headers=once) == (201, '"comment";r=3'), "repeated"
+            assert add(found[0], " ") == (422, '"comment";r=2')
+            assert add("none") == (404, '"comment";r=1')
+            assert add(found[1]) == (201, '"comment";r=0')
+            with unchanged(embedded.client):
+                assert [add(post) for post in found] == [(429, '"comment";r=0')] * 3
+            assert len(bob.get(f"/v1/posts/{found[1]}/comments").json()["items"]) == 2
+
+
 def create(client, length: int) -> str:
     headers = {"Tus-Resumable": "1.0.0", "Upload-Length": str(length)}
     return client.post("/v1/uploads", headers=headers).raise_for_status().headers["Location"]

@@ -77,7 +77,7 @@ def rows(page: str, heading: str = "") -> list[list[str]]:
 
 # The functions of lua/shared.lua: name -> parameters and body
 FUNCTIONS = dict(re.findall(r"^local function (\w+)(\(.*?^end)$", SHARED.read_text(), re.MULTILINE | re.DOTALL))
-WRITERS = {"add_entry", "remove_comment"}  # those that write
+WRITERS = {"add_entry", "remove_comment", "take"}  # those that write
 
 
 def writes(body: str) -> list[int]:

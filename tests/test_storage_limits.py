@@ -4,19 +4,22 @@ import asyncio
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, RedisServer, connect, run_with_db
+from making import make_post
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import check, keys
+from storage import check, comments, keys
 from storage.db.client import Redis
-from storage.errors import Unreachable
+from storage.errors import NoPost, Unreachable
 from storage.limits import Limiter
 from storage.settings import IMAGE_BYTES, Limit
 
 NOW = 1_763_971_200_000
+ONCE = keys.IdempotencyKey("a-key", "digest")
 
 
 class Model:
@@ -110,12 +113,12 @@ async def test_a_refusal_changes_nothing_and_a_blocked_charge_is_refused_without
     assert (await limiter.decide(limiter.charge("post", "bob")))[0]
 
 
-async def test_keys_are_small_known_to_check_and_expire_when_nothing_is_in_use(server, db, store):
+async def test_keys_are_small_known_to_check_and_expire_a_minute_after_nothing_is_in_use(server, db, store):
     limiter = Limiter(db, {"read": Limit(10, 10)}, 4)
     for who in ("alice", "a:b", "read:x", "192.0.2.7", "2001:db8::"):
         charge = limiter.charge("read", who, 1, ":" in who or "." in who)
         await limiter.decide(charge)
-        assert 0 < server.client.pttl(charge.key) <= 1000
+        assert 60_000 < server.client.pttl(charge.key) <= 61_000
         assert keys.well_formed(charge.key)
     assert len(server.client.get(charge.key)) <= 44  # Redis stores a string of up to 44 bytes in one piece
     assert (await check.check(db, store)).flaws == 0
@@ -131,13 +134,42 @@ async def test_a_user_is_in_the_same_partition_as_the_users_uploads(server, db):
 async def test_nothing_is_written_to_the_append_only_file(real_server):
     db, client = connect(real_server), real_server.client
     client.flushall()
-    limiter = Limiter(db, {"read": Limit(10, 3600)}, 1)
+    limiter = Limiter(db, {"read": Limit(10, 3600), "comment": Limit(10, 3600)}, 1)
     before = client.info("persistence")["aof_current_size"]
     for number in range(50):
         await limiter.decide(limiter.charge("read", f"user{number}"))
     assert client.dbsize() == 50
     assert client.info("persistence")["aof_current_size"] - before < 50, "only the time of day, once a second"
+    limit = limiter.alone(limiter.charge("comment", "bob"))
+    await comments.add(db, "bob", await make_post(db, "alice"), "durable", None, limit)
+    assert client.exists(limit.charge.key)
     await db.close()
+    real_server.kill()
+    written = b"".join(path.read_bytes() for path in Path(real_server.folder.name).rglob("*.aof"))
+    assert b"durable" in written and b"rate:" not in written
+
+
+async def test_a_comment_takes_from_its_limit_in_its_own_call(server, db):
+    db.clock, limiter = NOW, Limiter(db, {"comment": Limit(3, 3600)}, 1)
+    charge, post = limiter.charge("comment", "bob"), await make_post(db, "alice")
+    assert (await limiter.decide(charge))[0]
+    first = limiter.alone(charge)
+    assert (await comments.add(db, "bob", post, "first", ONCE, first))[0].id
+    assert (first.allowed, first.left) == (1, 1)
+    repeated = limiter.alone(charge)
+    assert (await comments.add(db, "bob", post, "first", ONCE, repeated))[1]
+    refused = limiter.alone(charge)
+    with pytest.raises(NoPost):
+        await comments.add(db, "bob", post.replace("-0", "-9"), "second", None, refused)
+    assert refused.allowed is repeated.allowed is None, "both took nothing"
+    last = limiter.alone(charge)
+    assert (await comments.add(db, "bob", post, "second", None, last))[0].id
+    assert (last.allowed, last.left) == (1, 0) and 1_199_990 < last.again_ms <= 1_200_000
+    over = limiter.alone(charge)
+    with unchanged(server.client):
+        assert not (await comments.add(db, "bob", post, "third", None, over))[0].id
+    assert (over.allowed, over.again_ms) == (0, last.again_ms)
+    assert limiter.alone(charge).allowed == 0, "now it is known without Redis"
 
 
 async def test_a_foreign_key_of_another_type_is_an_error_for_writes(server, db):

@@ -54,7 +54,10 @@ class Script(NamedTuple):
 
 def script(text: str) -> Script:
     sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    return Script(text, sha, "flags=no-writes" in text.split("\n", 1)[0] or "redis.REPL_NONE" in text)
+    durable = "flags=no-writes" not in text.split("\n", 1)[0]
+    if "redis.REPL_NONE" in text and "redis.REPL_ALL" not in text:
+        durable = False
+    return Script(text, sha, not durable)
 
 
 def read_scripts(folder: Path) -> dict[str, Script]:
@@ -134,9 +137,9 @@ class Channel:
     async def _run(self) -> None:
         try:
             while self._waiting and (len(self._tasks) == 1 or len(self._waiting) >= self._enough):
-                if callable(self._waiting[0][0]):
-                    # A request asks for its limit first and then, in a task of its own, for what it reads. The turn of
-                    # the event loop ends before they leave, so they leave together.
+                if all(callable(packed) for packed, _ in self._waiting):
+                    # Only limits wait. A request asks for its limit first and then, in a task of its own, for what it
+                    # reads. The turn of the event loop ends before they leave, so they leave together.
                     await asyncio.sleep(0)
                 await self._send()
         finally:
