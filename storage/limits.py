@@ -118,7 +118,7 @@ class Limiter:
         if charge.blocked_until:
             rest = charge.blocked_until - time.monotonic()
             if rest > 0:
-                entry.decide(0, 0, math.ceil(rest * 1000))
+                entry.allowed, entry.again_ms = 0, math.ceil(rest * 1000)
             else:
                 charge.blocked_until = 0.0
         return entry

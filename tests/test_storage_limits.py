@@ -110,6 +110,9 @@ async def test_a_refusal_changes_nothing_and_a_blocked_charge_is_refused_without
     server.client.delete(charge.key)
     allowed, verdict = await limiter.decide(charge)
     assert not allowed and 1_795_000 < verdict.again_ms <= 1_800_000
+    until = charge.blocked_until
+    assert not any([(await limiter.decide(charge))[0] for _ in range(100)])
+    assert charge.blocked_until == until, "to ask again does not prolong it"
     assert (await limiter.decide(limiter.charge("post", "bob")))[0]
 
 
