@@ -7,6 +7,7 @@ asked for once.
 
 import asyncio
 from collections.abc import Iterable
+from contextvars import Context
 
 from storage import changes, keys
 from storage.db.client import Redis
@@ -49,7 +50,8 @@ class Waiting:
         timer = loop.call_later(seconds, _resolve, future)  # asyncio.timeout and asyncio.wait take 1 kB more each
         WAITING_REQUESTS.add(1)
         if self._asking is None:
-            self._asking = asyncio.create_task(self._ask_while_somebody_waits())
+            # Without this request's context: what is asked for all is no part of its trace.
+            self._asking = asyncio.create_task(self._ask_while_somebody_waits(), context=Context())
         try:
             await future
         finally:  # also if the client went away, which cancels this task

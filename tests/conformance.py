@@ -30,7 +30,7 @@ class Wrong(AssertionError):
 class Response(NamedTuple):
     """A response of the description, compiled."""
 
-    headers: dict  # name in lower case -> validator, or None for any text
+    headers: dict  # name in lower case -> type of its schema, validator
     required: set[str]
     media: dict  # media type -> validator, or None for other than JSON
 

@@ -159,6 +159,21 @@ async def test_requests_that_share_a_call_have_it_once_and_each_flight_is_in_the
     assert len({call.parent_span_id for call in calls}) == len(calls)
 
 
+def test_a_request_that_waits_has_its_own_calls_of_redis_and_not_those_that_ask_for_all_who_wait(site, collector):
+    trace = TRACE.replace("0", "3")
+    parent = f"traceparent: 00-{trace}-{PARENT}-01"
+    name = "GET /v1/changes"
+    since = exchange(site.port, head("GET", "/v1/changes")).json()["next"]
+    waits = head("GET", f"/v1/changes?since={since}", parent, "Prefer: wait=1")
+    assert exchange(site.port, waits).json()["items"] == []
+    until(lambda: name in collector.of_trace(trace), what="the span of the request")
+    assert sorted(span.name for _, span in collector.spans if span.trace_id.hex() == trace) == [
+        name,
+        "changes_page",
+        "changes_page",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["away", "hangs"])
 def test_a_collector_that_is_away_or_hangs_slows_nothing_and_is_logged_once(kind, embedded, tmp_path):
     with create_server(("127.0.0.1", 0)) as listening:  # it accepts connections and never answers
