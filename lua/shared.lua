@@ -78,9 +78,8 @@ local function add_entry(leaves, leaf, entry, leaf_entries)
     redis.call('ZRANGESTORE', leaf .. middle, leaf .. first, half, -1)
     redis.call('ZADD', leaves, 0, middle)
     redis.call('ZREMRANGEBYRANK', leaf .. first, half, -1)
-    if entry >= middle then
-      first = middle
-    end
+    -- Redis finds the half. Lua's own comparison follows the server's locale, where CH may come after CZ.
+    first = redis.call('ZREVRANGEBYLEX', leaves, '[' .. entry, '-', 'LIMIT', 0, 1)[1]
   end
   redis.call('ZADD', leaf .. first, 0, entry)
 end

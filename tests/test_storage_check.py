@@ -4,10 +4,11 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import redis
-from conftest import ROOT, connect
+from conftest import ROOT, RedisServer, connect, run_with_db
 from making import jpeg, make_processing, publish
 from state import contents, unchanged
 from uploading import picture
@@ -148,6 +149,27 @@ async def test_lists_of_users_posts_are_repaired_to_what_they_were(db, store, se
     assert report.flaws == 0
     assert contents(client) == before
     assert (await check.check(db, store)).lines == []
+
+
+@pytest.mark.skipif(not Path("/usr/share/i18n/locales/cs_CZ").exists(), reason="Debian's package locales is missing")
+def test_entries_are_put_into_their_leaf_whatever_the_locale_of_the_server_is(tmp_path, store, monkeypatch):
+    """In Czech, CH comes after CZ."""
+    subprocess.run(["localedef", "-i", "cs_CZ", "-f", "UTF-8", tmp_path / "cs_CZ.UTF-8"], check=True)
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "cs_CZ.UTF-8")
+    monkeypatch.setattr(check, "LEAF_ENTRIES", 2)
+    server = RedisServer("valkey")
+    assert server.client.eval("return 'CH' < 'CZ'", 0) is None, "the locale applies"
+
+    async def fill(db):
+        for end in ("CA", "CZ", "CH"):
+            post = f"01JD4Q7ZK5W8Y3N6R2T9V0XA{end}-0"
+            server.client.hset(keys.post(post), mapping={"author": "alice", "status": "failed", "caption": ""})
+            await check.check(db, store, repair=True)
+        return await check.check(db, store)
+
+    assert run_with_db(server, fill).lines == []
+    server.close()
 
 
 async def test_a_processing_post_that_is_missing_in_the_outbox_is_put_back(db, store, data, server):
