@@ -83,10 +83,10 @@ def run() -> None:
         if name == "show":
             one_parser.add_argument("--json", action="store_true", help="print JSON")
     export_parser = commands.add_parser("export")
-    export_parser.add_argument("user", metavar="USER")
+    export_parser.add_argument("user", metavar="USER", type=_user)
     export_parser.add_argument("file", metavar="FILE", type=Path, help="a zip file that does not exist yet")
     erase_parser = commands.add_parser("erase")
-    erase_parser.add_argument("user", metavar="USER", nargs="?")
+    erase_parser.add_argument("user", metavar="USER", nargs="?", type=_user)
     erase_parser.add_argument("--again", action="store_true", help="all users that were erased before")
     erase_parser.add_argument("--yes", action="store_true", help="really remove it")
     script_parser = commands.add_parser("script")
@@ -258,6 +258,12 @@ WORK = {
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _user(text: str) -> str:
+    if text != text.encode(errors="replace").decode():
+        raise argparse.ArgumentTypeError("it is not UTF-8")
+    return text
 
 
 def _unix_second(text: str) -> int:

@@ -11,11 +11,14 @@ Each step is one script. So a break leaves no half of one, and the same command 
 again.
 
 A backup from before the erasure still has the user, and a restore brings the user back. So each erasure is recorded in
-the object store, which a restore does not change, before the first step. `erase --again` repeats the recorded erasures.
-A record has a digest of the name, not the name. It is removed when no kept backup can bring the user back.
+the object store, which a restore does not change, before the first step, and again after the last: a backup from
+between has a part of the user. `erase --again` repeats the recorded erasures. A record has a digest of the name, not
+the name. It is removed when no kept backup can bring the user back.
 """
 
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,7 +41,7 @@ class Erasure(NamedTuple):
     """A record of an erasure in the object store."""
 
     digest: str  # of the user's name
-    at: int  # ms since 1970
+    at: int  # ms since 1970, when it ended; when it began, if it was broken off
     last: int  # when the last of the user's data was removed: later than `at` if a restore had brought them back
 
 
@@ -54,9 +57,16 @@ async def erase(
 
     Raises Unreachable, Unknown, Unavailable; the same call again continues.
     """
-    if remove:
+
+    async def record() -> None:
         await _record(objects, Erasure(_digest(user), now_ms(db), now_ms(db)))
-    return await _erase(db, objects, lambda name, _: name == user, backup_reach_ms, progress, remove)
+
+    def wanted(name: str, _: int) -> bool:
+        return name == user
+
+    if remove:
+        await record()
+    return await _erase(db, objects, wanted, backup_reach_ms, progress, record if remove else None)
 
 
 async def erase_again(
@@ -72,16 +82,22 @@ async def erase_again(
     def wanted(name: str, created: int) -> bool:
         return 0 < created <= erased.get(_digest(name), 0)
 
-    counts = await _erase(db, objects, wanted, backup_reach_ms, progress, remove)
-    if remove and counts.total():
-        for record in recorded:
-            await _record(objects, record._replace(last=now_ms(db)))
-    return len(erased), counts
+    async def record() -> None:
+        for one in recorded:
+            await _record(objects, one._replace(last=now_ms(db)))
+
+    return len(erased), await _erase(db, objects, wanted, backup_reach_ms, progress, record if remove else None)
 
 
 async def _erase(
-    db: Redis, objects: ObjectStore, wanted: Wanted, backup_reach_ms: int, progress: Progress, remove: bool
+    db: Redis,
+    objects: ObjectStore,
+    wanted: Wanted,
+    backup_reach_ms: int,
+    progress: Progress,
+    record: Callable[[], Awaitable[None]] | None,
 ) -> Counter[str]:
+    """Count what is `wanted`. With `record` also remove it: `record` is called before the first thing and after all."""
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
     seen: set[object] = set()  # the walk may meet the same thing twice
     async for found in walk(db, wanted, progress):
@@ -90,8 +106,12 @@ async def _erase(
             continue
         seen.add(name)
         counts[kind] += 1
-        if remove:
+        if record:
+            if counts.total() == 1:
+                await record()
             await _remove(db, objects, found, backup_reach_ms)
+    if record and counts.total():
+        await record()
     return counts
 
 
@@ -124,10 +144,12 @@ async def _remove(db: Redis, objects: ObjectStore, found: Found, backup_reach_ms
         if found.upload.expires and not found.upload.post:
             try:
                 await uploads.discard(db, objects, found.upload.owner, found.id)
-            except NoUpload:  # it became a post meanwhile, and the name is the upload's only trace of the user
-                await db.call("forget_owner", [keys.upload(found.id)], found.upload.owner)
-        else:
-            await db.call("forget_owner", [keys.upload(found.id)], found.upload.owner)
+                return
+            except NoUpload:  # it became a post meanwhile
+                with suppress(NoPost):
+                    row = await inspect(db, (await uploads.inspect(db, found.id, names=False)).post or "")
+                    await _remove(db, objects, row, backup_reach_ms)
+        await db.call("forget_owner", [keys.upload(found.id)], found.upload.owner)
     elif found.member is None:
         await db.call("drop_key", [found.key])
     else:

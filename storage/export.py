@@ -18,7 +18,9 @@ The export collects parts in a folder beside the zip. If it is broken off, the s
 | `originals/<post>.draft` | it is being fetched | is fetched again |
 | `archive.zip` | all parts are there and are being packed | is packed again |
 
-The zip gets its name when it is complete. Then the folder is removed. Memory is bounded: bytes are copied in pieces.
+The zip gets its name, as a second name of `archive.zip`, when it is complete. Then the folder is removed. If that is
+broken off, the same command removes the rest. Bytes are copied in pieces. Memory grows only with the number of posts
+and comments: less than 1 kB each.
 """
 
 import asyncio
@@ -27,6 +29,8 @@ import fcntl
 import functools
 import os
 import shutil
+import stat
+import threading
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -50,7 +54,7 @@ SYNC_BYTES = 64 * 1024 * 1024  # written bytes after which a file is synced, so 
 
 
 class Busy(Exception):
-    """Another export works with the same folder of parts, or that folder belongs to the export of another user."""
+    """The folder of parts is in use: by another export, for another user, or by somebody else on this machine."""
 
 
 async def export(db: Redis, objects: ObjectStore, user: str, target: Path, progress: Progress) -> dict[str, object]:
@@ -58,34 +62,52 @@ async def export(db: Redis, objects: ObjectStore, user: str, target: Path, progr
 
     Raises Busy, FileExistsError where `target` exists, OSError of this machine's disk, Unreachable, Unavailable.
     """
-    if target.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     parts = target.absolute().with_name(target.name + ".parts")
+    packed = parts / "archive.zip"
+    if target.exists() and not (packed.exists() and packed.samefile(target)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     with _locked(parts, user):
-        if not (parts / "rows").exists():
-            await _collect(db, user, parts, progress)
-        missing = await _fetch(db, objects, parts, progress)
-        about = orjson.loads((parts / "rows" / "user.json").read_bytes())
-        about["posts_without_original"] = missing
-        await asyncio.to_thread(_pack, parts, about, target.absolute(), progress)
+        if not target.exists():
+            if not (parts / "rows").exists():
+                await _collect(db, user, parts, progress)
+            missing = await _fetch(db, objects, parts, progress)
+            about = orjson.loads((parts / "rows" / "user.json").read_bytes())
+            about["posts_without_original"] = missing
+            stopped = threading.Event()
+            try:
+                await asyncio.to_thread(_pack, parts, about, target.absolute(), progress, stopped)
+            finally:
+                stopped.set()  # a cancellation does not reach the thread
+        for name in ("rows", "originals"):  # `archive.zip` goes last: it shows that the zip is complete
+            shutil.rmtree(parts / name, ignore_errors=True)
         shutil.rmtree(parts)
-    return about
+    with zipfile.ZipFile(target) as archive:
+        return orjson.loads(archive.read("user.json"))
 
 
 @contextmanager
 def _locked(parts: Path, user: str) -> Iterator[None]:
-    """The folder of parts, for this process and this user only."""
+    """The folder of parts, for this process and this user only.
+
+    In a folder for all, such as /tmp, somebody else may have created it before, to read the parts or to lead the files
+    that are written elsewhere by symbolic links.
+    """
     parts.mkdir(mode=PRIVATE, exist_ok=True)
-    with (parts / "lock").open("w") as lock:
+    found = parts.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise Busy(f"{parts} is not a folder that only you can use: remove it, or choose another file")
+    with (parts / "user").open("a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(f"another export works in {parts}") from None
-        owner = parts / "user"
-        if not owner.exists():
-            owner.write_text(user)
-        if owner.read_text() != user:
+        lock.seek(0)
+        owner = lock.read()
+        if owner not in (b"", user.encode()):
             raise Busy(f"{parts} belongs to the export of another user: remove it, or choose another file")
+        if not owner:
+            lock.write(user.encode())
+            lock.flush()
         yield
 
 
@@ -225,12 +247,16 @@ async def _original(db: Redis, objects: ObjectStore, post: dict) -> AsyncIterato
                 yield piece
 
 
-def _pack(parts: Path, about: dict[str, object], target: Path, progress: Progress) -> None:
-    """Pack the parts into a zip, give it its name and make it durable."""
+def _pack(
+    parts: Path, about: dict[str, object], target: Path, progress: Progress, stopped: threading.Event
+) -> None:
+    """Pack the parts into a zip, give it its name and make it durable. Ends early, without a zip, once `stopped`."""
     draft = parts / "archive.zip"
     draft.unlink(missing_ok=True)
     with zipfile.ZipFile(draft, "x", zipfile.ZIP_DEFLATED) as archive, (parts / "posts.jsonl").open("wb") as posts:
         for number, post in enumerate(_posts(parts)):
+            if stopped.is_set():
+                return
             progress.show("packed", number, int(about["posts"]))
             path = parts / "originals" / post["id"]
             del post["upload"]
@@ -247,6 +273,8 @@ def _pack(parts: Path, about: dict[str, object], target: Path, progress: Progres
     progress.show("packed", int(about["posts"]), int(about["posts"]))
     os.chmod(draft, 0o600)
     files.sync(draft)
+    if stopped.is_set():
+        return
     os.link(draft, target)  # not a rename: a file that somebody has put there meanwhile must stay
     files.sync(target.parent)
 

@@ -7,6 +7,7 @@ pause.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from redis.exceptions import ResponseError
@@ -94,7 +95,7 @@ async def _look(db: Redis, key: str, wanted: Wanted) -> tuple[list[Found], Async
         if kind == "upload":
             upload = await uploads.inspect(db, name, names=False)
             if upload.owner and wanted(upload.owner, keys.created_ms(name)):
-                return [FoundUpload(name, upload)], None
+                return [FoundUpload(name, upload), *await _became(db, upload, wanted)], None
         if kind == "once" and wanted(name.rpartition(":")[0], 0):
             return [FoundName(key, None)], None
         if kind == "rate" and not name.startswith("address:") and wanted(name.partition(":")[2], 0):
@@ -107,6 +108,14 @@ async def _look(db: Redis, key: str, wanted: Wanted) -> tuple[list[Found], Async
     return [], None
 
 
+async def _became(db: Redis, upload: Upload, wanted: Wanted) -> list[Found]:
+    """The post that an upload became. If that was during the walk, the walk may not meet the post's own key."""
+    with suppress(NoPost):
+        row = await inspect(db, upload.post or "")
+        return [row] if wanted(row.fields.get("author", ""), keys.created_ms(row.id)) else []
+    return []
+
+
 async def _comments(db: Redis, post: str, wanted: Wanted, before: str) -> AsyncIterator[Found]:
     """The comments of a post that are older than `before`."""
     more = True
@@ -114,7 +123,7 @@ async def _comments(db: Redis, post: str, wanted: Wanted, before: str) -> AsyncI
         try:
             row = await inspect(db, post)
             page = await comments.page(db, post, COMMENTS, before, row.hidden)
-        except NoPost:  # it was deleted meanwhile
+        except (NoPost, ResponseError):  # it was deleted meanwhile, or it is malformed
             return
         for found in _choose(post, page.comments, wanted):
             yield found

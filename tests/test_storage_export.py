@@ -5,13 +5,15 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 from conftest import ROOT, Site, run_with_db, until
-from making import publish
+from making import make_upload, publish
 from state import contents, unchanged
 from uploading import picture
 
@@ -121,11 +123,38 @@ async def test_an_export_never_replaces_a_file_and_never_mixes_two_users(db, sto
         await export.export(db, store, "alice", target, quiet)
     assert target.read_bytes() == b"mine"
     target.unlink()
-    with export._locked(tmp_path / "user.zip.parts", "alice"), pytest.raises(export.Busy, match="another export works"):
+    parts = tmp_path / "user.zip.parts"
+    with export._locked(parts, "alice"), pytest.raises(export.Busy, match="another export works"):
         await export.export(db, store, "alice", target, quiet)
     with pytest.raises(export.Busy, match="another user"):
         await export.export(db, store, "bob", target, quiet)
     assert (await export.export(db, store, "alice", target, quiet))["posts"] == 0
+    target.unlink()
+    (tmp_path / "precious").write_text("mine")
+    for access in (0o777, 0o750):  # somebody else made the folder, to read the parts and to have files overwritten
+        parts.mkdir()
+        parts.chmod(access)
+        for name in ("lock", "user"):
+            (parts / name).symlink_to(tmp_path / "precious")
+        with pytest.raises(export.Busy, match="only you"):
+            await export.export(db, store, "alice", target, quiet)
+        assert (tmp_path / "precious").read_text() == "mine"
+        shutil.rmtree(parts)
+    (tmp_path / "private").mkdir(mode=0o700)
+    parts.symlink_to(tmp_path / "private")
+    with pytest.raises(export.Busy, match="only you"):
+        await export.export(db, store, "alice", target, quiet)
+
+
+async def test_an_export_that_was_killed_when_the_zip_had_its_name_is_continued(db, store, tmp_path, quiet):
+    await publish(db, store, "alice", 1)
+    target, parts = tmp_path / "a.zip", tmp_path / "a.zip.parts"
+    about = await export.export(db, store, "alice", target, quiet)
+    parts.mkdir(mode=0o700)
+    os.link(target, parts / "archive.zip")
+    (parts / "originals").mkdir()  # the removal of the parts was broken off
+    assert await export.export(db, store, "alice", target, quiet) == about
+    assert not parts.exists() and set(read_zip(target)[2])
 
 
 async def test_an_export_says_which_originals_are_missing(db, store, tmp_path, quiet):
@@ -228,6 +257,48 @@ async def test_after_a_restore_the_erasure_is_repeated_and_what_is_new_stays(ser
     assert await erasure.records(store) == []
 
 
+async def test_the_record_of_an_erasure_covers_all_of_it_also_of_one_that_was_broken_off(db, store):
+    """A backup from the middle of an erasure has a part of the user, too."""
+
+    class Slow(Progress):
+        def show(self, *_):
+            db.clock += 60_000
+            if broken:
+                raise Unavailable("it is cut off")
+
+    db.clock, broken = NOW, False
+    old = await publish(db, store, "alice")
+    db.clock = keys.created_ms(old) + 1000
+    await erasure.erase(db, store, "alice", REACH, Slow(io.StringIO()), remove=True)
+    (record,) = await erasure.records(store)
+    assert record.at == record.last == db.clock
+    for broken in (True, False):  # a restore has brought alice back, and later did so again
+        db.clock = keys.created_ms(await publish(db, store, "alice")) + 1
+        later = record._replace(at=db.clock)
+        await erasure._record(store, later)
+        began = db.clock = db.clock + 1000
+        with pytest.raises(Unavailable) if broken else nullcontext():
+            await erasure.erase_again(db, store, REACH, Slow(io.StringIO()), remove=True)
+        assert await erasure.records(store) == [later._replace(last=began if broken else db.clock)]
+
+
+async def test_an_upload_that_becomes_a_post_during_an_erasure_is_erased_with_it(server, db, store, quiet):
+    """The walk does not meet the key of a post that was created behind it."""
+
+    def wanted(user: str, _: int) -> bool:
+        return user == "alice"
+
+    upload = await make_upload(db, "alice")
+    (found,) = [found async for found in users.walk(db, wanted, quiet)]
+    post, _ = await posts.create(db, "alice", upload, "a moment later")
+    met, _ = await users._look(db, keys.upload(upload), wanted)
+    assert [row.id for row in met] == [upload, post]
+    await erasure._remove(db, store, found, REACH)
+    with pytest.raises(NoPost):
+        await posts.inspect(db, post)
+    assert traces(server, "alice") == [keys.turns(0)], "the next lease of image work removes it"
+
+
 # Commands
 
 
@@ -276,6 +347,12 @@ def test_an_export_of_large_originals_needs_little_memory_and_survives_a_kill(em
     until(lambda: originals.exists() and any(path.stat().st_size for path in originals.iterdir()), what="an original")
     process.kill()
     process.wait()
+    assert not target.exists()
+    process = start(bare, "export", "alice", str(target), stderr=subprocess.PIPE)
+    until((tmp_path / "alice.zip.parts" / "archive.zip").exists, what="the zip")
+    process.terminate()
+    said = process.communicate()[1]
+    assert said.endswith("stopped before the command was complete; the same command again continues\n")
     assert not target.exists()
     code, printed, errors, memory = run(bare, "export", "alice", str(target))
     assert (code, printed, errors) == (0, f"{target}: 4 posts, 400 comments, 0 uploads\n", "")
@@ -333,10 +410,13 @@ def test_a_command_that_lost_redis_says_how_to_continue(bare, tmp_path):
         assert errors.startswith("unreachable: ") and errors.endswith("; the same command again continues\n")
 
 
-def test_erase_needs_a_user_or_again(bare):
+def test_a_user_is_required_and_is_utf_8(bare):
     for words in (["erase"], ["erase", "alice", "--again"]):
         code, _, errors, _ = run(bare, *words)
         assert code == 2 and "either USER or --again is required" in errors
+    for words in (["erase", "\udcff"], ["export", "\udcff", "a.zip"]):
+        code, _, errors, _ = run(bare, *words)
+        assert code == 2 and errors.endswith("argument USER: it is not UTF-8\n")
 
 
 # Progress
