@@ -27,8 +27,11 @@ async def scrape(request):
     """The numbers of all processes of this API, and what is read now. If Redis is away, without what is in Redis."""
     ctx = request.app.ctx
     readings = await gauges.redis(ctx.db, ctx.settings.partitions)
-    readings += gauges.store(ctx.settings.store_url) + shipper.gauges(ctx.settings)
-    text = await asyncio.to_thread(metrics.render, "api", readings)
+
+    def render() -> bytes:  # in a thread: a disk that hangs must not stop the event loop
+        return metrics.render("api", readings + gauges.store(ctx.settings.store_url) + shipper.gauges(ctx.settings))
+
+    text = await asyncio.to_thread(render)
     return HTTPResponse(text, 200, {"Cache-Control": "no-store"}, CONTENT_TYPE_PLAIN_0_0_4)
 
 

@@ -367,13 +367,13 @@ async def test_keys_are_fetched_again_without_a_request_so_a_removed_key_ends_it
     await provider.fetch()
     changed.clear()
     login.serve([jwk(RSA_NEXT, "RS256", kid="next")])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         await changed.wait()
-    assert provider.find("rsa", "RS256") is None and provider.find("next", "RS256")
-    login.answer = BAD["closes"]
-    asked = len(login.asked)
-    while len(login.asked) < asked + 3:  # also after a fetch that has failed
-        await asyncio.sleep(0.01)
+        assert provider.find("rsa", "RS256") is None and provider.find("next", "RS256")
+        login.answer = BAD["closes"]
+        asked = len(login.asked)
+        while len(login.asked) < asked + 3:  # also after a fetch that has failed
+            await asyncio.sleep(0.01)
 
 
 def certificate(folder) -> str:

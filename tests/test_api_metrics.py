@@ -1,6 +1,7 @@
 """The numbers that Prometheus reads are exact, bounded, and there when Redis is away."""
 
 import asyncio
+import os
 import time
 from random import Random
 
@@ -191,6 +192,27 @@ def test_without_redis_a_scrape_answers_what_it_knows(tmp_path):
             assert until(lambda: Scrape(site.url)("imagegram_redis_up") == 1, what="Redis in a scrape")
     finally:
         server.close()
+
+
+def test_a_disk_that_hangs_delays_a_scrape_and_no_other_request(serving):
+    """A pipe in the place of the shipper's file: reading it takes until the test has written."""
+    file = serving.folder / "shipping.json"
+    os.mkfifo(file)
+    try:
+        with dial(serving.port) as line, dial(serving.port) as other:
+            line.sendall(head("GET", "/metrics"))
+            # Fails until the API has opened the pipe
+            pipe = until(lambda: os.open(file, os.O_WRONLY | os.O_NONBLOCK), what="the scrape")
+            try:
+                other.settimeout(5)
+                other.sendall(head("GET", "/healthz"))
+                assert hear(other).status == 200
+                os.write(pipe, b'{"caught": 1, "generation": 1, "trouble": "", "verified": null}')
+            finally:
+                os.close(pipe)
+            assert b"imagegram_backup_lag_seconds" in hear(line).body
+    finally:
+        file.unlink()
 
 
 def test_a_worker_counts_images_and_the_uploads_that_it_ends_and_a_second_one_with_its_port_works(embedded, tmp_path):
