@@ -16,7 +16,8 @@ PREFERENCE = re.compile(
 )
 SECONDS = re.compile(r'"?0*([1-9][0-9]*)"?')
 MAX_WAIT = 25  # seconds. A connection without a byte is closed after 30, and by many proxies after 30 or 60
-CODING = re.compile(r"\s*([a-z*-]+)\s*(?:;\s*q\s*=\s*([01](?:\.[0-9]{0,3})?))?\s*", re.IGNORECASE)
+# Possessive quantifiers: without them, spaces that match in two ways are tried n² times.
+CODING = re.compile(r"\s*+([a-z*-]++)\s*+(?:;\s*+q\s*+=\s*+([01](?:\.[0-9]{0,3}+)?+))?+\s*+", re.IGNORECASE)
 
 
 def request_id(request) -> str:

@@ -15,6 +15,7 @@ from conftest import run_with_db
 from making import jpeg, make_post, make_processing
 from wire import dial, exchange, head, hear
 
+from api.headers import matches_etag, preferred_coding, preferred_wait
 from storage import comments, outbox, posts
 
 DECODE = {"br": brotli.decompress, "gzip": gzip.decompress, "": lambda body: body}  # by Content-Encoding
@@ -294,6 +295,14 @@ def test_the_encoding_is_the_one_that_the_client_prefers(serving, pages, accepte
     answer = get(serving, pages["feed"], f"Accept-Encoding: {accepted}")
     assert answer.headers.get("content-encoding", "") == ACCEPTED[accepted]
     assert json.loads(DECODE[ACCEPTED[accepted]](answer.body))["items"]
+
+
+def test_no_header_of_8_kb_takes_long_to_read():
+    spaces = " " * 8000
+    for value in (f"a{spaces}x", f"a;{spaces}x", f"a;q={spaces}x", f'"a"{spaces}x', f'a="{spaces}', "a," * 4000):
+        began = time.thread_time()
+        preferred_coding(value), preferred_wait(value), matches_etag(value, '"b"')
+        assert time.thread_time() - began < 0.02, value[:5]
 
 
 def test_brotli_makes_a_feed_page_of_20_posts_a_quarter_of_its_size_at_most(serving, pages, capsys):
