@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -19,6 +20,8 @@ import pytest
 from conftest import ROOT, RedisServer, Site, free_port, until
 from making import bmp, jpeg
 from proxy import Proxy
+
+from api.client import calls, settings
 
 MIB = 2**20
 REFUSED, UNUSABLE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
@@ -123,7 +126,7 @@ def stand_in():
     server.server_close()
 
 
-EMPTY_FEED = 200, {"Content-Type": "application/json"}, b'{"items": [], "next": null}'
+EMPTY_FEED = 200, {"Content-Type": "application/json", "Request-Id": "1"}, b'{"items": [], "next": null}'
 
 
 # The login
@@ -183,6 +186,7 @@ def read_terminal(file: int) -> bytes:
         ("https://example.org/feed", "x", UNUSABLE, "is no address of a site"),
         ("http://127.0.0.1:1", "x", UNREACHABLE, "Connection refused"),
         ("stand-in", "x", UNREACHABLE, "answers 200, but not as Imagegram does"),
+        ("http://..", "x", UNUSABLE, "http://.. is no address of a site"),
     ],
 )
 def test_a_login_that_does_not_work_is_not_stored(person, stand_in, url, token, status, message):
@@ -192,6 +196,40 @@ def test_a_login_that_does_not_work_is_not_stored(person, stand_in, url, token, 
     _, err = person.run("login", url, "--patience", "0", status=status, stdin=token)
     assert message in err and err.startswith("imagegram: ") and err.count("\n") == 1
     assert person.login.read_bytes() == before
+
+
+def test_a_login_names_the_user_but_never_shows_a_token_that_names_nobody(person, stand_in):
+    stand_in.answers.append(EMPTY_FEED)
+    assert person.run("login", stand_in.url, stdin="a.b.c")[0] == f"logged in at {stand_in.url}\n"
+    assert json.loads(person.run("login", stand_in.url, "--json", stdin="a.b.c")[0]) == {
+        "url": stand_in.url,
+        "user": None,
+    }
+
+
+def test_a_proxy_that_the_client_cannot_use_ends_the_command_with_one_line(person):
+    person.environment["ALL_PROXY"] = "socks5://127.0.0.1:1"
+    _, err = person.run("feed", status=UNUSABLE)
+    assert "or a proxy" in err and "cannot be used" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_ends_the_command_with_one_line_before_anything_is_sent(person, stand_in):
+    """The limit of the size of files stands for the disk."""
+    stand_in.answers.append(EMPTY_FEED)
+    person.environment |= {"IMAGEGRAM_URL": stand_in.url}
+    process = person.start("comment", "x", "y", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == UNUSABLE
+    assert re.fullmatch(r"imagegram: .*\.json cannot be written: File too large\n", err) and not stand_in.heard
+    assert [path.name for path in (person.home / ".local/state/imagegram").iterdir()] == ["locks"]
+
+
+def test_a_record_survives_a_loss_of_power(tmp_path, monkeypatch):
+    """The file is synced under its first name, and its folder after it has its last one."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    settings.write_private(tmp_path / "a.json", {})
+    assert [Path(path).parent for path in synced] == [tmp_path, tmp_path.parent] and synced[1] == str(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_command_with_one_line(person):
@@ -237,6 +275,8 @@ def test_the_story_of_a_post(person):
         f"  {person.url}{post['image']['url']}\n"
         f"  {comment['id']}  {person.name}  {said}\n    First!\n"
     )
+    _, err = person.run("delete", post["id"], "", status=REFUSED)
+    assert err == "imagegram: this address does not take this method\n"
     assert person.run("delete", post["id"], comment["id"])[0] == "deleted\n"
     assert person.json("delete", post["id"]) == {"id": post["id"], "deleted": True}
     assert person.run("delete", post["id"], status=REFUSED) == ("", "imagegram: no such post\n")
@@ -260,6 +300,10 @@ def test_the_feed_is_read_page_by_page_or_as_a_whole(person):
         ["bash", "-o", "pipefail", "-c", head], env=person.environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        process = person.start("feed", stdout=full)
+        assert process.communicate(timeout=20)[1] == "imagegram: No space left on device\n"
+    assert process.returncode == UNUSABLE
 
 
 # Uploads
@@ -362,6 +406,11 @@ def test_the_same_command_again_makes_no_second_post_unless_it_is_asked_to(perso
         client.delete(f"/v1/posts/{second['id']}").raise_for_status()
     assert person.json(*command)["id"] not in (post["id"], second["id"]), "the deleted one is not shown again"
     assert person.json("upload", "photo.jpg", "--caption", "Another text")["caption"] == "Another text"
+    reader, unread = os.pipe()
+    os.close(reader)
+    process = person.start(*command, stderr=unread)  # nobody reads that the file is a post already
+    os.close(unread)
+    assert "  Once\n" in process.communicate(timeout=20)[0] and process.returncode == 0
     assert len(person.posts()) == 3
 
 
@@ -417,8 +466,12 @@ def test_a_damaged_image_ends_with_the_reason(person):
     assert "  failed, " in out
 
 
-def test_a_file_that_cannot_be_read_ends_with_one_line(person):
-    assert person.run("upload", ".", status=UNUSABLE)[1] == "imagegram: . cannot be read: Is a directory\n"
+def test_what_is_no_file_and_no_text_ends_the_command_with_one_line(person):
+    os.mkfifo(person.home / "pipe")
+    assert person.run("upload", "pipe", status=UNUSABLE)[1] == "imagegram: pipe is not a regular file\n"
+    missing = "imagegram: photo.jpg cannot be read: No such file or directory\n"
+    assert person.run("upload", "photo.jpg", status=UNUSABLE)[1] == missing
+    assert person.run("comment", "x", "caf\udce9", status=UNUSABLE)[1].endswith("error: an argument is not UTF-8\n")
 
 
 def test_a_terminal_shows_a_progress_bar_with_rate_and_time_left(traveller, line):
@@ -479,7 +532,7 @@ def test_watch_prints_every_change_once_over_a_line_that_breaks(traveller, line)
 
 def test_a_temporary_answer_is_repeated_not_before_retry_after(person, stand_in):
     problem = json.dumps({"code": "unreachable", "detail": "the database cannot be reached"}).encode()
-    headers = {"Content-Type": "application/problem+json", "Retry-After": "1"}
+    headers = {"Content-Type": "application/problem+json", "Request-Id": "1", "Retry-After": "1"}
     stand_in.answers += [(503, headers, problem), (302, {"Location": "http://login.example/"}, b""), EMPTY_FEED]
     person.environment["IMAGEGRAM_URL"] = stand_in.url
     out, err = person.run("feed")
@@ -487,6 +540,22 @@ def test_a_temporary_answer_is_repeated_not_before_retry_after(person, stand_in)
     assert first.startswith("the database cannot be reached. Trying again in 1.")
     assert "answers 302, but not as Imagegram does, it leads to http://login.example/" in second
     assert stand_in.heard[1][0] - stand_in.heard[0][0] >= 1
+
+
+@pytest.mark.parametrize("answer", [(204, {}, b""), (200, {"Content-Type": "application/json"}, b"{}")])
+def test_an_answer_without_a_request_id_is_not_the_sites(stand_in, answer):
+    stand_in.answers.append(answer)
+    with pytest.raises(calls.Trouble, match=f"answers {answer[0]}, but not as Imagegram does"):
+        calls.Site(stand_in.url, "", 0, print).once("GET", "/v1/posts")
+
+
+def test_watch_stays_patient_for_days(monkeypatch):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    patience = calls.Patience(float("inf"), lambda text: None)
+    for _ in range(10_000):
+        patience.wait(calls.Trouble("away"))
+    assert max(slept) <= calls.LONGEST_PAUSE and sum(slept) > 24 * 60 * 60
 
 
 def test_a_wait_that_is_longer_than_the_users_patience_is_not_begun(person):

@@ -23,7 +23,6 @@ status  means
 import argparse
 import getpass
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -62,7 +61,10 @@ def login(given) -> None:
     settings.write_login(login)
     if url.startswith("http:") and not url.startswith(("http://127.", "http://localhost", "http://[::1]")):
         note("warning: without https, everybody on the way can read the token")
-    show_json({"url": url, "user": login.user}) if given.json else show(f"logged in at {url} as {login.user}")
+    if given.json:
+        show_json({"url": url, "user": login.user or None})
+    else:
+        show(f"logged in at {url}" + (f" as {login.user}" if login.user else ""))
 
 
 def logout(given) -> None:
@@ -80,7 +82,7 @@ def upload(given) -> int:
     site, login = connect(given, bar.note)
     try:
         with bar.shown():
-            post = uploading.upload(site, login.user, Path(given.file), given.caption, given.again, bar)
+            post = uploading.upload(site, login.owner, Path(given.file), given.caption, given.again, bar)
         post = uploading.wait_until_ready(site, post)
     except KeyboardInterrupt:
         again = shlex.join(["imagegram", *(word for word in sys.argv[1:] if word != "--again")])
@@ -135,7 +137,7 @@ def comment(given) -> None:
     site, login = connect(given)
     # The key is on disk before the comment is sent. So also a command that was killed, or that gave up without knowing
     # whether the comment was added, can be repeated.
-    with record("comment", site.url, login.user, given.post, given.text) as known:
+    with record("comment", site.url, login.owner, given.post, given.text) as known:
         path = f"/v1/posts/{quote(given.post, safe='')}/comments"
         try:
             added = site.call("POST", path, known.fields["key"], json={"text": given.text}).json()
@@ -149,7 +151,7 @@ def comment(given) -> None:
 def delete(given) -> None:
     site, _ = connect(given)
     path = f"/v1/posts/{quote(given.post, safe='')}"
-    if given.comment:
+    if given.comment is not None:  # an empty one, as of a script's empty variable, must not delete the post
         path += f"/comments/{quote(given.comment, safe='')}"
     site.call("DELETE", path)
     show_json({"id": given.comment or given.post, "deleted": True}) if given.json else show("deleted")
@@ -221,6 +223,11 @@ def read_arguments() -> argparse.Namespace:
     command.add_argument("comment", nargs="?")
     add("watch", watch)
     given = parser.parse_args()
+    texts = [value for name, value in vars(given).items() if isinstance(value, str) and name != "file"]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        parser.error("an argument is not UTF-8")
     if given.patience is None:
         given.patience = PATIENCE.get(given.command, USUAL_PATIENCE)
     return given
@@ -228,6 +235,8 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = read_arguments()
+    if sys.stdout:  # None if the caller has closed it
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         sys.exit(given.run(given))
     except Refused as refusal:
@@ -239,9 +248,11 @@ def main() -> None:
         status, reason = UNREACHABLE, str(error)
     except (KeyboardInterrupt, EOFError):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout has enough, for example `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
-        sys.exit(0)
+    except OSError as error:  # of stdout, or of the file that is read
+        printing.close(1)
+        if isinstance(error, BrokenPipeError):  # the reader of stdout has enough, for example `head`
+            sys.exit(0)
+        status, reason = UNUSABLE, settings.reason(error)
     note(f"imagegram: {reason}")
     sys.exit(status)
 

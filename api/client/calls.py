@@ -17,6 +17,8 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
+from api.client.settings import Unusable
+
 TEMPORARY = {408, 502, 503, 504, 507}  # docs/api.md, "When to repeat"; and 429 with Retry-After
 SILENCE = 30.0  # seconds without a byte, in either direction, after which the line counts as broken
 CONNECT = 10.0  # seconds
@@ -65,7 +67,8 @@ class Patience:
     def wait(self, trouble: Trouble) -> None:
         """Backs off exponentially with jitter, so that clients that were cut off together come back one by one."""
         left = self.end - time.monotonic()
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.attempts) * random.uniform(0.5, 1)
+        doubled = FIRST_PAUSE * 2 ** min(self.attempts, 10)  # no higher power: 2**1024 is no float any more
+        pause = min(LONGEST_PAUSE, doubled) * random.uniform(0.5, 1)
         if trouble.after is not None:
             pause = trouble.after + random.uniform(0, FIRST_PAUSE)
         if left <= 0 or (trouble.after or 0) > left:
@@ -83,14 +86,21 @@ class Site:
     def __init__(self, url: str, token: str, patience: float, note: Callable[[str], None]):
         self.url, self.patience, self.note = url, patience, note
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(SILENCE, connect=CONNECT))
+        timeout = httpx.Timeout(SILENCE, connect=CONNECT)
+        try:
+            self.http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+        except (OSError, ImportError, ValueError, httpx.InvalidURL) as error:
+            reason = f"{url}, or a proxy or SSL_CERT_FILE of the environment, cannot be used: {error}"
+            raise Unusable(reason) from None
 
     def once(self, method: str, path: str, **given) -> httpx.Response:
-        """One attempt. The keyword arguments go to httpx. Raises Refused, or Trouble."""
+        """One attempt. Keyword arguments go to httpx. Raises Refused, Trouble, or Unusable if no host has this name."""
         try:
             answer = self.http.request(method, path, extensions={"trace": _buffer_little}, **given)
         except httpx.RequestError as error:
             raise Trouble(f"{self.url} gives no answer ({error or type(error).__name__})") from None
+        except (UnicodeError, httpx.InvalidURL) as error:
+            raise Unusable(f"{self.url} is no address of a site: {error}") from None
         if not _is_of_a_site(answer):
             where = f", it leads to {answer.headers['Location']}" if "Location" in answer.headers else ""
             raise Trouble(f"{self.url} answers {answer.status_code}, but not as Imagegram does{where}")
@@ -145,7 +155,9 @@ def rest(answer: httpx.Response) -> None:
 
 
 def _is_of_a_site(answer: httpx.Response) -> bool:
-    """Whether Imagegram, or the front of one, sent this answer."""
+    """Whether Imagegram, or the front of one, sent this answer. All of theirs have a Request-Id."""
+    if "Request-Id" not in answer.headers:
+        return False
     kind = answer.headers.get("Content-Type", "").partition(";")[0]
     if kind == "application/json":
         try:

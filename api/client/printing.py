@@ -5,6 +5,7 @@ control characters, which could command the reader's terminal.
 """
 
 import json
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -30,8 +31,16 @@ def show_json(value: object) -> None:
 
 
 def note(text: str) -> None:
-    """Tell the user what happens meanwhile, in one line."""
-    print(clean(text).replace("\n", " "), file=sys.stderr, flush=True)
+    """Tell the user what happens meanwhile, in one line. The command goes on if nobody reads stderr any more."""
+    try:
+        print(clean(text).replace("\n", " "), file=sys.stderr, flush=True)
+    except OSError:
+        close(2)
+
+
+def close(descriptor: int) -> None:
+    """Drop what is written to stdout (1) or stderr (2) from now on, and what Python flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def indent(text: str, by: str = "  ") -> str:

@@ -1,8 +1,8 @@
 """What the client remembers of a write until it is answered, so that the repeated command continues or repeats it.
 
 A record is a file in XDG_STATE_HOME/imagegram, named by a digest of the site, the user and what is written. It holds
-the Idempotency-Key, for an upload also its address, and the post that it became. Two processes never have the same
-record at the same time.
+the Idempotency-Key. That of a file also holds the address of its unfinished upload, and the posts that the file became:
+one for each caption. Two processes never have the same record at the same time.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 
 from api.client import settings
 
+POST = "post "  # the field of a post is this and a digest of the caption
 KEPT = 24 * 60 * 60  # seconds that a record is of use: servers remember Idempotency-Keys and uploads as long
 
 
@@ -32,8 +33,9 @@ class Record:
             self.begin()
 
     def begin(self) -> None:
-        """Forget the write, and begin another one with a new key."""
-        self.fields = {"key": secrets.token_urlsafe(18)}
+        """Forget the write, but not the posts that there are, and begin another one with a new key."""
+        posts = {name: value for name, value in self.fields.items() if name.startswith(POST)}
+        self.fields = posts | {"key": secrets.token_urlsafe(18)}
         self.save()
 
     def save(self, **fields: str) -> None:
@@ -58,7 +60,7 @@ def record(*parts: str) -> Iterator[Record]:
         raise settings.Unusable(f"{folder} cannot be written: {settings.reason(error)}") from None
     try:
         _lock(locks, int(name[:15], 16))
-        for old in folder.glob("*.json"):
+        for old in folder.glob("*.json*"):  # also drafts of processes that were killed
             with suppress(OSError):
                 if time.time() - old.stat().st_mtime > KEPT:
                     old.unlink()

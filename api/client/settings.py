@@ -24,14 +24,16 @@ class Login(NamedTuple):
 
     @property
     def user(self) -> str:
-        """Whom the token names. Empty without a token.
-
-        Only to tell the records of two users apart. A token that names nobody stands for itself.
-        """
+        """The claim `sub` of the token. Empty if there is none."""
         with suppress(ValueError, IndexError, KeyError, TypeError):
             payload = self.token.split(".")[1]
             return str(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["sub"])
-        return self.token
+        return ""
+
+    @property
+    def owner(self) -> str:
+        """Tells the records of two users apart. A token without `sub` stands for itself."""
+        return self.user or self.token
 
 
 class Unusable(Exception):
@@ -95,11 +97,19 @@ def write_private(path: Path, content: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft.unlink(missing_ok=True)  # of a process that had the same number
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        try:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # otherwise the name may be missing after a loss of power
+        finally:
+            os.close(folder)
     except OSError as error:
         raise Unusable(f"{path} cannot be written: {reason(error)}") from None
 

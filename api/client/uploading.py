@@ -18,6 +18,7 @@ PATCH, because each PATCH costs a round trip.
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ from tusclient.request import TusRequest
 from tusclient.uploader import Uploader
 
 from api.client.calls import Patience, Refused, Site, Trouble, Unreachable, rest
-from api.client.records import Record, record
+from api.client.records import POST, Record, record
 from api.client.settings import Unusable, reason
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -95,14 +96,14 @@ def upload(site: Site, user: str, path: Path, caption: str, again: bool, progres
         before = _version(file)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         with record("upload", site.url, user, digest) as known:
-            if "post" in known.fields and (again or known.fields["caption"] != caption):
-                known.begin()
-            if "post" in known.fields:
-                post = _read_post(site, known.fields["post"])
+            made = f"{POST}{_digest(caption)}"
+            if again and known.fields.pop(made, None):
+                known.save()
+            if made in known.fields:
+                post = _read_post(site, known.fields[made])
                 if post:
                     site.note(f"this file is the post {post['id']} already; --again publishes it once more")
                     return post
-                known.begin()
             for beginning in range(BEGINNINGS):
                 try:
                     post = _publish(site, file, before, caption, known, progress)
@@ -113,13 +114,16 @@ def upload(site: Site, user: str, path: Path, caption: str, again: bool, progres
                     site.note(f"{refusal}: the upload begins again")
                     known.begin()
                 else:
-                    known.save(post=post["id"], caption=caption)
+                    known.fields[made] = post["id"]
+                    known.begin()
                     return post
     raise AssertionError("the last beginning returns or raises")
 
 
 def _open(path: Path) -> BinaryIO:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe can be read only once, and a device never ends
+            raise Unusable(f"{path} is not a regular file")
         return open(path, "rb")
     except OSError as error:
         raise Unusable(f"{path} cannot be read: {reason(error)}") from None
@@ -133,7 +137,7 @@ def _publish(site: Site, file: BinaryIO, before: tuple, caption: str, known: Rec
         created = site.call("POST", "/v1/uploads", known.fields["key"], headers=headers)
         known.save(upload=created.headers["Location"])
     sender.url = urljoin(site.url, known.fields["upload"])
-    key = f"{known.fields['key']}-{hashlib.sha256(caption.encode()).hexdigest()[:16]}"
+    key = f"{known.fields['key']}-{_digest(caption)}"
     body = {"upload": known.fields["upload"].rpartition("/")[2], "caption": caption}
     patience = Patience(site.patience, site.note)
     while True:
@@ -190,6 +194,10 @@ def wait_until_ready(site: Site, post: dict) -> dict:
                 raise Unreachable(f"the picture of {post['id']} is not made yet. See: imagegram show {post['id']}")
             rest(answer)
     return post
+
+
+def _digest(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
 
 
 def _read_post(site: Site, post: str) -> dict | None:
