@@ -125,6 +125,21 @@ async def test_a_request_that_waits_is_counted_while_it_does_and_its_wait_is_no_
     assert after(f"{SECONDS}_sum", **route) - before(f"{SECONDS}_sum", **route) < 1
 
 
+async def test_a_json_body_that_comes_late_is_no_delay(serving, empty):
+    """Otherwise the alert `Slow` would wake somebody because clients have slow lines."""
+    comment = request("POST", f"/v1/posts/{NOBODY}/comments", serving.token("alice"), b'{"text": "Late"}')
+    assert exchange(serving.port, comment).status == 404
+    before = Scrape(serving.url)
+    with dial(serving.port) as line:
+        line.sendall(comment[:-8])
+        time.sleep(0.2)  # the line's time, which is what is measured
+        line.sendall(comment[-8:])
+        assert (await asyncio.to_thread(hear, line)).status == 404
+    after, route = Scrape(serving.url), {"route": "/v1/posts/{post}/comments", "method": "POST"}
+    assert after(f"{SECONDS}_count", **route) - before(f"{SECONDS}_count", **route) == 1
+    assert after(f"{SECONDS}_sum", **route) - before(f"{SECONDS}_sum", **route) < 0.2
+
+
 async def test_uploads_are_counted_as_they_are_opened_resumed_finished_and_dropped(serving, empty):
     event, stored = "imagegram_uploads_total", "imagegram_upload_bytes_total"
     before = Scrape(serving.url)

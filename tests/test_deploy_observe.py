@@ -60,6 +60,12 @@ FIRES = {
     "RedisMemory": ({"imagegram_redis_memory_bytes": "71"}, {}),
     "StoreDisk": ({"imagegram_store_free_bytes": "19"}, {}),
 }
+# A second symptom
+ALSO = {
+    "BackupLag": ({'imagegram_backup_lag_seconds{job="ship"}': None}, {}),  # it has never caught up
+    "RestoreFails": ({"imagegram_backup_trial_ok": "0"}, {}),
+    "NoTrialRestore": ({"imagegram_backup_trial_timestamp_seconds": "-90000"}, {}),
+}
 # What is almost an alert
 QUIET = {
     "Errors": {ERRORS: "0+0.5x{n}"},
@@ -107,8 +113,9 @@ def test_each_alert_fires_on_its_symptom_and_not_on_a_site_that_is_well(tmp_path
     for step in (1, 60):
         tests = []
         for alert in (alert for alert in ALERTS if step_of(alert) == step):
-            changes, labels = FIRES[alert["alert"]]
-            tests += [case(alert, {}, None), case(alert, changes, labels)]
+            tests.append(case(alert, {}, None))
+            for changes, labels in (each[alert["alert"]] for each in (FIRES, ALSO) if alert["alert"] in each):
+                tests.append(case(alert, changes, labels))
             if alert["alert"] in QUIET:
                 tests.append(case(alert, QUIET[alert["alert"]], None))
         path = tmp_path / f"{step}.yml"
