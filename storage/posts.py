@@ -276,17 +276,7 @@ def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) 
 
 async def inspect(db: Redis, post: str) -> Inspected:
     """All that Redis knows of a post, hidden or not, for an operator. Raises NoPost."""
-    partition = keys.partition_of_post(post)
-    script_keys = [
-        keys.post(post),
-        keys.hidden(post),
-        keys.comments(post),
-        keys.kept(post),
-        keys.feed(partition),
-        keys.changes(partition),
-        keys.gone(partition),
-        keys.due(partition),
-    ]
+    script_keys = _keys_with_hidden(post, keys.comments(post), keys.kept(post))
     hidden, comments, kept, *times, fields = await db.call("show_post", script_keys, post)
     numbers = [None if value is None else int(float(value)) for value in times]
     pairs = dict(zip(fields[::2], fields[1::2], strict=True))
@@ -298,16 +288,8 @@ async def hide(db: Redis, post: str) -> bool:
 
     Returns whether it was shown before. The outbox erases its JPEG. Raises NoPost.
     """
-    partition = keys.partition_of_post(post)
-    script_keys = [
-        keys.post(post),
-        keys.hidden(post),
-        keys.feed(partition),
-        keys.changes(partition),
-        keys.gone(partition),
-        keys.due(partition),
-    ]
-    return bool(await db.call("hide_post", script_keys, db.clock, post, keys.making_prefix(partition)))
+    making = keys.making_prefix(keys.partition_of_post(post))
+    return bool(await db.call("hide_post", _keys_with_hidden(post), db.clock, post, making))
 
 
 async def unhide(db: Redis, post: str) -> bool:
@@ -315,17 +297,13 @@ async def unhide(db: Redis, post: str) -> bool:
 
     Returns whether it was hidden before. Raises NoPost.
     """
-    partition = keys.partition_of_post(post)
-    script_keys = [
-        keys.post(post),
-        keys.hidden(post),
-        keys.comments(post),
-        keys.feed(partition),
-        keys.changes(partition),
-        keys.gone(partition),
-        keys.due(partition),
-    ]
-    return bool(await db.call("unhide_post", script_keys, db.clock, post))
+    return bool(await db.call("unhide_post", _keys_with_hidden(post, keys.comments(post)), db.clock, post))
+
+
+def _keys_with_hidden(post: str, *others: str) -> list[str]:
+    """The keys of a post, shown and hidden, then `others`, then the lists of its partition that may have it."""
+    named, _, _, *lists = keys.post_and_lists(post)
+    return [named, keys.hidden(post), *others, *lists, keys.due(keys.partition_of_post(post))]
 
 
 async def delete(
@@ -340,9 +318,9 @@ async def delete(
     """Delete a post with its comments and its served image.
 
     With `seen` (see `Post.seen`) the post is deleted only if it has not changed since. `hidden` says that it is hidden:
-    its author cannot delete it then, only an operator. The outbox erases the original
-    once no kept backup can name it any more, `backup_reach_ms` from now at the earliest. The outbox also erases the
-    image if the store is unavailable now or this process dies.
+    its author cannot delete it then, only an operator. The outbox erases the original once no kept backup can name it
+    any more, `backup_reach_ms` from now at the earliest. It also erases the image if the store is unavailable now or
+    this process dies.
 
     Raises NoPost, Forbidden where somebody else created it, and Precondition where the post has changed since `seen`.
     """
