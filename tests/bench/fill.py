@@ -1,4 +1,4 @@
-"""Writes data sets directly into Redis, in pipelines, without scripts and HTTP.
+"""Writes data sets directly into Redis, in pipelines, without the project's scripts and HTTP.
 
 The result is what the scripts would have written. `verify` checks this by the counts and, on a sample, by the
 invariants.
@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import keys
-from storage.settings import LATEST_COMMENTS
-from tests.conftest import RedisServer
+from storage.db.client import script
+from storage.settings import LATEST_COMMENTS, LEAF_ENTRIES
+from tests.conftest import ROOT, RedisServer
 
 AUTHOR = "user-%05d"  # 10 bytes
 CAPTION = "A photograph of number %08d, taken on the way, in colour"
 TEXT = "What a place! I would go there at once if only it were nearer."  # 62 bytes
 GAP_MS = 600_000  # mean time between two comments of a post
 IMAGE_BYTES = 60_000
+# Writes an entry of the lists of users' posts, by the scripts' own function: how leaves are split is not written twice.
+ADD_ENTRY = script(
+    f"#!lua\n{(ROOT / 'lua' / 'shared.lua').read_text()}\nadd_entry(KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]))"
+)
 
 
 @dataclass
@@ -94,6 +99,12 @@ def pack(*words: str) -> bytes:
     return b"".join(parts)
 
 
+def listed(author: str, post: str) -> bytes:
+    """A packed command that writes a post into the list of its author's posts. `send` has loaded its script."""
+    entry = keys.entry(author, post)
+    return pack("EVALSHA", ADD_ENTRY.sha, "1", keys.leaves(0), keys.leaf_prefix(0), entry, str(LEAF_ENTRIES))
+
+
 def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
     """Packed commands that write the posts. `now` is in unix milliseconds."""
     feed, changes = ["ZADD", keys.feed(0)], ["ZADD", keys.changes(0)]
@@ -108,6 +119,7 @@ def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
         if newest := post.comments[: -LATEST_COMMENTS - 1 : -1]:
             entries = [f'["{comment}","{author}","{TEXT}"]' for comment, author in newest]
             yield pack("RPUSH", keys.latest(post.id), *entries)
+        yield listed(post.author, post.id)
         revision += 1
         feed += [str(len(post.comments)), post.id]
         changes += [str(revision), post.id]
@@ -122,7 +134,7 @@ def send(server: RedisServer, packed: Iterable[bytes]) -> None:
     """Sends packed commands. Switches replies off until the end, because a reply costs as much as a command."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(server.socket)
-        line.sendall(pack("CLIENT", "REPLY", "OFF"))
+        line.sendall(pack("CLIENT", "REPLY", "OFF") + pack("SCRIPT", "LOAD", ADD_ENTRY.text))
         buffer = bytearray()
         for command in packed:
             buffer += command
@@ -156,6 +168,8 @@ def verify(server: RedisServer, sample: list[str], posts: int, comments: int) ->
     """Asserts the number of posts and of comments, and the invariants on a sample of posts."""
     client = server.client
     assert client.zcard(keys.feed(0)) == client.zcard(keys.changes(0)) == posts
+    leaves = client.zrange(keys.leaves(0), 0, -1)
+    assert sum(client.zcard(keys.leaf(0, first)) for first in leaves) == posts
     total = 0
     for _, score in client.zscan_iter(keys.feed(0), count=10_000):
         total += score

@@ -11,12 +11,11 @@ from statistics import median
 
 from storage import keys
 from storage.db.client import SCRIPTS
-from storage.settings import DAY_MS, LATEST_COMMENTS, LEAF_ENTRIES, PAGE_BYTES
+from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
 from tests.bench.parts import Api, Redis
 from tests.bench.table import Row, of_runs
-from tests.conftest import ROOT
 
 SIZES = (10_000, 100_000, 1_000_000)  # posts
 LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)  # comments of a post
@@ -180,14 +179,11 @@ SHAPES: dict[str, Callable[[int], list[int]]] = {
 
 def fill_lists(server: Redis, shape: str, posts: int) -> None:
     """Writes the lists of users' posts, without the posts themselves."""
-    shared = (ROOT / "lua" / "shared.lua").read_text()
-    text = f"#!lua\n{shared}\nadd_entry(KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]))"
-    command = ["EVALSHA", server.client.script_load(text), "1", keys.leaves(0), keys.leaf_prefix(0)]
     start = int(time.time() * 1000) - 1000 * posts
     ids = (fill.post_id(start + 1000 * number) for number in range(posts))
-    entries = (keys.entry(fill.AUTHOR % user, post) for user, post in zip(SHAPES[shape](posts), ids, strict=True))
+    authors = (fill.AUTHOR % user for user in SHAPES[shape](posts))
     with server.filling():
-        fill.send(server, (fill.pack(*command, entry, str(LEAF_ENTRIES)) for entry in entries))
+        fill.send(server, (fill.listed(author, post) for author, post in zip(authors, ids, strict=True)))
 
 
 def memory(kind: str, quick: bool) -> tuple[list[Row], dict[int, float]]:
