@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RedisServer, Site, free_port, until
+from conftest import ROOT, RedisServer, Site, free_port, running_site, until
 from making import bmp, jpeg
 from proxy import Proxy
 
@@ -67,13 +68,9 @@ class Person:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A site with a worker and a Redis server of its own, for all tests of this file."""
-    server = RedisServer("valkey")
-    site = Site(server.url, tmp_path_factory.mktemp("site"))
-    site.api()
-    site.worker()
-    yield site
-    site.close()
-    server.close()
+    with closing(RedisServer("valkey")) as server, running_site(server, tmp_path_factory.mktemp("site")) as site:
+        site.worker()
+        yield site
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import random
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, RedisServer, Site, until
+from conftest import ROOT, RedisServer, Site, running_site, until
 from proxy import Proxy
 from tusclient import client as tuspy
 from tusclient.exceptions import TusCommunicationError
@@ -21,13 +22,9 @@ CLIENTS = ROOT / "tests" / "clients"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A site with two API processes and a Redis server of its own, for all tests of this file."""
-    server = RedisServer("valkey")
-    site = Site(server.url, tmp_path_factory.mktemp("site"), workers=2)
-    site.redis = server.client
-    site.api()
-    yield site
-    site.close()
-    server.close()
+    folder = tmp_path_factory.mktemp("site")
+    with closing(RedisServer("valkey")) as server, running_site(server, folder, workers=2) as site:
+        yield site
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def hash_stored(site: Site, url: str) -> str:
     """The sha256 of the chunks of an upload, in order."""
     upload = url.rsplit("/", 1)[1]
     digest = hashlib.sha256()
-    for name in site.redis.lrange(f"chunks:{{0}}:{upload}", 0, -1):
+    for name in site.server.client.lrange(f"chunks:{{0}}:{upload}", 0, -1):
         digest.update((site.folder / "store" / "chunks" / upload / name).read_bytes())
     return digest.hexdigest()
 
@@ -118,8 +115,8 @@ def test_100_mib_over_a_line_that_breaks_50_times(served, line, tmp_path, capsys
     token = served.token("bob")
     headers = {"Authorization": f"Bearer {token}", "Tus-Resumable": "1.0.0"}
     uploading = start_tus_js(tmp_path / "photo", line.port, token)
-    upload = until(lambda: list(served.redis.scan_iter("uploads:{0}:bob")), what="the upload")
-    upload = next(iter(served.redis.hgetall(upload[0])))
+    upload = until(lambda: list(served.server.client.scan_iter("uploads:{0}:bob")), what="the upload")
+    upload = next(iter(served.server.client.hgetall(upload[0])))
     slowest, ways = 0.0, ["rst", "fin", "silence", "rst", "fin"]
     for n in range(50):
         until(lambda: line.up >= (n + 1) * size / 51, 60, "the next part")  # noqa: B023
