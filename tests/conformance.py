@@ -159,3 +159,5 @@ def check(method: str, target: str, status: int, headers, body: bytes | None, de
         schema.validate(instance)
     except (orjson.JSONDecodeError, jsonschema_rs.ValidationError) as error:
         raise Wrong(f"{shown} with a body that is not as api/openapi.yaml says: {error}") from None
+    if kind == "application/problem+json" and instance["status"] != status:
+        raise Wrong(f"{shown} with a problem whose status is {instance['status']}")

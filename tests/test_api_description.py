@@ -169,6 +169,7 @@ COMMENT = {"id": "1-0", "author": "bob", "text": "a", "created_at": "2026-11-27T
 CREATED = {**FRAME, "Location": "/v1/posts/x/comments/1-0", "Content-Type": "application/json"}
 INVALID = {"type": "/docs#invalid", "title": "Unprocessable Entity", "status": 422, "detail": "a", "code": "invalid"}
 PROBLEM = {"type": "/docs#nopost", "title": "Not Found", "status": 404, "detail": "no such post", "code": "nopost"}
+OTHER = {"type": "/docs#timeout", "title": "Request Timeout", "status": 408, "detail": "a", "code": "timeout"}
 REFUSED = {**FRAME, "Cache-Control": "no-store", "Content-Type": "application/problem+json"}
 
 
@@ -208,6 +209,7 @@ WRONG = {
     "a code of another status": (404, REFUSED, {**PROBLEM, "code": "invalid"}),
     "an unknown code": (404, REFUSED, {**PROBLEM, "code": "x"}),
     "a status in the body that is not the answer's": (404, REFUSED, {**PROBLEM, "status": 403}),
+    "another status in the body, where several are possible": (500, REFUSED, OTHER),
     "an unknown member of a problem": (404, REFUSED, {**PROBLEM, "x": 1}),
     "a 422 that does not say where": (422, REFUSED, INVALID),
     "no JSON": (201, CREATED, None),
