@@ -147,7 +147,6 @@ async def test_nothing_is_written_to_the_append_only_file(real_server):
     await comments.add(db, "bob", await make_post(db, "alice"), "durable", None, limit)
     assert client.exists(limit.charge.key)
     await db.close()
-    real_server.kill()
     written = b"".join(path.read_bytes() for path in Path(real_server.folder.name).rglob("*.aof"))
     assert b"durable" in written and b"rate:" not in written
 
