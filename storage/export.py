@@ -78,9 +78,9 @@ async def export(db: Redis, objects: ObjectStore, user: str, target: Path, progr
                 await asyncio.to_thread(_pack, parts, about, target.absolute(), progress, stopped)
             finally:
                 stopped.set()  # a cancellation does not reach the thread
-        for name in ("rows", "originals"):  # `archive.zip` goes last: it shows that the zip is complete
-            shutil.rmtree(parts / name, ignore_errors=True)
-        shutil.rmtree(parts)
+    for name in ("rows", "originals"):  # `archive.zip` goes last: it shows that the zip is complete
+        shutil.rmtree(parts / name, ignore_errors=True)
+    shutil.rmtree(parts)  # after the lock is closed: on NFS an open file keeps its folder from being removed
     with zipfile.ZipFile(target) as archive:
         return orjson.loads(archive.read("user.json"))
 
