@@ -8,6 +8,7 @@ from storage.comments import Comment
 from storage.db.client import Redis
 from storage.errors import NoComment
 from storage.objects import NotFound, ObjectStore, Unavailable
+from storage.outbox import make_again
 from storage.posts import Inspected, inspect
 from storage.times import format_ms
 
@@ -81,6 +82,7 @@ async def hide(db: Redis, objects: ObjectStore, post: str, comment: str = "") ->
         await posts.erase_image(objects, post)
     except Unavailable as error:
         raise Unavailable(f"the post is hidden, but its picture is served until a worker erases it: {error}") from error
+    await make_again(db, post)  # unless somebody has shown it again meanwhile, this does nothing
     return "the post is hidden" if changed else "the post was hidden before"
 
 

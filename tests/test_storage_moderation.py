@@ -133,15 +133,21 @@ async def test_a_post_that_is_unhidden_while_its_picture_is_being_erased_gets_it
     await posts.hide(db, post)
 
     class Slow:
-        """A store in which a deletion lasts until the post is shown again."""
+        """A store in which a deletion lasts until the post is shown again and its picture is made."""
 
         async def delete(self, names):
             await posts.unhide(db, post)
+            await outbox.lease(db, 0)
+            assert await images_to_make(db, post) == [post]
+            await outbox.publish(db, post, "thumbhash")
             await store.delete(names)
 
     db.clock += LEASE_MS
     leased = [entry for entry in await outbox.lease(db, 0) if entry.id == post]
     await outbox.erase(db, Slow(), never, leased[0], REACH)
+    assert await images_to_make(db, post) == [post]
+    await outbox.publish(db, post, "thumbhash")
+    assert await moderation.hide(db, Slow(), post) == "the post is hidden"
     assert await images_to_make(db, post) == [post]
 
 
