@@ -135,6 +135,7 @@ def test_each_alert_has_a_severity_a_time_a_sentence_and_a_section_that_says_wha
         re.findall(r"^### (\w+)$", PRODUCTION.partition("\n## Alerts\n")[2].partition("\n## ")[0], re.MULTILINE)
     )
     assert sections == {alert["alert"] for alert in ALERTS}
+    assert set(re.findall(r'panel\s"([^"]+)"', PRODUCTION)) <= {panel["title"] for panel in PANELS}
     for alert in ALERTS:
         assert set(alert) == {"alert", "expr", "for", "labels", "annotations"}
         assert alert["labels"]["severity"] in ("page", "ticket")
