@@ -22,7 +22,7 @@ from conftest import ROOT, RedisServer, Site, free_port, running_site, until
 from making import bmp, jpeg
 from proxy import Proxy
 
-from api.client import calls, settings
+from api.client import calls, printing, settings
 
 MIB = 2**20
 REFUSED, UNUSABLE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
@@ -461,6 +461,13 @@ def test_a_damaged_image_ends_with_the_reason(person):
     (person.home / "photo.jpg").write_bytes(jpeg()[:600])
     out, _ = person.run("upload", "photo.jpg", status=REFUSED)
     assert "  failed, " in out
+
+
+def test_a_note_never_goes_to_stdout(monkeypatch, capsys):
+    """Not even if the caller has closed stderr, as `2>&-` does."""
+    monkeypatch.setattr(sys, "stderr", None)
+    printing.note("Trying again")
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_no_file_and_no_text_ends_the_command_with_one_line(person):

@@ -32,6 +32,8 @@ def show_json(value: object) -> None:
 
 def note(text: str) -> None:
     """Tell the user what happens meanwhile, in one line. The command goes on if nobody reads stderr any more."""
+    if sys.stderr is None:  # the caller has closed it. `print` would take stdout, where only results belong
+        return
     try:
         print(clean(text).replace("\n", " "), file=sys.stderr, flush=True)
     except OSError:
