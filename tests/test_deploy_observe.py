@@ -77,6 +77,14 @@ QUIET = {
     "RedisMemory": {"imagegram_redis_memory_bytes": None},
     "StoreDisk": {"imagegram_store_free_bytes": None, "imagegram_store_size_bytes": None},
 }
+# The same by another reason: there are few requests
+FEW = {
+    "Slow": {
+        'imagegram_requests_total{route="/v1/posts", method="GET", status="200"}': "0+50x{n}",
+        f'{BUCKET}0.04"}}': "0+20x{n}",
+        f'{BUCKET}0.05"}}': "0+20x{n}",
+    },
+}
 
 
 def minutes(duration: str) -> int:
@@ -116,8 +124,7 @@ def test_each_alert_fires_on_its_symptom_and_not_on_a_site_that_is_well(tmp_path
             tests.append(case(alert, {}, None))
             for changes, labels in (each[alert["alert"]] for each in (FIRES, ALSO) if alert["alert"] in each):
                 tests.append(case(alert, changes, labels))
-            if alert["alert"] in QUIET:
-                tests.append(case(alert, QUIET[alert["alert"]], None))
+            tests += [case(alert, each[alert["alert"]], None) for each in (QUIET, FEW) if alert["alert"] in each]
         path = tmp_path / f"{step}.yml"
         file = {"rule_files": [str(OBSERVE / "alerts.yml")], "evaluation_interval": f"{step}m", "tests": tests}
         path.write_text(yaml.safe_dump(file))

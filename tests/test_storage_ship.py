@@ -249,6 +249,15 @@ async def test_a_store_that_fails_at_random_leaves_no_gap_and_loses_nothing(sett
     await assert_nothing_lost(settings, backup, writers, tmp_path)
 
 
+def test_an_outage_is_logged_once_also_if_each_error_says_how_long_it_took(settings, caplog):
+    caplog.set_level("INFO")
+    shipper = ship.Shipper(settings, open_store(settings.backup_store_url))
+    for text in ("no answer after 3 retries in 141.18ms", "no answer after 3 retries in 98.2ms", "access denied", ""):
+        shipper._report(text)
+    lines = [record.message for record in caplog.records if record.name == "imagegram.ship"]
+    assert lines == ["no answer after 3 retries in 141.18ms", "access denied", "the store is available again"]
+
+
 async def test_while_the_store_is_away_the_lag_grows_and_rewrites_lose_nothing(settings, backup, tmp_path):
     faulty = Faulty(backup, 0)
     async with redis_on(settings) as redis, shipping(settings, faulty) as shipper:

@@ -33,6 +33,7 @@ Why a chain is always a true copy:
 import asyncio
 import hashlib
 import logging
+import re
 import signal
 import sys
 import time
@@ -411,7 +412,8 @@ class Shipper:
 
     def _report(self, trouble: str) -> None:
         """Log a change of `trouble`, and write the state that `/readyz` and `snapshots` show."""
-        if trouble and trouble != self.trouble:
+        # An error of S3 says how long it took, so its numbers differ each time.
+        if trouble and re.sub("[0-9.]", "", trouble) != re.sub("[0-9.]", "", self.trouble):
             log.warning("%s", trouble)
         elif self.trouble and not trouble:
             log.info("the store is available again")
