@@ -342,7 +342,7 @@ def contain(home, command):
 
 
 RUN = {
-    r"make [\w-]+( test-pillow| REVISION=[\w~]+)?": dry,
+    r"make [\w-]+( test-pillow| REVISION=[\w~]+( LIMITS=\S+)?)?": dry,
     r"python -m tests\.\S+( .*)?": parse,
     r"python -m pytest .*|python tests/golden\.py \S+": refer,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
