@@ -12,6 +12,7 @@ from api.problems import Errors
 from api.reading import JSON_BYTES
 from api.waiting import Waiting
 from storage import traces
+from storage.db import cluster
 from storage.limits import Limiter
 from storage.objects import open_store
 from storage.settings import MIB, Settings, signing_secret
@@ -76,7 +77,8 @@ def create(settings: Settings) -> Sanic:
             app.ctx.provider.begin()
         if settings.traces:
             traces.start("imagegram-api")
-        app.ctx.db = traces.connect(settings.redis_url)
+        app.ctx.db = cluster.connect(settings.redis_url, settings.replicas)
+        traces.trace_calls(app.ctx.db)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
         app.ctx.flights = Flights()
         app.ctx.limiter = Limiter(app.ctx.db, settings.limits, settings.partitions) if settings.limits else None

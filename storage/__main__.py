@@ -35,7 +35,8 @@ from storage import check, erasure, export, keys, moderation, processes, retry, 
 from storage.backup import restore, retain, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
 from storage.db import server
-from storage.db.client import SCRIPTS, Redis, now_ms
+from storage.db.client import SCRIPTS, now_ms
+from storage.db.cluster import connect
 from storage.errors import Refusal, Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.progress import Progress
@@ -137,7 +138,7 @@ async def _cancel_on_sigterm(work: Coroutine) -> None:
 
 
 async def _sweep(arguments: argparse.Namespace, settings: Settings) -> None:
-    db = Redis(settings.redis_url)
+    db = connect(settings.redis_url, settings.replicas)
     report = await sweep.sweep(
         db,
         open_store(settings.store_url),
@@ -158,7 +159,7 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
                 raise restore.Refused(f"{arguments.folder} is not a data folder")
             server.lock_folder(arguments.folder)
             url = restore.url(await stack.enter_async_context(restore.running(settings, arguments.folder.absolute())))
-        db = Redis(url, undecodable=check.EXACTLY)
+        db = connect(url, settings.replicas, check.EXACTLY)
         report = await check.check(db, objects, arguments.repair, arguments.deep)
         await db.close()
     for line in report.lines:
@@ -169,14 +170,14 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
-    db = Redis(settings.redis_url)
+    db = connect(settings.redis_url, settings.replicas)
     count = await retry.retry(db)
     await db.close()
     _say(f"{count} posts have new attempts")
 
 
 async def _moderate(arguments: argparse.Namespace, settings: Settings) -> None:
-    db, objects = Redis(settings.redis_url), open_store(settings.store_url)
+    db, objects = connect(settings.redis_url, settings.replicas), open_store(settings.store_url)
     post, _, comment = arguments.id.partition("/")
     if "/" in arguments.id:
         keys.comment_ms(comment)
@@ -193,7 +194,7 @@ async def _moderate(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
-    db = Redis(settings.redis_url)
+    db = connect(settings.redis_url, settings.replicas)
     with Progress() as progress:
         about = await export.export(db, open_store(settings.store_url), arguments.user, arguments.file, progress)
     await db.close()
@@ -203,7 +204,7 @@ async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
-    db, objects = Redis(settings.redis_url), open_store(settings.store_url)
+    db, objects = connect(settings.redis_url, settings.replicas), open_store(settings.store_url)
     reach = settings.backup_reach_ms
     with Progress() as progress:
         if arguments.again:

@@ -197,12 +197,12 @@ async def scan(db: Redis, *zset: str) -> AsyncIterator[list[str]]:
     With the key of a sorted set, its members, each followed by its score. Keys that exist from the beginning to the end
     are yielded at least once (Redis, "SCAN", "Scan guarantees").
     """
-    cursor = "0"
-    while True:
-        cursor, names = await db.call("scan", [*zset], cursor, BATCH)
-        yield names
-        if cursor == "0":
-            return
+    for server in [db] if zset else await db.primaries():
+        cursor, began = "0", False
+        while cursor != "0" or not began:
+            cursor, names = await server.call("scan", [*zset], cursor, BATCH)
+            began = True
+            yield names
 
 
 class Judged(NamedTuple):

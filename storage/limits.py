@@ -142,7 +142,7 @@ class Limiter:
             # In the next turn of the event loop, in which the request also asks for what it reads. Otherwise the call
             # could leave before that.
             collect, decided = partial(self._collect, partition, batch), partial(self._decided, partition, batch)
-            self.loop.call_soon(self._db.call_late, "take", collect, decided)
+            self.loop.call_soon(self._db.call_late, "take", charge.key, collect, decided)
         entry = charge.entry = Entry(charge, batch)
         batch.entries.append(entry)
         if len(batch.entries) == BATCH:  # so that one call never takes Redis more than a few ms

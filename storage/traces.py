@@ -1,6 +1,6 @@
 """OpenTelemetry traces: a request, its calls of Redis, and the job that makes its post's image.
 
-    request (api.protocol) ──► call of Redis (Redis, below)
+    request (api.protocol) ──► call of Redis (trace_calls, below)
         └──► job (workers.__main__), at another time: the post stores the trace until its image is made
 
 Without OpenTelemetry's variables nothing of it is imported: only `start` imports it. Its SDK reads the variables
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
-from storage.db import client
+from storage.db.client import Redis
 from storage.errors import Refusal
 
 STOP_GRACE = 1.0  # seconds in which the last spans are sent when a process stops
@@ -150,17 +150,17 @@ def _child(name: str) -> Iterator[None]:
         span.end()
 
 
-class Redis(client.Redis):
-    """The client of Redis, with a span for each call of a script: from the call to the reply, pipeline included."""
+def trace_calls(db: Redis) -> None:
+    """Make a span for each call of a script, from the call to the reply. Do nothing if this process makes no traces."""
+    if tracer is None:
+        return
+    call = db.call
 
-    async def call(self, name: str, keys: list[str], *args: Any) -> Any:
+    async def traced(name: str, keys: list[str], *args: Any) -> Any:
         with _child(name):
-            return await super().call(name, keys, *args)
+            return await call(name, keys, *args)
 
-
-def connect(url: str) -> client.Redis:
-    """A client of Redis, which makes spans if this process does."""
-    return Redis(url) if tracer else client.Redis(url)
+    db.call = traced  # type: ignore[method-assign]
 
 
 # Jobs. RQ forks for each job. The fork has no thread that sends spans, and would have to wait for a collector. So it

@@ -55,7 +55,7 @@ async def walk(db: Redis, wanted: Wanted, progress: Progress) -> AsyncIterator[F
 
     The same thing may come twice (Redis, "SCAN", "Scan guarantees"). What is malformed is skipped: `check` reports it.
     """
-    total, done, found = await db.call("count_keys", []), 0, 0
+    total, done, found = sum([await server.call("count_keys", []) for server in await db.primaries()]), 0, 0
     async for names in scan(db):
         known = well_formed_keys(names, Report())
         for start in range(0, len(known), TOGETHER):

@@ -21,7 +21,7 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import logs, metrics, settings, traces, watchdog
-from storage.db.client import Redis
+from storage.db.cluster import connect
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
 from workers import dispatcher, pipeline, sandbox
@@ -149,7 +149,7 @@ async def work(chosen: settings.Settings) -> int:
     memory = metrics.share(1 + chosen.converters)
     metrics.attach(memory, 0)
     metrics.serve("worker", chosen.worker_metrics)
-    db, hints = Redis(chosen.redis_url), dispatcher.queue(chosen.queue_url)
+    db, hints = connect(chosen.redis_url, chosen.replicas), dispatcher.queue(chosen.queue_url)
     tasks = [asyncio.create_task(keep_converter(memory, 1 + n)) for n in range(chosen.converters)]
     tasks.append(asyncio.create_task(dispatcher.dispatch(db, chosen, hints)))
     log.info("converters: %d", chosen.converters)

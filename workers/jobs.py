@@ -30,6 +30,7 @@ from pathlib import Path
 
 from storage import keys, logs, metrics, originals, outbox, posts, settings, traces
 from storage.db.client import Redis
+from storage.db.cluster import connect
 from storage.errors import NoPost, Stale, Unknown, Unreachable
 from storage.objects import NotFound, ObjectStore, Unavailable, open_store
 from storage.settings import Settings
@@ -63,7 +64,7 @@ def make_image(post: str, lease: int) -> None:
 
 async def _attempt(post: str, lease: int) -> None:
     chosen = settings.load()
-    db, objects = Redis(chosen.redis_url), open_store(chosen.store_url)
+    db, objects = connect(chosen.redis_url, chosen.replicas), open_store(chosen.store_url)
     began, attempt, outcome = time.monotonic(), 0, DIED
     try:
         attempt, upload = await outbox.start_image(db, post, lease)

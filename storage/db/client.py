@@ -37,6 +37,7 @@ DEADLINE = 0.9  # seconds after which a call fails, so that the API can answer 5
 # When this number of writes waits, they are sent although another pipeline is still in progress. They are worth an
 # fsync of their own: a tenth more comments a second.
 ENOUGH = 8
+WAIT_MS = 500  # within which replicas must have received a pipeline: the time of a slow fsync, and less than DEADLINE
 BATCH = 256  # commands in one pipeline: a few ms of Redis' time, for which the next pipeline has to wait
 
 # Error replies of Redis. To redis-py the last two are connection errors, but the command has not run.
@@ -84,10 +85,18 @@ class Channel:
     The next pipeline leaves when the one before was answered, or when `enough` commands wait. At most two pipelines are
     in progress. `lost` is the error of a command that was sent and whose reply was lost: Unknown for writes, because
     they may have happened, Unreachable for reads. `undecodable` is the error handler for replies that are not UTF-8.
+
+    With `replicas` the replies of a pipeline count only when so many replicas have received it. Otherwise they are
+    Unknown: a failover may take the writes back.
     """
 
     def __init__(
-        self, url: str, lost: type[Unknown] | type[Unreachable], enough: float = math.inf, undecodable: str = "replace"
+        self,
+        url: str,
+        lost: type[Unknown] | type[Unreachable],
+        enough: float = math.inf,
+        undecodable: str = "replace",
+        replicas: int = 0,
     ):
         pool = redis.asyncio.ConnectionPool.from_url(
             url,
@@ -103,6 +112,8 @@ class Channel:
         channel = "reads" if lost is Unreachable else "writes"
         self._sizes, self._times = PIPELINES.series(channel), ROUND_TRIPS.series(channel)
         self._enough = enough
+        self._replicas = replicas
+        self._barrier: bytes = hiredis.pack_command(("WAIT", str(replicas), str(WAIT_MS)))  # type: ignore[arg-type]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[bytes | Callable[[], bytes], Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # one for each pipeline in progress
@@ -162,6 +173,8 @@ class Channel:
                     if not connection.is_connected:
                         await connection.connect()  # type: ignore[no-untyped-call]
                     commands = [packed if isinstance(packed, bytes) else packed() for packed, _ in batch]
+                    if self._replicas:
+                        commands.append(self._barrier)
                     sent = True
                     sent_at = time.perf_counter()
                     await connection.send_packed_command(commands, check_health=False)
@@ -170,11 +183,22 @@ class Channel:
                     # The connection's own read_response makes three more calls for each reply, for timeouts that are
                     # not used here. They took a twentieth of the time of reading a post.
                     parser = connection._parser
+                    replies = []
                     for _, answer in batch:
                         try:
-                            _resolve(answer, await parser.read_response())  # type: ignore[attr-defined]
+                            reply = await parser.read_response()  # type: ignore[attr-defined]
                         except REPLIED as error:
-                            _resolve(answer, error)
+                            reply = error
+                        if self._replicas:
+                            replies.append(reply)
+                        else:
+                            _resolve(answer, reply)
+                    if self._replicas:
+                        copies = await parser.read_response()  # type: ignore[attr-defined]
+                        too_few = Unknown(f"only {copies} replicas have it, of {self._replicas}")
+                        for (_, answer), reply in zip(batch, replies, strict=True):
+                            kept = copies >= self._replicas or isinstance(reply, Exception)
+                            _resolve(answer, reply if kept else too_few)
                 finally:
                     self._reading.release()
             self._sizes.observe(len(batch))
@@ -204,7 +228,7 @@ def _unreachable(error: Exception) -> Unreachable:
     return Unreachable(f"Redis cannot be reached: {error or 'no answer'}")
 
 
-def _meaning(error: Exception) -> Exception:
+def meaning(error: Exception) -> Exception:
     """What an error reply to a script means: a Refusal, or the error itself, which is a bug or malformed data."""
     message = str(error)
     refusal = from_reply(message)
@@ -220,7 +244,7 @@ class LateCall:
     back in a later turn of the event loop, and half of the time of such a call would be spent on that.
     """
 
-    __slots__ = ("channel", "called", "collect", "on_reply", "sent", "ended")
+    __slots__ = ("channel", "called", "collect", "on_reply", "meaning", "sent", "ended")
 
     def __init__(
         self,
@@ -228,11 +252,13 @@ class LateCall:
         called: Script,
         collect: Callable[[], tuple[list[str], list[Any]]],
         on_reply: Callable[[Any, Exception | None], None],
+        meaning: Callable[[Exception], Exception],
     ):
         self.channel = channel
         self.called = called
         self.collect = collect
         self.on_reply = on_reply
+        self.meaning = meaning
         self.sent: tuple[Any, ...] = ()
         self.ended = False
 
@@ -252,10 +278,10 @@ class LateCall:
     def set_exception(self, error: Exception) -> None:
         self.ended = True
         if type(error) is NoScriptError:
-            again = LateCall(self.channel, self.called, self.collect, self.on_reply)
+            again = LateCall(self.channel, self.called, self.collect, self.on_reply, self.meaning)
             self.channel.ask_packed(hiredis.pack_command(("EVAL", self.called.text, *self.sent)), again)
         else:
-            self.on_reply(None, _meaning(error) if isinstance(error, REPLIED) else error)
+            self.on_reply(None, self.meaning(error) if isinstance(error, REPLIED) else error)
 
 
 class Redis:
@@ -263,13 +289,18 @@ class Redis:
 
     `url` is a URL of redis-py. `clock` is passed to every script that needs the time, in ms since 1970: an empty string
     means Redis' own clock, and tests set a number. `undecodable` is an error handler of Python's `bytes.decode`, for
-    replies that are not UTF-8. Only foreign clients write such bytes.
+    replies that are not UTF-8. Only foreign clients write such bytes. With `replicas`, a write counts only when so many
+    replicas have received it, see `Channel`.
     """
 
-    def __init__(self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace"):
+    meaning = staticmethod(meaning)
+
+    def __init__(
+        self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0
+    ):
         self._scripts = scripts
         self._reads = Channel(url, lost=Unreachable, undecodable=undecodable)
-        self._writes = Channel(url, lost=Unknown, enough=ENOUGH, undecodable=undecodable)
+        self._writes = Channel(url, lost=Unknown, enough=ENOUGH, undecodable=undecodable, replicas=replicas)
         self.clock: int | Literal[""] = ""
 
     async def call(self, name: str, keys: list[str], *args: Any) -> Any:
@@ -286,21 +317,24 @@ class Redis:
             except NoScriptError:
                 return await channel.ask("EVAL", called.text, len(keys), *keys, *args)
         except REPLIED as error:
-            raise _meaning(error) from None
+            raise self.meaning(error) from None
 
     def call_late(
         self,
         name: str,
+        key: str,
         collect: Callable[[], tuple[list[str], list[Any]]],
         done: Callable[[Any, Exception | None], None],
     ) -> None:
         """Like `call`, but `collect` is called for the keys and the arguments when the pipeline leaves.
 
+        `key` is one of the keys, or another one of their partition: a Cluster needs it now.
+
         `done` gets the reply, or the error that `call` would raise. There is no task, because several thousand of these
         calls may be made in a second. None of the functions may raise.
         """
         called = self._scripts[name]
-        late = LateCall(self._reads if called.reads else self._writes, called, collect, done)
+        late = LateCall(self._reads if called.reads else self._writes, called, collect, done, self.meaning)
         late.channel.ask_packed(late.pack, late)
 
     async def ping(self) -> None:
@@ -317,6 +351,10 @@ class Redis:
         except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
         return dict(line.split(":", 1) for line in reply.splitlines() if ":" in line)
+
+    async def primaries(self) -> list["Redis"]:
+        """The servers that hold the data, for a walk over all keys."""
+        return [self]
 
     async def close(self) -> None:
         await self._reads.close()

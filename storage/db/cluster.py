@@ -1,0 +1,248 @@
+"""Calls Lua scripts on a Redis Cluster. Each call goes to the primary that serves the slot of its keys.
+
+For each primary there is a `Redis`, with its two connections that all callers share. redis-py's own client for clusters
+does not group the commands that wait, which takes a third of the throughput, and it repeats writes.
+
+What a node answers instead of running a script (Redis Cluster specification, "Redirection and resharding"):
+
+| answer | what follows, within DEADLINE |
+|---|---|
+| MOVED | the slot belongs to the node that is named: the call is sent there |
+| ASK | the slot is being moved: the call is sent once to the node that is named, behind ASKING |
+| TRYAGAIN, CLUSTERDOWN, READONLY, LOADING | the call is sent again after a pause, to the node that has the slot then |
+| none, and the call was not sent or it was a read | the same |
+| none, and the call was a write | Unknown: it may have happened, and is never sent again |
+"""
+
+import asyncio
+import binascii
+import random
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from copy import copy
+from functools import lru_cache
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    MovedError,
+    ReadOnlyError,
+    TryAgainError,
+)
+
+from storage.db.client import DEADLINE, REPLIED, SCRIPTS, Redis, Script, meaning
+from storage.errors import Unknown, Unreachable
+
+SLOTS = 16384
+PAUSE = 0.02  # seconds before a call is sent again, and up to twice as long, so that not all callers come at once
+LOOK = 0.3  # seconds in which a node must say where the slots are
+ASKED = 3  # nodes that are asked for it at once
+SCHEMES = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
+NOT_RUN = (TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
+# A script had run some of its commands when its slot was moved away key by key. MIGRATESLOTS never causes this.
+STOPPED = "non local key"
+
+
+@lru_cache(1024)
+def slot_of(key: str) -> int:
+    """The slot of a key that has a hash tag (Redis Cluster specification, "Hash tags").
+
+    >>> slot_of("feed:{0}") == slot_of("post:{0}:x") == 13907
+    True
+    """
+    return binascii.crc_hqx(key[key.index("{") + 1 : key.index("}")].encode(), 0) % SLOTS
+
+
+class Node(Redis):
+    """One node. Its errors are those that the server replies, so that `Cluster` can follow them."""
+
+    meaning = staticmethod(lambda error: error)
+    host = ""  # of its address
+
+    async def call_asking(self, name: str, keys: list[str], *args: Any) -> Any:
+        """Like `call`, for a slot that is being moved to this node."""
+        called = self._scripts[name]
+        channel = self._reads if called.reads else self._writes
+        # EVAL, because a second attempt would need ASKING once more.
+        asking = channel.ask("ASKING")
+        answer = channel.ask("EVAL", called.text, len(keys), *keys, *args)
+        await asyncio.gather(asking, answer, return_exceptions=True)
+        return await answer
+
+    async def slots(self) -> list[tuple[int, int, str]]:
+        """The ranges of slots and their primaries, as this node knows them: first, last, `host:port`.
+
+        Raises one of REPLIED, and Unreachable, also if the node is cut off from most of the primaries.
+        """
+        state, rows = await asyncio.gather(self._reads.ask("CLUSTER", "INFO"), self._reads.ask("CLUSTER", "SLOTS"))
+        if "cluster_state:ok" not in state:
+            raise Unreachable("the cluster is down")
+        return [(first, last, f"{host or self.host}:{port}") for first, last, (host, port, *_), *_ in rows]
+
+
+class Cluster(Redis):
+    """Has the interface of `Redis`. `url` is `redis+cluster://host1:port,host2:port,…`, or `rediss+cluster://` for TLS.
+
+    The named nodes are asked for the others. User, password and options of the URL hold for all nodes.
+    """
+
+    def __init__(
+        self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0
+    ):
+        self._url = urlsplit(url)
+        self._options = scripts, undecodable, replicas
+        self._nodes: dict[str, Node] = {}  # by `host:port`
+        self._ranges: list[tuple[int, int, str]] = []  # of slots: first, last, `host:port` of the primary
+        self._owners: dict[int, Node] = {}  # slot -> its primary, as far as it was needed
+        self._looking: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.clock: int | Literal[""] = ""
+        for place in self._url.netloc.rpartition("@")[2].split(","):
+            self._node(place)
+
+    def _node(self, place: str) -> Node:
+        node = self._nodes.get(place)
+        if node is None:
+            user = "".join(self._url.netloc.rpartition("@")[:2])
+            url = f"{SCHEMES[self._url.scheme]}://{user}{place}?{self._url.query}"
+            node = self._nodes[place] = Node(url, *self._options)
+            node.host = place.rpartition(":")[0]
+        return node
+
+    async def call(self, name: str, keys: list[str], *args: Any) -> Any:
+        """Like `Redis.call`. All keys must be in one slot."""
+        slot, reads = slot_of(keys[0]), self._options[0][name].reads
+        loop = asyncio.get_running_loop()
+        end, limit, asked = loop.time() + DEADLINE, None, None
+        while True:
+            try:
+                async with asyncio.timeout_at(limit):
+                    if asked:
+                        node, asked = asked, None
+                        return await node.call_asking(name, keys, *args)
+                    node = self._owners.get(slot) or await self._find(slot)
+                    return await node.call(name, keys, *args)
+            except TimeoutError:
+                raise (Unreachable if reads else Unknown)("Redis' answer did not come in time") from None
+            except MovedError as error:
+                self._owners[slot] = self._named(error, node)
+                failure: Exception = error
+            except AskError as error:
+                asked, failure = self._named(error, node), error
+            except (*NOT_RUN, Unreachable) as error:
+                self._owners.pop(slot, None)
+                failure = error
+                await asyncio.sleep(PAUSE * (1 + random.random()))
+            except REPLIED as error:
+                if STOPPED in str(error):
+                    raise (Unreachable if reads else Unknown)("the data were moved meanwhile") from None
+                raise meaning(error) from None
+            limit = end  # the first attempt needs no timer: the node has the same deadline
+            if loop.time() > end:
+                raise failure if isinstance(failure, Unreachable) else Unreachable(f"Redis refuses: {failure}")
+
+    def call_late(
+        self,
+        name: str,
+        key: str,
+        collect: Callable[[], tuple[list[str], list[Any]]],
+        done: Callable[[Any, Exception | None], None],
+    ) -> None:
+        """Like `Redis.call_late`. If the slot's primary is not known, or has changed, it costs a task."""
+        sent: list[tuple[list[str], list[Any]]] = []
+
+        def collect_once() -> tuple[list[str], list[Any]]:
+            sent.append(collect())
+            return sent[0]
+
+        def answered(reply: Any, error: Exception | None) -> None:
+            if isinstance(error, (AskError, *NOT_RUN)) or (isinstance(error, Unreachable) and not sent):
+                self._start(self._call_again(name, *(sent[0] if sent else collect()), done))
+            else:
+                done(reply, meaning(error) if isinstance(error, REPLIED) else error)
+
+        if node := self._owners.get(slot_of(key)):
+            node.call_late(name, key, collect_once, answered)
+        else:
+            answered(None, Unreachable("the primary is not known yet"))
+
+    async def _call_again(self, name: str, keys: list[str], args: list[Any], done: Callable[..., None]) -> None:
+        try:
+            reply, error = await self.call(name, keys, *args), None
+        except Exception as failure:
+            reply, error = None, failure
+        done(reply, error)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def ping(self) -> None:
+        """Raises Unreachable if no node answers that belongs to most of the primaries."""
+        await self._look()
+
+    async def info(self, *sections: str) -> dict[str, str]:
+        """Like `Redis.info`, of the primary that uses most memory."""
+        replies = await asyncio.gather(*(node.info(*sections) for node in await self.primaries()))
+        return max(replies, key=lambda reply: int(reply.get("used_memory", 0)))
+
+    async def primaries(self) -> list[Redis]:
+        """The primaries of all slots, for a walk over all keys. Raises Unreachable."""
+        await self._look()
+        found: list[Redis] = []
+        for place in sorted({place for _, _, place in self._ranges}):
+            node = copy(self._node(place))
+            node.meaning = meaning
+            found.append(node)
+        return found
+
+    async def close(self) -> None:
+        """Wait for all replies, then disconnect."""
+        await asyncio.gather(*self._tasks, *(node.close() for node in self._nodes.values()))
+
+    def _named(self, error: AskError, node: Node) -> Node:
+        """The node that a redirection names. Without a host it is the one that answered, with another port."""
+        return self._node(f"{error.host or node.host}:{error.port}")
+
+    async def _find(self, slot: int) -> Node:
+        """Ask where the slots are, and return the primary of one. Raises Unreachable if nobody knows."""
+        if self._looking is None:  # all who wait share one question
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+        for first, last, place in self._ranges:
+            if first <= slot <= last:
+                self._owners[slot] = self._node(place)
+                return self._owners[slot]
+        raise Unreachable("no node of the cluster serves these data")
+
+    def _looked(self, _: asyncio.Task[None]) -> None:
+        self._looking = None
+
+    async def _look(self) -> None:
+        """Learn the primaries of all slots from the first node that answers, of a few at a time. Raises Unreachable."""
+        places = random.sample(list(self._nodes), len(self._nodes))
+        for start in range(0, len(places), ASKED):
+            asking = [asyncio.ensure_future(self._nodes[place].slots()) for place in places[start : start + ASKED]]
+            try:
+                async with asyncio.timeout(LOOK):
+                    for answer in asyncio.as_completed(asking):
+                        with suppress(*REPLIED, Unreachable):
+                            self._ranges, self._owners = await answer, {}
+                            return
+            except TimeoutError:
+                continue
+            finally:
+                for request in asking:
+                    request.cancel()
+        raise Unreachable("no node of the cluster can be reached")
+
+
+def connect(url: str, replicas: int = 0, undecodable: str = "replace") -> Redis:
+    """The client of the Redis, or of the Cluster, at `url`."""
+    kind = Cluster if urlsplit(url).scheme in SCHEMES else Redis
+    return kind(url, undecodable=undecodable, replicas=replicas)
