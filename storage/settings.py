@@ -180,7 +180,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
 
     def redis(name: str, default: str) -> str:
         text = get(name, default)
-        if not _is_redis_url(text):
+        if not _is_redis_url(text) or (name == "QUEUE_URL" and "+cluster:" in text):
             raise SystemExit(f"IMAGEGRAM_{name}: {REDIS_URLS}")  # without the value: it may contain a password
         return text
 
@@ -196,6 +196,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         raise refused("DATA", get("DATA", "data"), "expected a folder")
     # The default is a socket file, not a port. No other program can listen there, and only this user may open it.
     redis_url = redis("REDIS_URL", f"unix://{quote(str(data))}/redis/redis.sock")
+    if "+cluster:" in redis_url and not get("QUEUE_URL", ""):
+        raise SystemExit("IMAGEGRAM_QUEUE_URL: a Redis of its own is needed, because RQ cannot run on a Cluster")
     jwks_url, claim = get("JWKS_URL", ""), get("JWT_USER_CLAIM", "sub")
     if jwks_url and not _is_jwks_url(jwks_url):
         raise SystemExit(f"IMAGEGRAM_JWKS_URL: {JWKS_URLS}")  # without the value: it may contain a password

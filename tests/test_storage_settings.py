@@ -55,6 +55,11 @@ WRONG_REDIS_URLS = [
     "unix://relative/redis.sock",
     "unix:///a#b",
     "unix:///a?db=x",
+    "redis+cluster://",
+    "redis+cluster://h1,,h2",
+    "redis+cluster://h1/0",
+    "redis+cluster://h1:x,h2",
+    "unix+cluster:///a",
 ]
 WRONG_ORIGINS = [
     " ",
@@ -92,7 +97,8 @@ WRONG = {
     "STORE": WRONG_STORES,
     "BACKUP_STORE": WRONG_STORES,
     "REDIS_URL": WRONG_REDIS_URLS,
-    "QUEUE_URL": WRONG_REDIS_URLS,
+    "QUEUE_URL": [*WRONG_REDIS_URLS, "redis+cluster://h1,h2"],
+    "REPLICAS": ["x", "-1", "17", ""],
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
     "LOG": ["yaml", "JSON", ""],
     "WORKER_METRICS": ["x", "host:x", "127.0.0.1:65536", "a\nb:1", ":", "9101 "],
@@ -197,6 +203,13 @@ def assert_refused_in_one_line(results: dict[str, tuple[int, str]], variable: st
 def test_every_command_refuses_a_malformed_value_in_one_line_and_writes_nothing(tmp_path):
     assert_refused_in_one_line(run_all(tmp_path, COMMANDS, IMAGEGRAM_REDIS_URL="foo"), "REDIS_URL")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_needs_another_redis_for_the_queue():
+    environment = {"IMAGEGRAM_REDIS_URL": "rediss+cluster://user:word@h1:7000,h2"}
+    with pytest.raises(SystemExit, match="IMAGEGRAM_QUEUE_URL"):
+        settings.load(environment)
+    assert settings.load({**environment, "IMAGEGRAM_QUEUE_URL": "redis://h3"}).replicas == 0
 
 
 def test_a_store_that_is_a_file_is_refused_by_every_command_that_opens_it(tmp_path):
