@@ -1,4 +1,4 @@
-#!lua flags=no-writes
+#!lua flags=no-writes,allow-cross-slot-keys
 -- Walks over all keys of a server, or over the members of a zset, a few at a time.
 -- KEYS[1] zset, whose members are read; absent: all keys
 -- ARGV[1] cursor  returned by the last call; 0 for the first call
@@ -6,6 +6,7 @@
 -- Returns {cursor, which is 0 at the end, {key, type, …} or {member, score, …}}
 -- Refuses nothing
 --
+-- A node of a Cluster has keys of many slots. Without allow-cross-slot-keys a script may read those of one slot only.
 -- A key or member that exists during the whole walk is returned at least once. One that is added or removed meanwhile
 -- may be returned or not.
 local zset = KEYS[1]

@@ -13,6 +13,19 @@ from storage.db.cluster import SLOTS, slot_of
 NODE_TIMEOUT = 2000  # ms after which a node that does not answer is taken for dead
 
 
+class Client(redis_client.RedisCluster):
+    """redis-py's client, whose commands for a whole server go to all primaries."""
+
+    def flushall(self):
+        return super().flushall(target_nodes="primaries")
+
+    def keys(self, pattern: str = "*"):
+        return super().keys(pattern, target_nodes="primaries")
+
+    def dbsize(self):
+        return super().dbsize(target_nodes="primaries")
+
+
 class ClusterNode:
     def __init__(self, kind: str, folder: Path, *options: str):
         self.folder, self.port = folder, cluster_port()
@@ -52,7 +65,7 @@ class ClusterServer:
             replica.client.cluster("REPLICATE", self.nodes[number % primaries].client.cluster("MYID"))
         until(self.complete, 30, "the cluster is complete")
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
-        self.client = redis_client.RedisCluster("127.0.0.1", self.nodes[0].port, decode_responses=True)
+        self.client = Client("127.0.0.1", self.nodes[0].port, decode_responses=True)
 
     def complete(self) -> bool:
         infos = [node.client.cluster("INFO") for node in self.nodes]

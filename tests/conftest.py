@@ -26,6 +26,7 @@ from wire import pour
 
 from api.app import create
 from storage import comments, objects, settings
+from storage.db import cluster
 from storage.db.client import SCRIPTS, Redis, script
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +147,7 @@ class FakeChannel:
 def connect(server) -> Redis:
     """The client that storage uses, connected to `server`."""
     if server.kind != "fake":
-        return Redis(server.url)
+        return cluster.connect(server.url)
     # fakeredis does not know the `#!lua` line with which a script begins, nor `set_repl`.
     plain = {
         name: script(re.sub(r"redis\.set_repl\(.*?\)", "", known.text.split("\n", 1)[1]))
@@ -171,10 +172,18 @@ def run_with_db(server, work):
 
 
 def start_server(kind: str):
+    if kind.startswith("cluster-"):
+        from clusters import ClusterServer  # it imports this file
+
+        return ClusterServer(kind.removeprefix("cluster-"))
     return FakeServer() if kind == "fake" else RedisServer(kind)
 
 
-@pytest.fixture(scope="session", params=["fake", "valkey", "redis"])
+# CLUSTER=valkey or CLUSTER=redis: the tests run on a Cluster, instead of on each of the servers.
+CLUSTER = [f"cluster-{os.environ['CLUSTER']}"] if os.environ.get("CLUSTER") else []
+
+
+@pytest.fixture(scope="session", params=CLUSTER or ["fake", "valkey", "redis"])
 def any_server(request):
     """Runs a test three times: on fakeredis, on the embedded server and on Debian's redis-server."""
     server = start_server(request.param)

@@ -162,7 +162,7 @@ async def test_a_comment_takes_from_its_limit_in_its_own_call(server, db):
     assert (await comments.add(db, "bob", post, "first", ONCE, repeated))[1]
     refused = limiter.alone(charge)
     with pytest.raises(NoPost):
-        await comments.add(db, "bob", post.replace("-0", "-9"), "second", None, refused)
+        await comments.add(db, "bob", keys.new_post_id(0), "second", None, refused)
     assert refused.allowed is repeated.allowed is None, "both took nothing"
     last = limiter.alone(charge)
     assert (await comments.add(db, "bob", post, "second", None, last))[0].id

@@ -113,8 +113,8 @@ class Cluster(Redis):
         return node
 
     async def call(self, name: str, keys: list[str], *args: Any) -> Any:
-        """Like `Redis.call`. All keys must be in one slot."""
-        slot, reads = slot_of(keys[0]), self._options[0][name].reads
+        """Like `Redis.call`. All keys must be in one slot. A call without keys goes to any primary."""
+        slot, reads = slot_of(keys[0]) if keys else 0, self._options[0][name].reads
         loop = asyncio.get_running_loop()
         end, limit, asked = loop.time() + DEADLINE, None, None
         while True:
