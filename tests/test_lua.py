@@ -134,7 +134,7 @@ async def chunk(db, at: Scene):
 
 
 async def check_post(db, at: Scene):
-    """Uses the `turns` of another partition, where the author is missing: so there is something to repair."""
+    """Uses another `turns`, where the author is missing: so there is something to repair."""
     script_keys = [
         keys.post(at.processing),
         keys.comments(at.processing),
@@ -142,22 +142,22 @@ async def check_post(db, at: Scene):
         keys.feed(0),
         keys.changes(0),
         keys.gone(0),
-        keys.turns(1),
+        f"{keys.turns(0)}:other",
         keys.hidden(at.processing),
     ]
     await db.call("check_post", script_keys, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
 
 
 async def index_post(db, at: Scene):
-    """Uses the `leaves` of another partition, where the post is missing: so there is something to repair."""
-    script_keys = [keys.post(at.ready), keys.leaves(1)]
-    args = ("alice", keys.entry("alice", at.ready), keys.leaf_prefix(1), LEAF_ENTRIES, 1)
+    """Uses another `leaves`, where the post is missing: so there is something to repair."""
+    script_keys = [keys.post(at.ready), f"{keys.leaves(0)}:other"]
+    args = ("alice", keys.entry("alice", at.ready), f"{keys.leaf_prefix(0)}other:", LEAF_ENTRIES, 1)
     await db.call("index_post", script_keys, *args)
 
 
 async def check_uploads(db, at: Scene):
-    """Uses the `due` of another partition, where the upload is missing: so there is something to repair."""
-    script_keys = [keys.uploads(0, "alice"), keys.due(1)]
+    """Uses another `due`, where the upload is missing: so there is something to repair."""
+    script_keys = [keys.uploads(0, "alice"), f"{keys.due(0)}:other"]
     await db.call("check_uploads", script_keys, db.clock, at.upload, keys.upload_prefix(0), IMAGE_BYTES, 1)
 
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from redis.exceptions import (
     AskError,
     BusyLoadingError,
+    ClusterCrossSlotError,
     ClusterDownError,
     MovedError,
     ReadOnlyError,
@@ -136,6 +137,8 @@ class Cluster(Redis):
                 self._owners.pop(slot, None)
                 failure = error
                 await asyncio.sleep(PAUSE * (1 + random.random()))
+            except ClusterCrossSlotError:
+                raise  # a bug of the caller
             except REPLIED as error:
                 if STOPPED in str(error):
                     raise (Unreachable if reads else Unknown)("the data were moved meanwhile") from None
