@@ -60,7 +60,7 @@ def walk(path: Path):
 def split(path: Path) -> tuple[str, str, str]:
     """The parts of a script: its header, the lines that name its keys and arguments, and the rest."""
     lines = path.read_text().splitlines()
-    assert re.fullmatch(r"#!lua( flags=(no-writes|allow-oom))?", lines[0])
+    assert re.fullmatch(r"#!lua( flags=(no-writes(,allow-cross-slot-keys)?|allow-oom))?", lines[0])
     parts = [], [], lines[1:]
     for part, begin in (parts[0], "--"), (parts[1], "local "):
         while parts[2] and parts[2][0].startswith(begin):
