@@ -17,6 +17,9 @@ from storage.settings import CHANGES_MS, DAY_MS, LEAF_ENTRIES, LEASE_MS, LOOKED_
 
 CACHED_PAGES = 128  # parsed pages of the feed: 1 MB, or 32 MB where all of them have PAGE_BYTES
 CACHED_ROWS = 2048  # parsed rows of the feed: 3 MB, or 60 MB where all captions and comments are as long as allowed
+# Rows that a partition returns beyond its share of a feed page. So few pages need a second round. More rows for each of
+# 16 partitions would cost more than these rounds.
+MORE_ROWS = 3
 MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
 
 STATUSES = ("processing", "ready", "failed")
@@ -188,15 +191,28 @@ async def read(db: Redis, post: str) -> Post:
 async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:
     """A page of up to `limit` posts of the feed, after a cursor or from the start.
 
-    Each partition returns as many rows as the page may need, all read at one moment. The rows are merged here. The page
-    also ends where its rows have PAGE_BYTES.
+    Each partition returns its share of the page and a few rows more, and they are merged here. Where the rows of a
+    partition do not suffice, it is asked again. The page also ends where its rows have PAGE_BYTES.
     """
-    calls = [_feed_page(db, partition, limit, after) for partition in range(partitions)]
+    share = limit if partitions == 1 else -(-limit // partitions) + MORE_ROWS
+    calls = [_feed_page(db, partition, share, after) for partition in range(partitions)]
     # `gather` creates a task, which takes 15 µs, a tenth of the time of a page. One partition does not need it.
     replies = await asyncio.gather(*calls) if partitions > 1 else [await calls[0]]
-    posts, more = _merge(limit, tuple([(reply[2], tuple(reply[3])) for reply in replies]))
     for reply in replies:
         report_skipped(reply, "feed")
+    parts = [(reply[2], tuple(reply[3])) for reply in replies]
+    full = [len(reply[3]) == share for reply in replies]  # the others end by their bytes, or have no more rows
+    posts, more, short = _merge(limit, tuple(parts))
+    while short is not None and full[short] and sum(len(row) for _, rows in parts for row in rows) < PAGE_BYTES:
+        rows = parts[short][1]
+        last = post_from_line(rows[-1])
+        reply = await _feed_page(db, short, share, FeedCursor(last.comment_count, last.id))
+        report_skipped(reply, "feed")
+        # A post whose comment was just deleted may come again.
+        known = {row.partition("\n")[0] for row in rows}
+        parts[short] = reply[2], rows + tuple(row for row in reply[3] if row.partition("\n")[0] not in known)
+        full[short] = len(reply[3]) == share
+        posts, more, short = _merge(limit, tuple(parts))
     return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
 
 
@@ -248,18 +264,23 @@ def report_skipped(reply: list, list_name: str, place: int = 4) -> None:
 
 
 @lru_cache(CACHED_PAGES)
-def _merge(limit: int, replies: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[tuple[Post, ...], bool]:
-    """The posts of a page from the rows of all partitions, and whether more posts follow. The cache saves merging."""
-    pages = [(more, [post_from_line(row) for row in rows]) for more, rows in replies]
-    # The page ends after the last row of a partition that has more rows: the partition's next row may come before the
-    # next row of any other partition.
-    ends = {rows[-1].id for more, rows in pages if more}
+def _merge(
+    limit: int, parts: tuple[tuple[int, tuple[str, ...]], ...]
+) -> tuple[tuple[Post, ...], bool, int | None]:
+    """The posts of a page from the rows of all partitions, and whether more posts follow. The cache saves merging.
+
+    Third, the partition that has more rows, but none of them here, where the page would still have room. The page ends
+    there: this partition's next row may come before the next row of any other one.
+    """
+    pages = [(more, [post_from_line(row) for row in rows]) for more, rows in parts]
+    ends = {rows[-1].id: partition for partition, (more, rows) in enumerate(pages) if more and rows}
     posts = []
     for post in merge(*(rows for _, rows in pages), key=lambda post: (post.comment_count, post.id), reverse=True):
         posts.append(post)
         if len(posts) == limit or post.id in ends:
             break
-    return tuple(posts), any(more for more, _ in pages) or sum(len(rows) for _, rows in pages) > len(posts)
+    more = any(more for more, _ in pages) or sum(len(rows) for _, rows in pages) > len(posts)
+    return tuple(posts), more, ends.get(posts[-1].id) if posts and len(posts) < limit else None
 
 
 def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) -> Awaitable:

@@ -1,12 +1,14 @@
 """A real Cluster on loopback: primaries and replicas of Valkey or Redis, each in a folder of its own."""
 
+import random
+import socket
 import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import redis as redis_client
-from conftest import ROOT, SERVERS, free_port, until
+from conftest import ROOT, SERVERS, until
 
 from storage.db.cluster import SLOTS, slot_of
 
@@ -40,7 +42,11 @@ class ClusterNode:
     def start(self) -> None:
         self.process = subprocess.Popen(self.command, restore_signals=False)
         self.client = redis_client.Redis(port=self.port, decode_responses=True)
-        until(self.client.ping, what="Redis")
+        try:
+            until(self.client.ping, what="Redis")
+        except AssertionError:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         self.process.kill()
@@ -55,7 +61,18 @@ class ClusterServer:
         self.temporary = tempfile.TemporaryDirectory(prefix="ig-")
         folder = Path(self.temporary.name)
         count = primaries * (1 + replicas)
-        self.nodes = [ClusterNode(kind, folder / str(number), *options) for number in range(count)]
+        self.nodes: list[ClusterNode] = []
+        try:
+            self.form(kind, folder, primaries, count, partitions, options)
+        except BaseException:
+            self.close()
+            raise
+        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        self.client = Client("127.0.0.1", self.nodes[0].port, decode_responses=True)
+
+    def form(self, kind: str, folder: Path, primaries: int, count: int, partitions: int, options: tuple) -> None:
+        for number in range(count):
+            self.nodes.append(ClusterNode(kind, folder / str(number), *options))
         for node in self.nodes[1:]:
             node.client.cluster("MEET", "127.0.0.1", self.nodes[0].port)
         for node, slots in zip(self.nodes, placement(primaries, partitions), strict=False):
@@ -64,8 +81,6 @@ class ClusterServer:
         for number, replica in enumerate(self.nodes[primaries:]):
             replica.client.cluster("REPLICATE", self.nodes[number % primaries].client.cluster("MYID"))
         until(self.complete, 30, "the cluster is complete")
-        self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
-        self.client = Client("127.0.0.1", self.nodes[0].port, decode_responses=True)
 
     def complete(self) -> bool:
         infos = [node.client.cluster("INFO") for node in self.nodes]
@@ -91,7 +106,10 @@ def placement(primaries: int, partitions: int) -> list[list[int]]:
 
 
 def cluster_port() -> int:
-    """A free port, whose cluster bus port (10,000 higher) exists too."""
-    while (port := free_port()) > 55_000:
-        pass
-    return port
+    """A port that is free, as is the one 10,000 higher, for the cluster bus. Linux gives neither to connections."""
+    while True:
+        port = random.randrange(20_000, 22_768)
+        with suppress(OSError), socket.socket() as own, socket.socket() as bus:
+            own.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port

@@ -106,6 +106,18 @@ async def read_feed(db, partitions: int) -> list[storage_posts.Post]:
         after = storage_posts.FeedCursor(rows[-1].comment_count, rows[-1].id)
 
 
+async def test_a_page_is_whole_also_if_its_posts_are_all_of_one_partition(server, db):
+    made = [await make_post(db, "alice", 16) for _ in range(40)]
+    await asyncio.gather(*(comments.add(db, "bob", post, "x") for post in made))
+    others = [await make_post(db, f"user{n}", 16) for n in range(40)]
+    assert len({post.rpartition("-")[2] for post in others}) > 8
+    order = sorted(made, reverse=True) + sorted(others, reverse=True)
+    for limit in (1, 7, 25, 100):
+        page = await storage_posts.feed(db, 16, limit)
+        assert [row.id for row in page.posts] == order[:limit]
+        assert page.more == (limit < len(order)) and len(page.seen) == 16
+
+
 @pytest.mark.parametrize("character", ["/", "\x7f", "\0", "é", "😀"])
 async def test_pages_that_end_because_of_their_bytes_skip_no_post_of_any_partition(server, tmp_path, character):
     """The comments are so long that the answer of one partition ends before its limit, and another's does not."""
