@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test quick lint unit test-pillow test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
+.PHONY: run test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -43,6 +43,12 @@ test-pillow: ## the image tests with Pillow itself, which is used where pillow-s
 	$(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$(echo .venv-pillow/lib/python3*/site-packages)/others.pth
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest -n 2 $(addprefix tests/test_workers_,pipeline.py jpeg.py hostile.py jobs.py)
+
+test-cluster: ## the tests of scripts, storage and the feed on a Redis Cluster, of Valkey and of Redis; four minutes
+	@.ci/setup test
+	for kind in valkey redis; do CLUSTER=$$kind $(python) -m pytest -n 2 --dist loadfile -k cluster- \
+	  $(addprefix tests/test_,lua.py api_user_posts.py api_changes.py api_walk.py $(addprefix storage_,limits.py model.py \
+	  check.py moderation.py outbox.py scripts.py sweep.py uploads.py)) || exit 1; done
 
 test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test

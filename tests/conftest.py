@@ -232,6 +232,8 @@ class Site:
             **os.environ,
             "IMAGEGRAM_PORT": str(self.port),
             "IMAGEGRAM_DATA": str(folder),
+            # On a Cluster RQ needs another server. The API does not use it.
+            **({"IMAGEGRAM_QUEUE_URL": "redis://127.0.0.1:1"} if "+cluster:" in redis_url else {}),
             "IMAGEGRAM_REDIS_URL": redis_url,
             "IMAGEGRAM_WORKERS": "1",
             "IMAGEGRAM_JWT_SECRET": SECRET,
