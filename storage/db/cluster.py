@@ -17,6 +17,7 @@ What a node answers instead of running a script (Redis Cluster specification, "R
 import asyncio
 import binascii
 import random
+import re
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from copy import copy
@@ -38,6 +39,7 @@ from storage.db.client import DEADLINE, REPLIED, SCRIPTS, Redis, Script, meaning
 from storage.errors import Unknown, Unreachable
 
 SLOTS = 16384
+PORT = 6379  # of a host that is named without a port
 PAUSE = 0.02  # seconds before a call is sent again, and up to twice as long, so that not all callers come at once
 LOOK = 0.3  # seconds in which a node must say where the slots are
 ASKED = 3  # nodes that are asked for it at once
@@ -57,11 +59,20 @@ def slot_of(key: str) -> int:
     return binascii.crc_hqx(key[key.index("{") + 1 : key.index("}")].encode(), 0) % SLOTS
 
 
+def address(host: str, port: int) -> str:
+    """The host and the port of a node, as in a URL.
+
+    >>> address("h1", 7000), address("::1", 7000)
+    ('h1:7000', '[::1]:7000')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Node(Redis):
     """One node. Its errors are those that the server replies, so that `Cluster` can follow them."""
 
     meaning = staticmethod(lambda error: error)
-    host = ""  # of its address
+    host = ""  # without brackets, also of an IPv6 address
 
     async def call_asking(self, name: str, keys: list[str], *args: Any) -> Any:
         """Like `call`, for a slot that is being moved to this node."""
@@ -81,7 +92,7 @@ class Node(Redis):
         state, rows = await asyncio.gather(self._reads.ask("CLUSTER", "INFO"), self._reads.ask("CLUSTER", "SLOTS"))
         if "cluster_state:ok" not in state:
             raise Unreachable("the cluster is down")
-        return [(first, last, f"{host or self.host}:{port}") for first, last, (host, port, *_), *_ in rows]
+        return [(first, last, address(host or self.host, port)) for first, last, (host, port, *_), *_ in rows]
 
 
 class Cluster(Redis):
@@ -102,7 +113,7 @@ class Cluster(Redis):
         self._tasks: set[asyncio.Task[None]] = set()
         self.clock: int | Literal[""] = ""
         for place in self._url.netloc.rpartition("@")[2].split(","):
-            self._node(place)
+            self._node(place if re.search(r":[0-9]+$", place) else f"{place}:{PORT}")
 
     def _node(self, place: str) -> Node:
         node = self._nodes.get(place)
@@ -110,7 +121,7 @@ class Cluster(Redis):
             user = "".join(self._url.netloc.rpartition("@")[:2])
             url = f"{SCHEMES[self._url.scheme]}://{user}{place}?{self._url.query}"
             node = self._nodes[place] = Node(url, *self._options)
-            node.host = place.rpartition(":")[0]
+            node.host = place.rpartition(":")[0].strip("[]")
         return node
 
     async def call(self, name: str, keys: list[str], *args: Any) -> Any:
@@ -209,7 +220,7 @@ class Cluster(Redis):
 
     def _named(self, error: AskError, node: Node) -> Node:
         """The node that a redirection names. Without a host it is the one that answered, with another port."""
-        return self._node(f"{error.host or node.host}:{error.port}")
+        return self._node(address(error.host or node.host, error.port))
 
     async def _find(self, slot: int) -> Node:
         """Ask where the slots are, and return the primary of one. Raises Unreachable if nobody knows."""
