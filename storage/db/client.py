@@ -47,6 +47,10 @@ REPLIED = (ResponseError, BusyLoadingError, AuthenticationError)
 NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
 
 
+Collect = Callable[[], tuple[list[str], list[Any]]]  # returns the keys and the arguments of a call
+Done = Callable[[Any, Exception | None], None]  # gets the reply, or else the error
+
+
 class Script(NamedTuple):
     text: str
     sha: str  # SHA-1 of the text in hexadecimal, the argument of EVALSHA
@@ -55,10 +59,8 @@ class Script(NamedTuple):
 
 def script(text: str) -> Script:
     sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    durable = "flags=no-writes" not in text.split("\n", 1)[0]
-    if "redis.REPL_NONE" in text and "redis.REPL_ALL" not in text:
-        durable = False
-    return Script(text, sha, not durable)
+    volatile = "redis.REPL_NONE" in text and "redis.REPL_ALL" not in text
+    return Script(text, sha, volatile or "flags=no-writes" in text.split("\n", 1)[0])
 
 
 def read_scripts(folder: Path) -> dict[str, Script]:
@@ -250,8 +252,8 @@ class LateCall:
         self,
         channel: Channel,
         called: Script,
-        collect: Callable[[], tuple[list[str], list[Any]]],
-        on_reply: Callable[[Any, Exception | None], None],
+        collect: Collect,
+        on_reply: Done,
         meaning: Callable[[Exception], Exception],
     ):
         self.channel = channel
@@ -319,19 +321,12 @@ class Redis:
         except REPLIED as error:
             raise self.meaning(error) from None
 
-    def call_late(
-        self,
-        name: str,
-        key: str,
-        collect: Callable[[], tuple[list[str], list[Any]]],
-        done: Callable[[Any, Exception | None], None],
-    ) -> None:
+    def call_late(self, name: str, key: str, collect: Collect, done: Done) -> None:
         """Like `call`, but `collect` is called for the keys and the arguments when the pipeline leaves.
 
-        `key` is one of the keys, or another one of their partition: a Cluster needs it now.
-
-        `done` gets the reply, or the error that `call` would raise. There is no task, because several thousand of these
-        calls may be made in a second. None of the functions may raise.
+        `key` is one of the keys, or another one of their partition: a Cluster needs it now. `done` gets the reply, or
+        the error that `call` would raise. There is no task, because several thousand of these calls may be made in a
+        second. None of the functions may raise.
         """
         called = self._scripts[name]
         late = LateCall(self._reads if called.reads else self._writes, called, collect, done, self.meaning)

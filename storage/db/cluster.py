@@ -18,7 +18,7 @@ import asyncio
 import binascii
 import random
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from copy import copy
 from functools import lru_cache
@@ -35,7 +35,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from storage.db.client import DEADLINE, REPLIED, SCRIPTS, Redis, Script, meaning
+from storage.db.client import DEADLINE, REPLIED, SCRIPTS, Collect, Done, Redis, Script, meaning
 from storage.errors import Unknown, Unreachable
 
 SLOTS = 16384
@@ -158,13 +158,7 @@ class Cluster(Redis):
             if loop.time() > end:
                 raise failure if isinstance(failure, Unreachable) else Unreachable(f"Redis refuses: {failure}")
 
-    def call_late(
-        self,
-        name: str,
-        key: str,
-        collect: Callable[[], tuple[list[str], list[Any]]],
-        done: Callable[[Any, Exception | None], None],
-    ) -> None:
+    def call_late(self, name: str, key: str, collect: Collect, done: Done) -> None:
         """Like `Redis.call_late`. If the slot's primary is not known, or has changed, it costs a task."""
         sent: list[tuple[list[str], list[Any]]] = []
 
@@ -183,7 +177,7 @@ class Cluster(Redis):
         else:
             answered(None, Unreachable("the primary is not known yet"))
 
-    async def _call_again(self, name: str, keys: list[str], args: list[Any], done: Callable[..., None]) -> None:
+    async def _call_again(self, name: str, keys: list[str], args: list[Any], done: Done) -> None:
         try:
             reply, error = await self.call(name, keys, *args), None
         except Exception as failure:
