@@ -1,6 +1,6 @@
 -- Functions that several scripts use. storage's loader puts this text behind the first line of every script.
--- The last three write, the others only read. A function that refuses returns the refusal, and the script returns it to the
--- caller. The script's header lists the word under `Refuses`.
+-- The last three write, the others only read. A function that refuses returns the refusal, and the script returns it to
+-- the caller. The script's header lists the word under `Refuses`.
 -- Every call of a script creates all of these functions, about 0.04 µs for each. So there are few of them, and none
 -- uses another one, which would cost twice as much.
 -- luacheck: ignore 211 (a local function that this file does not use)
@@ -113,7 +113,7 @@ local function take(rate, now, quota, window_ms, cost, count)
   if allowed > 0 then
     used = math.max(0, used + allowed * cost)
     if used > 0 then
-      redis.call('SET', rate, used .. ' ' .. now, 'PX', math.ceil(used * ms_per_unit) + 60000)
+      redis.call('SET', rate, used .. ' ' .. now, 'PX', math.ceil(used * ms_per_unit) + 60000) -- take.lua says why
     else
       redis.call('DEL', rate)
     end
