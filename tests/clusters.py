@@ -12,8 +12,6 @@ from conftest import ROOT, SERVERS, until
 
 from storage.db.cluster import SLOTS, slot_of
 
-NODE_TIMEOUT = 2000  # ms after which a node that does not answer is taken for dead
-
 
 class Client(redis_client.RedisCluster):
     """redis-py's client, whose commands for a whole server go to all primaries."""
@@ -32,11 +30,10 @@ class ClusterNode:
     def __init__(self, kind: str, folder: Path, *options: str):
         self.folder, self.port = folder, cluster_port()
         folder.mkdir()
-        conf = ROOT / "storage" / "db" / "redis.conf"
-        place = ["--dir", str(folder), "--port", str(self.port), "--logfile", "log", "--cluster-enabled", "yes"]
-        rules = ["--cluster-node-timeout", str(NODE_TIMEOUT), "--cluster-require-full-coverage", "no"]
-        rules += ["--cluster-allow-replica-migration", "no"]
-        self.command = [SERVERS[kind], str(conf), *place, *rules, *options]
+        conf, cluster = (str(ROOT / "storage" / "db" / name) for name in ("redis.conf", "redis-cluster.conf"))
+        place = ["--dir", str(folder), "--port", str(self.port), "--logfile", "log"]
+        # Most tests have one replica or none, and write also without it.
+        self.command = [SERVERS[kind], conf, "--include", cluster, "--min-replicas-to-write", "0", *place, *options]
         self.start()
 
     def start(self) -> None:

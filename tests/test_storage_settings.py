@@ -103,6 +103,7 @@ WRONG = {
     "LOG": ["yaml", "JSON", ""],
     "WORKER_METRICS": ["x", "host:x", "127.0.0.1:65536", "a\nb:1", ":", "9101 "],
     "SHIP_METRICS": ["x"],
+    "REDIS_NODE": ["x", "127.0.0.1:65536"],
     "SANDBOX": ["maybe", "required\n"],
     "DATA": ["", "/etc/passwd", "/tmp/\udcff"],
     "LIMITS": [

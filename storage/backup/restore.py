@@ -215,7 +215,7 @@ async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
         socket, log_file = Path(scratch, "redis.sock"), Path(scratch, "log")
         # server.command needs a data folder whose path is short enough for a socket.
         Path(scratch, "redis").symlink_to(folder)
-        command = server.command(replace(settings, data=Path(scratch)))
+        command = server.command(replace(settings, data=Path(scratch), redis_node=None))
         own = ["--unixsocket", str(socket), "--logfile", ""]  # if an option is given twice, the server takes the last
         with log_file.open("wb") as file:
             process = await asyncio.create_subprocess_exec(

@@ -27,6 +27,7 @@ from storage.settings import Settings, refused
 OLDEST = (7, 0, 0)
 SOCKET_PATH_BYTES = 107  # unix(7), sun_path: 108 bytes with the 0 at the end
 CONFIGURATION = Path(__file__).with_name("redis.conf")
+CLUSTER_CONFIGURATION = Path(__file__).with_name("redis-cluster.conf")
 VERSION = re.compile(r"(Valkey|Redis) server v=(\d+)\.(\d+)\.(\d+)", re.IGNORECASE)
 WRITER = re.compile(r"(valkey|redis) (\d+)\.(\d+)\.(\d+)\n?")
 
@@ -138,5 +139,9 @@ def command(settings: Settings) -> list[str]:
     socket = folder / "redis.sock"
     if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
         raise refused("DATA", str(settings.data), f"{socket} is longer than a socket's path may be")
+    start = [path, str(CONFIGURATION), "--dir", str(folder), "--unixsocket", str(socket)]
+    if settings.redis_node:
+        host, port = settings.redis_node
+        return [*start, "--include", str(CLUSTER_CONFIGURATION), "--bind", host, "--port", str(port)]
     # Port 0: the server listens on the socket only, which only this user can open.
-    return [path, str(CONFIGURATION), "--dir", str(folder), "--unixsocket", str(socket), "--port", "0"]
+    return [*start, "--port", "0"]
