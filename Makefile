@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -8,6 +8,10 @@ run: ## start Redis, API, worker and backup; Ctrl-C ends them
 	@.ci/setup run
 	@.venv/bin/imagegram-api welcome
 	@exec $(python) -m deploy.run
+
+cluster: ## the same on a Redis Cluster of nine nodes on this machine; SHAPE=small: one primary, two replicas, two arbiters
+	@.ci/setup run
+	@exec $(python) -m deploy.cluster $(or $(SHAPE),cluster)
 
 test: ## linters, then all tests
 	@.ci/setup test

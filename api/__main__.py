@@ -6,6 +6,7 @@
 """
 
 import argparse
+import asyncio
 import dataclasses
 import errno
 import gc
@@ -27,6 +28,8 @@ from api.app import create
 from api.protocol import Protocol
 from storage import logs, metrics, processes, watchdog
 from storage import settings as environment
+from storage.db import topology
+from storage.db.cluster import Cluster
 from storage.objects import require_stores
 
 log = logging.getLogger("imagegram.api")
@@ -45,7 +48,7 @@ Imagegram answers at http://{host}:{port} in a moment. In another terminal:
 
 To look into the database (redis-cli is in Debian's package redis-tools: apt-get install redis-tools):
 
-  redis-cli -s {socket}
+  {look}
 
 Ctrl-C ends it; the data stays in {data}.
 """
@@ -126,6 +129,7 @@ def serve(settings) -> None:
     """
     logs.configure(settings.log, environment.secret_values())
     require_stores(settings, "STORE")
+    asyncio.run(topology.warn(settings))
     if not settings.jwks_url:
         environment.signing_secret(settings)  # made here, before several processes need it
     # The parent binds the sockets. So a port in use is reported once, and port 0 becomes one port for all processes.
@@ -198,8 +202,11 @@ def main() -> None:
             print(f"made a new signing secret, {secret}", file=sys.stderr)
     elif arguments.command == "welcome":
         token = "… # a token of your identity provider" if settings.jwks_url else tokens.mint(settings, "alice")
-        socket_file = shlex.quote(f"{settings.data}/redis/redis.sock")
-        print(WELCOME.format(**dataclasses.asdict(settings), token=token, socket=socket_file))
+        look = f"redis-cli -s {shlex.quote(f'{settings.data}/redis/redis.sock')}"
+        if "+cluster:" in settings.redis_url:
+            host, _, port = Cluster(settings.redis_url).nodes()[0].place.rpartition(":")
+            look = f"redis-cli -c -h {host} -p {port}"
+        print(WELCOME.format(**dataclasses.asdict(settings), token=token, look=look))
     else:
         serve(settings)
 

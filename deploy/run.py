@@ -38,14 +38,14 @@ STDOUT = 1  # file descriptor
 POLL = 0.05  # seconds between two reads of the processes that are left
 
 
-def start_honcho() -> int:
-    """Start honcho. Returns its process id."""
+def start_honcho(procfile: Path) -> int:
+    """Start honcho with the processes of a file. Returns its process id."""
     supervisor = os.getpid()
     honcho = os.fork()
     if honcho == 0:
         die_with_parent(signal.SIGTERM, supervisor)
         program = str(Path(sys.executable).with_name("honcho"))
-        os.execv(program, [program, "--env", "/dev/null", "start"])
+        os.execv(program, [program, "--env", "/dev/null", "start", "--procfile", str(procfile)])
     return honcho
 
 
@@ -106,7 +106,7 @@ def end_remaining_parts() -> None:
         time.sleep(POLL)
 
 
-def main() -> None:
+def main(procfile: Path = Path("Procfile")) -> None:
     """Run honcho until it ends, then end the parts that it has left.
 
     Raises SystemExit with the status of honcho. If a signal has ended honcho, the status is 128 + the signal's number.
@@ -114,7 +114,7 @@ def main() -> None:
     make = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     die_with_parent(signal.SIGTERM, make)
-    honcho = start_honcho()
+    honcho = start_honcho(procfile)
     # A process group of its own: after `kill -9` of the terminal's whole job, this process is left and ends the parts.
     os.setpgid(0, 0)
     honcho_fd = os.pidfd_open(honcho)

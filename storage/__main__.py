@@ -15,6 +15,10 @@
     export USER FILE                   writes all that a user has posted into a zip file
     erase USER [--yes]                 removes all that a user has posted; without --yes only counts it
     erase --again [--yes]              repeats all erasures, after a restore
+    cluster show                       shows the nodes of a Redis Cluster, and what is wrong with its shape
+    cluster form --primaries N         makes a Cluster of the nodes in IMAGEGRAM_REDIS_URL, or completes it
+    cluster plan N                     prints the slots that each of N primaries should have
+    cluster place [--yes]              moves partitions until all primaries have as many; without --yes only shows it
     script NAME                        prints a Lua script as it is sent to Redis, for `redis-cli --eval`
 
 ID is the id of a post, or POST/COMMENT.
@@ -24,6 +28,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Coroutine
@@ -34,9 +39,9 @@ from pathlib import Path
 from storage import check, erasure, export, keys, moderation, processes, retry, sweep
 from storage.backup import restore, retain, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
-from storage.db import server
+from storage.db import server, topology
 from storage.db.client import SCRIPTS, now_ms
-from storage.db.cluster import connect
+from storage.db.cluster import Cluster, connect
 from storage.errors import Refusal, Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.progress import Progress
@@ -54,6 +59,7 @@ STORES = {  # the stores that each command opens
     "erase": ["STORE", "BACKUP_STORE"],
 }
 
+REFUSED = (restore.Refused, topology.Refused, sweep.Mistaken, export.Busy)
 CONTINUE = ("export", "erase")  # commands that go on where they were broken off
 
 
@@ -90,6 +96,18 @@ def run() -> None:
     erase_parser.add_argument("user", metavar="USER", nargs="?", type=_user)
     erase_parser.add_argument("--again", action="store_true", help="all users that were erased before")
     erase_parser.add_argument("--yes", action="store_true", help="really remove it")
+    cluster_commands = commands.add_parser("cluster").add_subparsers(dest="cluster", required=True)
+    cluster_commands.add_parser("show")
+    form_parser = cluster_commands.add_parser("form")
+    form_parser.add_argument("--primaries", metavar="N", type=_count, required=True, help="primaries that hold data")
+    plan_parser = cluster_commands.add_parser("plan")
+    plan_parser.add_argument("primaries", metavar="N", type=_count, help="primaries that hold data")
+    numbers = range(topology.ARBITERS + 1)
+    for one_parser in (form_parser, plan_parser):
+        one_parser.add_argument("--arbiters", type=int, choices=numbers, default=0, help="primaries that only vote")
+    place_parser = cluster_commands.add_parser("place")
+    place_parser.add_argument("--without", metavar="HOST:PORT", default="", help="a primary that shall hold nothing")
+    place_parser.add_argument("--yes", action="store_true", help="really move them")
     script_parser = commands.add_parser("script")
     script_parser.add_argument("name", nargs="?", metavar="NAME", help="the name of a file in lua/, without .lua")
     arguments = parser.parse_args()
@@ -120,7 +138,7 @@ def run() -> None:
     except (KeyboardInterrupt, asyncio.CancelledError):
         hint = "; the same command again continues" if arguments.command in CONTINUE else ""
         sys.exit(f"stopped before the command was complete{hint}")
-    except (restore.Refused, Damaged, NotFound, Unavailable, Refusal, sweep.Mistaken, export.Busy) as error:
+    except (*REFUSED, Damaged, NotFound, Unavailable, Refusal) as error:
         again = arguments.command in CONTINUE and isinstance(error, (Unavailable, Unreachable, Unknown))
         hint = "; the same command again continues" if again else ""
         sys.exit(f"{type(error).__name__.lower()}: {error}{hint}")
@@ -229,6 +247,37 @@ async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
     await db.close()
 
 
+async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:
+    if arguments.cluster == "plan":
+        for slots in topology.placement(arguments.primaries, arguments.arbiters):
+            _say(topology.written(slots))
+        return
+    db = connect(settings.redis_url)
+    if not isinstance(db, Cluster):
+        raise SystemExit("IMAGEGRAM_REDIS_URL names no Cluster: redis+cluster://host:port,host:port,…")
+    if arguments.cluster == "form":
+        await topology.form(db, arguments.primaries, arguments.arbiters, _say)
+    members = await topology.read(db)
+    if arguments.cluster == "place":
+        planned = topology.moves(members, settings.partitions, arguments.without)
+        places = {member.id: member.place for member in members}
+        for (source, target), slots in planned.items():
+            _say(f"{places[source]}: {' '.join(topology.command(target, slots))}")
+        if arguments.yes:
+            await topology.move(db, members, planned, _say)
+        elif planned:
+            _say("nothing was moved: add --yes to move it")
+        else:
+            _say("nothing to move")
+    else:
+        _say(topology.table(members, settings.partitions))
+        for problem in (found := topology.problems(members, settings.partitions, settings.replicas)):
+            _say(f"PROBLEM: {problem}")
+        if found:
+            sys.exit(1)
+    await db.close()
+
+
 async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     store = open_store(settings.backup_store_url)
     if arguments.command == "snapshots":
@@ -251,6 +300,7 @@ WORK = {
     "sweep": _sweep,
     "check": _check,
     "retry": _retry,
+    "cluster": _cluster,
     "export": _export,
     "erase": _erase,
     **dict.fromkeys(("show", "hide", "unhide", "delete"), _moderate),
@@ -265,6 +315,12 @@ def _user(text: str) -> str:
     if text != text.encode(errors="replace").decode():
         raise argparse.ArgumentTypeError("it is not UTF-8")
     return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to 999")
+    return int(text)
 
 
 def _unix_second(text: str) -> int:

@@ -21,6 +21,7 @@ from rq import Worker
 from rq.serializers import JSONSerializer
 
 from storage import logs, metrics, settings, traces, watchdog
+from storage.db import topology
 from storage.db.cluster import connect
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
@@ -187,6 +188,7 @@ def run() -> None:
     else:
         require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)
+        asyncio.run(topology.warn(chosen))
         raise SystemExit(asyncio.run(work(chosen)))
 
 

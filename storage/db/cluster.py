@@ -72,7 +72,20 @@ class Node(Redis):
     """One node. Its errors are those that the server replies, so that `Cluster` can follow them."""
 
     meaning = staticmethod(lambda error: error)
-    host = ""  # without brackets, also of an IPv6 address
+    place = ""  # `host:port`
+
+    @property
+    def host(self) -> str:
+        """Without brackets, also if it is an IPv6 address."""
+        return self.place.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.place.rpartition(":")[2])
+
+    async def ask(self, *command: str | int) -> Any:
+        """The reply to a command about this node. Raises one of REPLIED, and Unreachable."""
+        return await self._reads.ask(*command)
 
     async def call_asking(self, name: str, keys: list[str], *args: Any) -> Any:
         """Like `call`, for a slot that is being moved to this node."""
@@ -113,16 +126,21 @@ class Cluster(Redis):
         self._tasks: set[asyncio.Task[None]] = set()
         self.clock: int | Literal[""] = ""
         for place in self._url.netloc.rpartition("@")[2].split(","):
-            self._node(place if re.search(r":[0-9]+$", place) else f"{place}:{PORT}")
+            self.node(place if re.search(r":[0-9]+$", place) else f"{place}:{PORT}")
 
-    def _node(self, place: str) -> Node:
+    def node(self, place: str) -> Node:
+        """The node at `host:port`."""
         node = self._nodes.get(place)
         if node is None:
             user = "".join(self._url.netloc.rpartition("@")[:2])
             url = f"{SCHEMES[self._url.scheme]}://{user}{place}?{self._url.query}"
             node = self._nodes[place] = Node(url, *self._options)
-            node.host = place.rpartition(":")[0].strip("[]")
+            node.place = place
         return node
+
+    def nodes(self) -> list[Node]:
+        """The nodes in the URL, in its order, then those that were learnt from them."""
+        return list(self._nodes.values())
 
     async def call(self, name: str, keys: list[str], *args: Any) -> Any:
         """Like `Redis.call`. All keys must be in one slot. A call without keys goes to any primary."""
@@ -203,7 +221,7 @@ class Cluster(Redis):
         await self._look()
         found: list[Redis] = []
         for place in sorted({place for _, _, place in self._ranges}):
-            node = copy(self._node(place))
+            node = copy(self.node(place))
             node.meaning = meaning
             found.append(node)
         return found
@@ -214,7 +232,7 @@ class Cluster(Redis):
 
     def _named(self, error: AskError, node: Node) -> Node:
         """The node that a redirection names. Without a host it is the one that answered, with another port."""
-        return self._node(address(error.host or node.host, error.port))
+        return self.node(address(error.host or node.host, error.port))
 
     async def _find(self, slot: int) -> Node:
         """Ask where the slots are, and return the primary of one. Raises Unreachable if nobody knows."""
@@ -224,7 +242,7 @@ class Cluster(Redis):
         await asyncio.shield(self._looking)
         for first, last, place in self._ranges:
             if first <= slot <= last:
-                self._owners[slot] = self._node(place)
+                self._owners[slot] = self.node(place)
                 return self._owners[slot]
         raise Unreachable("no node of the cluster serves these data")
 

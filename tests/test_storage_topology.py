@@ -1,0 +1,128 @@
+"""The shape of a Cluster: `imagegram-storage cluster` forms it, says what is wrong, and moves partitions."""
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+from clusters import ClusterNode
+from conftest import until
+
+from storage.db import topology
+from storage.db.cluster import SLOTS, Cluster
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """Starts nodes that do not know each other yet."""
+    started = []
+
+    def start(count: int, kind: str = "valkey") -> list[ClusterNode]:
+        new = []
+        for _ in range(count):
+            started.append(ClusterNode(kind, tmp_path / str(len(started))))
+            new.append(started[-1])
+        return new
+
+    yield start
+    for node in started:
+        node.kill()
+
+
+def url(nodes) -> str:
+    return "redis+cluster://" + ",".join(f"localhost:{node.port}" for node in nodes)
+
+
+def run(nodes, *command: str, **variables: str) -> tuple[int, str]:
+    """Runs `imagegram-storage cluster` for these nodes."""
+    queue = "unix:///nowhere"
+    environment = {"IMAGEGRAM_REDIS_URL": url(nodes), "IMAGEGRAM_QUEUE_URL": queue, "PYTHONPATH": ":".join(sys.path)}
+    program = [sys.executable, "-m", "storage", "cluster", *command]
+    done = subprocess.run(program, env={**environment, **variables}, text=True, capture_output=True, timeout=100)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_each_primary_gets_every_nth_partition_and_each_slot_has_one_owner():
+    for primaries, arbiters in ((1, 0), (1, 2), (3, 0), (5, 1)):
+        shares = topology.placement(primaries, arbiters)
+        assert sorted(slot for share in shares for slot in share) == list(range(SLOTS))
+        assert shares[primaries:] == [[slot] for slot in range(SLOTS - arbiters, SLOTS)]
+        for number, share in enumerate(shares[:primaries]):
+            held = topology.partitions_in(set(share), topology.PLACED)
+            assert held == list(range(number, topology.PLACED, primaries))
+
+
+def test_no_partition_that_is_dealt_out_has_a_slot_of_an_arbiter():
+    last = set(range(SLOTS - topology.ARBITERS, SLOTS))
+    assert topology.partitions_in(last, topology.PLACED) == []
+
+
+@pytest.mark.parametrize("kind", [os.environ.get("CLUSTER", "valkey")], ids="cluster-{}".format)
+def test_a_small_site_is_formed_completed_and_survives_its_primary(nodes, kind):
+    first = nodes(4, kind)
+    code, output = run(first, "form", "--primaries", "1", "--arbiters", "2")
+    assert (code, output.count(": 1 slots"), output.count(": a replica of")) == (0, 2, 1), output
+    code, output = run(first, "show", IMAGEGRAM_REPLICAS="1")
+    assert code == 1 and "1 replicas: with IMAGEGRAM_REPLICAS=1 one more is needed" in output
+    complete = first + nodes(1, kind)
+    code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2", IMAGEGRAM_REPLICAS="1")
+    assert (code, output.count(": a replica of"), output.count("PROBLEM")) == (0, 1, 0), output
+    first[0].kill()
+    until(lambda: "does not answer" in run(complete, "show")[1], 20, "the loss is seen")
+    code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2")
+    assert code == 1 and f"node 127.0.0.1:{first[0].port} does not answer" in output
+    first[0].start()
+    until(lambda: run(complete, "show")[0] == 0, 20, "the lost node is a replica")
+
+
+def test_partitions_move_to_a_new_primary_and_back_and_one_is_emptied(nodes):
+    old = nodes(3)
+    assert run(old, "form", "--primaries", "3")[0] == 1  # without replicas
+    every = old + nodes(1)
+    assert run(every, "form", "--primaries", "4")[0] == 1
+    code, output = run(every, "place", IMAGEGRAM_PARTITIONS="16")
+    assert code == 0 and "nothing was moved" in output
+    assert every[3].client.cluster("NODES")[f"127.0.0.1:{every[3].port}"]["slots"] == []
+    code, output = run(every, "place", "--yes", IMAGEGRAM_PARTITIONS="16")
+    assert code == 0, output
+    assert _partitions(every) == [4, 4, 4, 4]
+    assert run(every, "place", IMAGEGRAM_PARTITIONS="16") == (0, "nothing to move\n")
+    place = f"127.0.0.1:{every[3].port}"
+    code, output = run(every, "place", "--yes", "--without", place, IMAGEGRAM_PARTITIONS="16")
+    assert code == 0 and sorted(_partitions(every)) == [0, 5, 5, 6]
+    assert every[3].client.cluster("NODES")[place]["slots"] == []
+
+
+def _partitions(nodes) -> list[int]:
+    counts = []
+    for node in nodes:
+        ((_, about),) = [(_, about) for _, about in node.client.cluster("NODES").items() if "myself" in about["flags"]]
+        slots = {slot for pair in about["slots"] for slot in range(int(pair[0]), int(pair[-1]) + 1)}
+        counts.append(len(topology.partitions_in(slots, 16)))
+    return counts
+
+
+def test_redis_is_not_asked_to_move_slots_key_by_key(nodes):
+    old = nodes(3, "redis")
+    assert run(old, "form", "--primaries", "2", "--arbiters", "1")[0] == 1
+    place = f"127.0.0.1:{old[0].port}"
+    code, output = run(old, "place", "--yes", "--without", place)
+    assert code == 1 and "refused: " in output and "does not move slots: " in output
+    assert old[0].client.cluster("NODES")[place]["slots"]
+
+
+def test_a_new_cluster_is_not_formed_of_some_of_its_nodes(nodes, monkeypatch):
+    both = nodes(2)
+    both[1].kill()
+    monkeypatch.setattr(topology, "FORM_SECONDS", 0.5)
+    with pytest.raises(topology.Refused, match="all its nodes answer"):
+        asyncio.run(topology.form(Cluster(url(both)), 2, 0))
+    assert both[0].client.cluster("INFO")["cluster_slots_assigned"] == "0"
+
+
+def test_a_single_server_has_no_shape(tmp_path):
+    command = [sys.executable, "-m", "storage", "cluster", "show"]
+    done = subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}, text=True, capture_output=True, cwd=tmp_path)
+    expected = "IMAGEGRAM_REDIS_URL names no Cluster: redis+cluster://host:port,host:port,…\n"
+    assert (done.returncode, done.stderr) == (1, expected)
