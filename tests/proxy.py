@@ -19,6 +19,7 @@ class Proxy:
     def __init__(self, target: str | int):
         self.target = target
         self.delay = 0.0  # seconds that each piece waits, in both directions
+        self.lag = 0.0  # the same, for a connection by which a replica of Redis follows its primary, the target
         self.rate: float | None = None  # bytes a second, in each direction; None: no limit
         self.up = 0  # bytes passed on to the server
         self.down = 0  # bytes passed on to the client
@@ -37,7 +38,8 @@ class Proxy:
     def lose(self, after: int = 0, how: str = "fin") -> None:
         """Passes on `after` more bytes of the server's answer, loses the rest of that piece, and cuts the connection.
 
-        `how` is "fin", "rst" or "silence". After "silence" the connection stays open, and no more bytes pass.
+        `how` is "fin", "rst" or "silence". After "silence" the connection stays open, and no more bytes pass. The
+        connection of a replica is spared.
         """
         self.lost.clear()
         self._losing = after, how
@@ -109,6 +111,7 @@ class Connection:
         self.proxy = proxy
         self.ends = client, server
         self.silent = self.ended = False
+        self.replica = False  # whether a replica of Redis opened it, to follow its primary
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         """Passes on the bytes of one direction: "up" to the server, or "down" to the client."""
@@ -117,8 +120,10 @@ class Connection:
             while data := await reader.read(PIECE):
                 for needle in [needle for needle in proxy.before if way == "up" and needle in data]:
                     await asyncio.to_thread(proxy.before.pop(needle))
-                if proxy.delay:
-                    await asyncio.sleep(proxy.delay)
+                if way == "up" and b"REPLCONF" in data:
+                    self.replica = True
+                if delay := proxy.lag if self.replica else proxy.delay:
+                    await asyncio.sleep(delay)
                 if proxy.rate:
                     await asyncio.sleep(len(data) / proxy.rate)
                 if self.ended:
@@ -126,7 +131,7 @@ class Connection:
                 if self.silent:
                     continue
                 how = None
-                if way == "down" and proxy._losing and len(data) > proxy._losing[0]:
+                if way == "down" and not self.replica and proxy._losing and len(data) > proxy._losing[0]:
                     (after, how), proxy._losing = proxy._losing, None
                     data = data[:after]
                 writer.write(data)

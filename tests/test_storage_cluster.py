@@ -2,14 +2,20 @@
 
 import asyncio
 import time
+from contextlib import contextmanager
 
 import pytest
 from clusters import ClusterServer
+from conftest import until
 from making import make_post
+from proxy import Proxy
 
 from storage import comments, keys, posts
+from storage.db.client import DEADLINE
 from storage.db.cluster import Cluster, slot_of
-from storage.errors import NoPost, Unknown, Unreachable
+from storage.errors import Forbidden, NoPost, Unknown, Unreachable
+from storage.objects import open_store
+from storage.settings import LEAF_ENTRIES
 
 PARTITIONS = 16
 
@@ -74,6 +80,151 @@ async def test_a_write_that_too_few_replicas_have_is_unknown_and_a_refusal_or_a_
     await strict.close()
 
 
+async def primary_of(cluster, db, post: str):
+    """The process that is the primary of a post."""
+    place = place_of(db, await db._find(slot_of(keys.post(post))))
+    return next(node for node in cluster.nodes if node.port == int(place.rpartition(":")[2]))
+
+
+class Moving:
+    """Moves the slot of a post to another primary, key by key, as Redis 7 does it."""
+
+    def __init__(self, cluster, source, post: str):
+        self.slot, self.source = slot_of(keys.post(post)), source
+        primaries = [node for node in cluster.nodes if node.client.info("replication")["role"] == "master"]
+        self.target = next(node for node in primaries if node is not source)
+        self.target.client.cluster("SETSLOT", self.slot, "IMPORTING", source.client.cluster("MYID"))
+        source.client.cluster("SETSLOT", self.slot, "MIGRATING", self.target.client.cluster("MYID"))
+
+    def move(self, *names: str) -> None:
+        self.source.client.execute_command("MIGRATE", "127.0.0.1", self.target.port, "", 0, 5000, "KEYS", *names)
+
+    def finish(self) -> None:
+        if left := self.source.client.cluster("GETKEYSINSLOT", self.slot, 10_000):
+            self.move(*left)
+        for node in (self.target, self.source):
+            node.client.cluster("SETSLOT", self.slot, "NODE", self.target.client.cluster("MYID"))
+
+
+def refused(node, word: str) -> int:
+    """How many commands a node has answered with this error."""
+    return node.client.info("errorstats").get(f"errorstat_{word}", {}).get("count", 0)
+
+
+async def test_calls_follow_a_slot_whose_keys_have_moved_and_happen_once(cluster, db, tmp_path):
+    post, other = [await make_post(db, "alice", PARTITIONS) for _ in range(2)]
+    await posts.delete(db, open_store(tmp_path.as_uri()), "alice", other)
+    await comments.add(db, "bob", post, "0")  # now each key that a comment names is there
+    source = await primary_of(cluster, db, post)
+    moving = Moving(cluster, source, post)
+    asked = refused(source, "ASK")
+    moving.move(*source.client.cluster("GETKEYSINSLOT", moving.slot, 10_000))
+    for text in ("1", "2"):
+        await comments.add(db, "bob", post, text)
+    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["2", "1", "0"]
+    newest = (await comments.page(db, post, 1)).comments[0].id
+    with pytest.raises(Forbidden):
+        await comments.delete(db, "eve", post, newest)
+    late = asyncio.get_running_loop().create_future()
+    named = [keys.post(post), keys.comments(post)]
+    db.call_late("comments_page", named[0], lambda: (named, ["", 9, 9]), lambda *reply: late.set_result(reply))
+    assert len((await late)[0][1]) == 3
+    assert refused(source, "ASK") - asked >= 5, "each call was redirected"
+    moving.finish()
+    assert (await posts.read(db, post)).comment_count == 3
+
+
+async def test_a_call_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(cluster, db):
+    post = await make_post(db, "carol", PARTITIONS)
+    source = await primary_of(cluster, db, post)
+    moving = Moving(cluster, source, post)
+    moving.move(keys.latest(post), keys.feed(keys.partition_of_post(post)), keys.post(post))
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match="TRYAGAIN|Multiple keys"):
+        await comments.add(db, "bob", post, "lost")
+    assert DEADLINE <= time.monotonic() - began < DEADLINE + 0.3
+    tried = refused(source, "TRYAGAIN")
+    adding = asyncio.create_task(comments.add(db, "bob", post, "waits"))
+    await asyncio.to_thread(until, lambda: refused(source, "TRYAGAIN") > tried)
+    await asyncio.to_thread(moving.finish)
+    await adding
+    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["waits"]
+
+
+async def test_a_script_that_stopped_at_a_key_that_has_moved_is_unknown_and_a_read_is_not(cluster, db):
+    post = await make_post(db, "dave", PARTITIONS)
+    partition = keys.partition_of_post(post)
+    source = await primary_of(cluster, db, post)
+    moving = Moving(cluster, source, post)
+    leaves = [name for name in source.client.cluster("GETKEYSINSLOT", moving.slot, 10_000) if name.startswith("leaf:")]
+    moving.move(*leaves)
+    named, args = [keys.post(post), keys.leaves(partition)], ["dave", keys.entry("dave", post)]
+    with pytest.raises(Unknown, match="the data were moved"):
+        await db.call("index_post", named, *args, keys.leaf_prefix(partition), LEAF_ENTRIES, 1)
+    with pytest.raises(Unreachable, match="the data were moved"):
+        await posts.of_user(db, PARTITIONS, "dave", posts.STATUSES, 9)
+    moving.finish()
+    assert [row.id for row in (await posts.of_user(db, PARTITIONS, "dave", posts.STATUSES, 9)).posts] == [post]
+
+
+@contextmanager
+def announced(cluster, node):
+    """A proxy before a node. All nodes say that it is the node."""
+    with Proxy(node.port) as proxy:
+        announce(cluster, node, proxy.port)
+        yield proxy
+        announce(cluster, node, node.port)
+
+
+def announce(cluster, node, port: int) -> None:
+    """Makes all nodes say that a node has this port. They learn it from the node within a second."""
+
+    def all_say() -> bool:
+        known = [other.client.execute_command("CLUSTER SLOTS") for other in cluster.nodes]
+        return all(port in [primary[1] for _, _, primary, *_ in ranges] for ranges in known)
+
+    node.client.config_set("cluster-announce-port", port)
+    until(all_say, what="all nodes know the port")
+
+
+async def test_a_write_whose_reply_was_lost_is_unknown_and_not_repeated_and_a_read_is(cluster, db):
+    post = (await publish(db, 1))[0]
+    with announced(cluster, await primary_of(cluster, db, post)) as proxy:
+        client = Cluster(cluster.url)
+        await asyncio.gather(comments.add(client, "bob", post, "0"), posts.read(client, post))
+        assert proxy.down, "its calls pass the proxy"
+        for how in ("fin", "rst", "silence"):
+            proxy.lose(how=how)
+            with pytest.raises(Unknown):
+                await comments.add(client, "bob", post, f"lost by {how}")
+            assert proxy.lost.is_set()
+            await comments.add(client, "bob", post, f"after {how}")
+        expected = [f"{when} {how}" for how in ("fin", "rst", "silence") for when in ("lost by", "after")]
+        for how in ("fin", "rst"):
+            proxy.lose(how=how)
+            found = (await comments.page(client, post, 9)).comments
+            assert proxy.lost.is_set() and [row.text for row in found] == [*reversed(expected), "0"]
+        proxy.lose(how="silence")
+        with pytest.raises(Unreachable):  # its time is over, too
+            await comments.page(client, post, 9)
+        await client.close()
+
+
+async def test_after_a_lost_reply_the_next_call_goes_to_the_node_that_has_the_slot_then(cluster, db):
+    """A primary that hangs accepts connections and never answers. Meanwhile a replica may have taken its place."""
+    post = (await publish(db, 1))[0]
+    client, node = Cluster(cluster.url), await primary_of(cluster, db, post)
+    with announced(cluster, node) as proxy:
+        await comments.add(client, "bob", post, "0")
+        await asyncio.to_thread(announce, cluster, node, node.port)
+        proxy.delay = 60
+        with pytest.raises(Unknown):
+            await comments.add(client, "bob", post, "lost")
+        added, _ = await comments.add(client, "bob", post, "1")
+    assert (await comments.read(client, post, added.id)).text == "1"
+    await client.close()
+
+
 async def write(db, found: list[str], seconds: float) -> list[tuple[float, str, str]]:
     """Adds comments by 16 writers. Returns for each its time in s, its post and id, or why it failed."""
     began, done = time.monotonic(), []
@@ -100,8 +251,7 @@ async def test_after_a_primary_is_lost_no_answered_write_is_lost_and_the_other_s
         found = await publish(db, 16)
         shard = {node.port: [] for node in cluster.nodes}
         for post in found:
-            place = await db._find(slot_of(keys.post(post)))
-            shard[int(place_of(db, place).rpartition(":")[2])].append(post)
+            shard[(await primary_of(cluster, db, post)).port].append(post)
         victim = next(node for node in cluster.nodes if shard[node.port])
         writing = asyncio.create_task(write(db, found, 8))
         await asyncio.sleep(1)

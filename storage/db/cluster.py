@@ -12,6 +12,9 @@ What a node answers instead of running a script (Redis Cluster specification, "R
 | TRYAGAIN, CLUSTERDOWN, READONLY, LOADING | the call is sent again after a pause, to the node that has the slot then |
 | none, and the call was not sent or it was a read | the same |
 | none, and the call was a write | Unknown: it may have happened, and is never sent again |
+
+After each call without an answer the next one asks where its slot is. A primary that hangs still accepts connections,
+so only another node can say that a replica has taken its place.
 """
 
 import asyncio
@@ -148,15 +151,22 @@ class Cluster(Redis):
         loop = asyncio.get_running_loop()
         end, limit, asked = loop.time() + DEADLINE, None, None
         while True:
+            found = bool(asked)
             try:
                 async with asyncio.timeout_at(limit):
                     if asked:
                         node, asked = asked, None
                         return await node.call_asking(name, keys, *args)
                     node = self._owners.get(slot) or await self._find(slot)
+                    found = True
                     return await node.call(name, keys, *args)
             except TimeoutError:
-                raise (Unreachable if reads else Unknown)("Redis' answer did not come in time") from None
+                self._owners.pop(slot, None)
+                lost = Unknown if found and not reads else Unreachable
+                raise lost("Redis' answer did not come in time") from None
+            except Unknown:
+                self._owners.pop(slot, None)
+                raise
             except MovedError as error:
                 self._owners[slot] = self._named(error, node)
                 failure: Exception = error
@@ -188,6 +198,8 @@ class Cluster(Redis):
             if isinstance(error, (AskError, *NOT_RUN)) or (isinstance(error, Unreachable) and not sent):
                 self._start(self._call_again(name, *(sent[0] if sent else collect()), done))
             else:
+                if isinstance(error, (Unknown, Unreachable)):
+                    self._owners.pop(slot_of(key), None)
                 done(reply, meaning(error) if isinstance(error, REPLIED) else error)
 
         if node := self._owners.get(slot_of(key)):
