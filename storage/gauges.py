@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -13,8 +15,10 @@ from storage.metrics import (
     AOF_OK,
     MEMORY,
     MEMORY_LIMIT,
+    NODE_UP,
     OLDEST,
     OPEN_UPLOADS,
+    OPERATIONS,
     REDIS_UP,
     STORE_FREE,
     STORE_SIZE,
@@ -28,22 +32,21 @@ USERS = 20  # users whose oldest image is looked up in a partition
 
 
 async def work(db: Redis, partitions: int) -> list[Reading]:
-    """Work that waits, and open uploads. Raises a Refusal if Redis is away."""
-    rows = await asyncio.gather(
-        *(
-            db.call(
-                "read_work",
-                [keys.due(partition), keys.turns(partition)],
-                db.clock,
-                LEASE_MS,
-                DAY_MS,
-                ENTRIES,
-                USERS,
-                keys.making_prefix(partition),
-            )
-            for partition in range(partitions)
+    """Work that waits, and open uploads, of all partitions that answer. Raises a Refusal if none does."""
+    calls = (
+        db.call(
+            "read_work",
+            [keys.due(partition), keys.turns(partition)],
+            db.clock,
+            LEASE_MS,
+            DAY_MS,
+            ENTRIES,
+            USERS,
+            keys.making_prefix(partition),
         )
+        for partition in range(partitions)
     )
+    rows = await _answers(calls)
     due, oldest_ms, users, oldest_image_ms, uploads = zip(*rows, strict=True)
     return [
         (WAITING, ("cleanup",), sum(due)),
@@ -55,19 +58,44 @@ async def work(db: Redis, partitions: int) -> list[Reading]:
 
 
 async def server(db: Redis) -> list[Reading]:
-    """Redis' memory and its append-only file. Raises a Refusal if Redis is away or this user may not ask."""
-    info = await db.info("memory", "persistence")
-    wrote = info["aof_last_write_status"], info["aof_last_bgrewrite_status"]
-    return [
-        (MEMORY, (), int(info["used_memory"])),
-        (MEMORY_LIMIT, (), int(info["maxmemory"]) or int(info["total_system_memory"])),
-        (AOF_OK, (), float(wrote == ("ok", "ok"))),
-    ]
+    """The memory, the file and the commands of Redis, or of each primary of a Cluster that answers.
+
+    Raises a Refusal if none answers or this user may not ask.
+    """
+    readings: list[Reading] = []
+    for labels, info in await _answers(_info(node) for node in await db.primaries()):
+        wrote = info["aof_last_write_status"], info["aof_last_bgrewrite_status"]
+        readings += [
+            (MEMORY, labels, int(info["used_memory"])),
+            (MEMORY_LIMIT, labels, int(info["maxmemory"]) or int(info["total_system_memory"])),
+            (AOF_OK, labels, float(wrote == ("ok", "ok"))),
+            (OPERATIONS, labels, int(info["instantaneous_ops_per_sec"])),
+        ]
+    return readings
+
+
+async def _info(node: Redis) -> tuple[tuple[str, ...], dict[str, str]]:
+    return (node.place,) if node.place else (), await node.info("memory", "persistence", "stats")
+
+
+async def primaries(db: Redis) -> list[Reading]:
+    """Whether each primary of a Cluster answers. Raises a Refusal where most of them do not."""
+    silent = await db.ping()
+    return [(NODE_UP, (node.place,), float(node.place not in silent)) for node in await db.primaries() if node.place]
+
+
+async def _answers(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """The results of all calls that are answered. Raises the error of one of them if none is."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    answers = [result for result in results if not isinstance(result, Exception)]
+    if not answers:
+        raise results[0]
+    return answers
 
 
 async def redis(db: Redis, partitions: int) -> list[Reading]:
     """All of the above. If Redis is away, only that it is away."""
-    parts = await asyncio.gather(work(db, partitions), server(db), return_exceptions=True)
+    parts = await asyncio.gather(work(db, partitions), server(db), primaries(db), return_exceptions=True)
     readings: list[Reading] = []
     for part in parts:
         if isinstance(part, list):

@@ -306,9 +306,14 @@ SHIPPED_BYTES = _counter("ship", "imagegram_backup_bytes_total", "Bytes put into
 
 # Read at the moment of a scrape
 REDIS_UP = _gauge("api", "imagegram_redis_up", "1 if Redis has answered this scrape.")
-MEMORY = _gauge("api", "imagegram_redis_memory_bytes", "Memory that Redis uses.")
-MEMORY_LIMIT = _gauge("api", "imagegram_redis_memory_limit_bytes", "maxmemory, or the memory of Redis' machine.")
-AOF_OK = _gauge("api", "imagegram_redis_aof_ok", "1 if Redis' last write and last rewrite of its file succeeded.")
+# `node` is `host:port` of a primary of a Cluster. A single Redis has no such label.
+NODE_UP = _gauge("api", "imagegram_redis_node_up", "1 if this primary of a Cluster has answered this scrape.", "node")
+MEMORY = _gauge("api", "imagegram_redis_memory_bytes", "Memory that Redis uses.", "node")
+MEMORY_LIMIT = _gauge(
+    "api", "imagegram_redis_memory_limit_bytes", "maxmemory, or the memory of Redis' machine.", "node"
+)
+AOF_OK = _gauge("api", "imagegram_redis_aof_ok", "1 if Redis could write and rewrite its file the last time.", "node")
+OPERATIONS = _gauge("api", "imagegram_redis_commands_per_second", "Commands a second, as Redis counts them.", "node")
 OPEN_UPLOADS = _gauge("api", "imagegram_uploads_open", "Uploads that can be continued.")
 WAITING = _gauge("api", "imagegram_work_waiting", "Work that is due.", "queue")
 OLDEST = _gauge("api", "imagegram_work_oldest_seconds", "How long the oldest due work has waited.", "queue")

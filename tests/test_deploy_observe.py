@@ -17,6 +17,9 @@ HEALTHY = {
     'up{job="worker", instance="b"}': "1",
     'up{job="ship", instance="c"}': "1",
     "imagegram_redis_up": "1",
+    'imagegram_redis_node_up{node="a:1", instance="a"}': "1",
+    'imagegram_redis_node_up{node="b:1", instance="a"}': "1",
+    'imagegram_redis_node_up{node="b:1", instance="b"}': "0",  # it reaches this process of the API only
     'imagegram_requests_total{route="/v1/posts", method="GET", status="200"}': "0+1000x{n}",
     'imagegram_requests_total{route="/v1/posts", method="GET", status="503"}': "0+0x{n}",
     'imagegram_request_duration_seconds_bucket{route="/v1/posts", method="GET", le="0.04"}': "0+1000x{n}",
@@ -46,6 +49,7 @@ ERRORS = 'imagegram_requests_total{route="/v1/posts", method="GET", status="503"
 FIRES = {
     "ApiDown": ({'up{job="api", instance="a"}': "0"}, {}),
     "RedisDown": ({"imagegram_redis_up": "0"}, {}),
+    "ShardDown": ({'imagegram_redis_node_up{node="a:1", instance="a"}': "0"}, {"node": "a:1"}),
     "Errors": ({ERRORS: "0+2x{n}"}, {}),
     "Slow": ({f'{BUCKET}0.05"}}': "0+980x{n}", f'{BUCKET}0.04"}}': "0+900x{n}"}, {}),
     "StoreFull": ({'imagegram_problems_total{code="full"}': "0+1x{n}"}, {}),
@@ -62,6 +66,17 @@ FIRES = {
 }
 # A second symptom
 ALSO = {
+    # One node of a Cluster: it has less memory than the others.
+    "RedisMemory": (
+        {
+            'imagegram_redis_memory_bytes{node="a:1"}': "71",
+            'imagegram_redis_memory_limit_bytes{node="a:1"}': "100",
+            'imagegram_redis_memory_bytes{node="b:1"}': "60",
+            'imagegram_redis_memory_limit_bytes{node="b:1"}': "200",
+        },
+        {"node": "a:1"},
+    ),
+    "RedisFile": ({'imagegram_redis_aof_ok{node="a:1"}': "0"}, {"node": "a:1"}),
     "BackupLag": ({'imagegram_backup_lag_seconds{job="ship"}': None}, {}),  # it has never caught up
     "RestoreFails": ({"imagegram_backup_trial_ok": "0"}, {}),
     "NoTrialRestore": ({"imagegram_backup_trial_timestamp_seconds": "-90000"}, {}),
