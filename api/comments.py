@@ -24,7 +24,7 @@ async def add(request, post: str):
         idempotency = reading.idempotency_key(request, request.body)
         if limit and limit.charge.partition != keys.partition_of_post(post):  # one script cannot write in both
             paid, limit = limit, None
-            await limits.pay(request, paid)
+            await limits.take(request, paid.charge)
         comment, replayed = await comments.add(request.app.ctx.db, user, post, text, idempotency, limit)
     except Exception as error:
         await limits.end_write(request, limit, error)

@@ -23,14 +23,15 @@ async def healthz(request):
 
 @routes.route("/readyz", methods=READ)
 async def readyz(request):
-    """200 if Redis answers. Raises Unreachable if it does not.
+    """200 if Redis answers, or most primaries of a Cluster. Raises Unreachable if not.
 
-    Without object storage the feed and comments still work. Without a backup everything works. So these two are only
-    reported.
+    Without object storage the feed and comments still work. Without a backup everything works. Without a shard of a
+    Cluster, what is in the others works, on every process of the API alike. So these three are only reported.
     """
     ctx = request.app.ctx
-    await ctx.db.ping()
-    body = {"status": "ok", "redis": "ok", "store": await store(ctx.objects), "backup": backup(ctx.settings)}
+    silent = await ctx.db.ping()
+    redis = f"no answer from {', '.join(silent)}" if silent else "ok"
+    body = {"status": "ok", "redis": redis, "store": await store(ctx.objects), "backup": backup(ctx.settings)}
     return json(body, headers=NO_STORE)
 
 

@@ -11,8 +11,9 @@ from api import reading, tokens
 from api.headers import list_header
 from api.problems import Problem
 from storage import metrics
-from storage.errors import Refusal, Unknown, Unreachable
-from storage.limits import Entry, Ticket
+from storage.db.cluster import Cluster
+from storage.errors import Unknown, Unreachable
+from storage.limits import Charge, Entry, Ticket
 from storage.uploads import run_to_completion
 
 CACHED = 10_000  # addresses and header values, in a few MB each
@@ -26,18 +27,27 @@ FORWARDED_CHARACTERS = 512
 async def admit(request, name: str) -> str:
     """The user who sends the request, once the limit of the class `name` allows it.
 
-    Raises Problem 401, Problem 429, Unreachable. A `read` is also allowed while Redis is away.
+    Raises Problem 401, Problem 429, Unreachable.
     """
     user, limiter = await tokens.user(request), request.app.ctx.limiter
     if limiter and (charge := limiter.charge(name, user)):
-        try:
-            allowed, entry = await limiter.decide(charge)
-        except Refusal:
-            if name != "read":
-                raise
-        else:
-            settle(request.stream, entry, allowed)
+        await take(request, charge)
     return user
+
+
+async def take(request, charge: Charge) -> None:
+    """Take from a limit by a call of its own. Raises Problem 429, Unreachable.
+
+    A `read` is also allowed if Redis does not decide. On a Cluster a write is, too: maybe only the shard of this user's
+    limits is away, and the shard that is written to works.
+    """
+    try:
+        allowed, entry = await request.app.ctx.limiter.decide(charge)
+    except Unreachable:
+        if charge.name != "read" and not isinstance(request.app.ctx.db, Cluster):
+            raise
+    else:
+        settle(request.stream, entry, allowed)
 
 
 async def begin_write(request, name: str) -> tuple[str, Entry | None]:
@@ -55,12 +65,6 @@ async def begin_write(request, name: str) -> tuple[str, Entry | None]:
     return user, entry
 
 
-async def pay(request, entry: Entry) -> None:
-    """Take from the limit by a call of its own. Raises Problem 429, Unreachable."""
-    allowed, entry = await request.app.ctx.limiter.decide(entry.charge)
-    settle(request.stream, entry, allowed)
-
-
 async def end_write(request, entry: Entry | None, error: Exception | None = None) -> None:
     """Count a request, also if it was refused by `error` before a script took from its limit.
 
@@ -69,7 +73,7 @@ async def end_write(request, entry: Entry | None, error: Exception | None = None
     if not entry or isinstance(error, (Unreachable, Unknown)):
         return
     if entry.allowed is None:
-        await pay(request, entry)
+        await take(request, entry.charge)
     else:
         settle(request.stream, entry, entry.allowed > 0)
 
@@ -120,8 +124,7 @@ async def paid_body(request, user: str, most: int):
         yield
         return
     # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
-    allowed, entry = await run_to_completion(limiter.decide(charge))
-    settle(stream, entry, allowed)
+    await run_to_completion(take(request, charge))
     try:
         yield
     finally:

@@ -52,9 +52,8 @@ async def test_refusals_are_those_of_one_redis(cluster, db):
     post = (await publish(db, 1))[0]
     with pytest.raises(NoPost):
         await comments.add(db, "bob", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-7", "lost")
-    await db.ping()
+    assert await db.ping() == []
     assert (await comments.add(db, "bob", post, "found"))[0].id
-    assert "used_memory" in await db.info("memory")
 
 
 async def test_a_client_with_one_address_and_an_old_map_follows_moved(cluster, db):

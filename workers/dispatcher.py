@@ -104,14 +104,17 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     """
     store = objects.open_store(chosen.store_url)
     kept = KeptBackups(objects.open_store(chosen.backup_store_url))
+    # The partitions that do not answer, as their clean-up finds: these run at once, but image work goes from one
+    # partition to the next. There each of them would delay the others by the time that a call takes to fail.
+    silent: set[int] = set()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_hand_out(db, chosen, hints))
+        tasks.create_task(_hand_out(db, chosen, hints, silent))
         for partition in range(chosen.partitions):
-            tasks.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms))
+            tasks.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms, silent))
 
 
-async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
-    """Keeps the queue filled with image work of all partitions, which take turns."""
+async def _hand_out(db: Redis, chosen: Settings, hints: Queue, silent: set[int]) -> None:
+    """Keeps the queue filled with image work of all partitions that are not `silent`. They take turns."""
     failures, first = Failures(), 0
     while True:
         pause = PAUSE
@@ -122,7 +125,7 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
                 for partition in [*range(first, chosen.partitions), *range(first)]:
                     watchdog.step()
                     name = f"image work of partition {partition}"
-                    if not capacity or failures.must_wait(name):
+                    if not capacity or partition in silent or failures.must_wait(name):
                         continue
                     try:
                         images = await outbox.lease_images(db, partition, capacity)
@@ -141,16 +144,18 @@ async def _hand_out(db: Redis, chosen: Settings, hints: Queue) -> None:
 
 
 async def _clean_up(
-    db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, backup_reach_ms: int
+    db: Redis, store: ObjectStore, may_name: outbox.MayName, partition: int, backup_reach_ms: int, silent: set[int]
 ) -> None:
-    """Ends the uploads of a partition that are due, and erases the bytes that are due."""
+    """Ends the uploads of a partition that are due, and erases the bytes that are due. Keeps it in `silent`, or not."""
     failures, name = Failures(), f"cleaning up partition {partition}"
     finish = {"upload": outbox.end_upload, "erase": outbox.erase}
     while True:
         pause = PAUSE
         with watchdog.working(name):
             try:
-                for due in await outbox.lease(db, partition):
+                leased = await outbox.lease(db, partition)
+                silent.discard(partition)
+                for due in leased:
                     watchdog.step()
                     try:
                         await finish[due.kind](db, store, may_name, due, backup_reach_ms)
@@ -165,5 +170,7 @@ async def _clean_up(
                         failures.clear(f"cleaning up {due.id!r}")
                 failures.clear(name)
             except AWAY as fault:
+                if isinstance(fault, (Unreachable, Unknown)):
+                    silent.add(partition)
                 pause = failures.add(name, fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)

@@ -296,6 +296,7 @@ class Redis:
     """
 
     meaning = staticmethod(meaning)
+    place = ""  # of a node of a Cluster: `host:port`
 
     def __init__(
         self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0
@@ -332,10 +333,11 @@ class Redis:
         late = LateCall(self._reads if called.reads else self._writes, called, collect, done, self.meaning)
         late.channel.ask_packed(late.pack, late)
 
-    async def ping(self) -> None:
-        """Raises Unreachable where Redis does not answer within DEADLINE."""
+    async def ping(self) -> list[str]:
+        """Raises Unreachable where Redis does not answer within DEADLINE. Returns [], see `Cluster.ping`."""
         try:
             await self._reads.ask("PING")
+            return []
         except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
 

@@ -75,7 +75,6 @@ class Node(Redis):
     """One node. Its errors are those that the server replies, so that `Cluster` can follow them."""
 
     meaning = staticmethod(lambda error: error)
-    place = ""  # `host:port`
 
     @property
     def host(self) -> str:
@@ -219,14 +218,11 @@ class Cluster(Redis):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def ping(self) -> None:
-        """Raises Unreachable if no node answers that belongs to most of the primaries."""
-        await self._look()
-
-    async def info(self, *sections: str) -> dict[str, str]:
-        """Like `Redis.info`, of the primary that uses most memory."""
-        replies = await asyncio.gather(*(node.info(*sections) for node in await self.primaries()))
-        return max(replies, key=lambda reply: int(reply.get("used_memory", 0)))
+    async def ping(self) -> list[str]:
+        """The primaries that do not answer. Raises Unreachable if no node answers that reaches most of them."""
+        primaries = await self.primaries()
+        answers = await asyncio.gather(*(node.ping() for node in primaries), return_exceptions=True)
+        return [node.place for node, answer in zip(primaries, answers, strict=True) if isinstance(answer, Unreachable)]
 
     async def primaries(self) -> list[Redis]:
         """The primaries of all slots, for a walk over all keys. Raises Unreachable."""
@@ -252,11 +248,14 @@ class Cluster(Redis):
             self._looking = asyncio.create_task(self._look())
             self._looking.add_done_callback(self._looked)
         await asyncio.shield(self._looking)
-        for first, last, place in self._ranges:
-            if first <= slot <= last:
-                self._owners[slot] = self.node(place)
-                return self._owners[slot]
+        if node := self._owner(slot):
+            self._owners[slot] = node
+            return node
         raise Unreachable("no node of the cluster serves these data")
+
+    def _owner(self, slot: int) -> Node | None:
+        """The primary of a slot, as `_look` has learned."""
+        return next((self.node(place) for first, last, place in self._ranges if first <= slot <= last), None)
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self._looking = None
@@ -270,7 +269,9 @@ class Cluster(Redis):
                 async with asyncio.timeout(LOOK):
                     for answer in asyncio.as_completed(asking):
                         with suppress(*REPLIED, Unreachable):
-                            self._ranges, self._owners = await answer, {}
+                            self._ranges = await answer
+                            # The calls of other shards must not ask again while one shard is looked for all the time.
+                            self._owners = {slot: node for slot in self._owners if (node := self._owner(slot))}
                             return
             except TimeoutError:
                 continue
