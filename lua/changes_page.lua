@@ -9,7 +9,8 @@
 -- ARGV[4] posts      prefix of this partition's post keys; a post id is appended
 -- ARGV[5] latests    prefix of this partition's `latest` keys
 -- ARGV[6] streams    prefix of this partition's comment streams
--- Returns {epoch, revision of the page's last post or `since`, more 0|1, rows, skipped}
+-- ARGV[7] cluster    1 on a Redis Cluster, otherwise empty
+-- Returns {timeline, revision of the page's last post or `since`, more 0|1, rows, skipped}
 --   A row is what read_post returns, or {id} of a deleted post.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
 --   missing or a key has a wrong type.
@@ -19,9 +20,9 @@
 -- Its time is O(log n + size of the page).
 local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
 local since, limit, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local posts, latests, streams = ARGV[4], ARGV[5], ARGV[6]
+local posts, latests, streams, cluster = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 
-local current = redis.call('GET', epoch) or '0'
+local current = timeline(epoch, cluster)
 if not since then
   return {current, newest_revision(changes, gone), 0, {}}
 end

@@ -10,8 +10,9 @@
 -- ARGV[4] max_bytes  the page ends when its rows have this many bytes
 -- ARGV[5] posts      prefix of this partition's post keys; a post id is appended
 -- ARGV[6] latests    prefix of this partition's `latest` keys
--- Returns {epoch, newest revision, more 0|1, rows, skipped}
---   Only the first page has the epoch and the revision; the others have '0' and 0.
+-- ARGV[7] cluster    1 on a Redis Cluster, otherwise empty
+-- Returns {timeline, newest revision, more 0|1, rows, skipped}
+--   Only the first page has the timeline and the revision; the others have '0' and 0.
 --   A row is one string of lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the
 --   caption, which may contain line breaks.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
@@ -25,7 +26,7 @@
 -- Time is O(log n), or O(log² n) if n posts have the cursor's count and its post is not there.
 local feed, changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local score, count, id = ARGV[1], tonumber(ARGV[1]), ARGV[2]
-local limit, max_bytes, posts, latests = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6]
+local limit, max_bytes, posts, latests, cluster = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7]
 
 local start = 0
 if count and tonumber(redis.call('ZSCORE', feed, id)) == count then
@@ -70,4 +71,4 @@ until more == 1 or #members < 2 * (limit + 1)
 if count then
   return {'0', 0, more, rows, skipped}
 end
-return {redis.call('GET', epoch) or '0', newest_revision(changes, gone), more, rows, skipped}
+return {timeline(epoch, cluster), newest_revision(changes, gone), more, rows, skipped}

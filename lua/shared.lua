@@ -30,6 +30,17 @@ local function next_revision(now, changes, gone)
   return math.max(now, (changed or 0) + 1, (deleted or 0) + 1)
 end
 
+-- Returns the name of a partition's timeline. A token of another timeline may name changes that do not exist any more.
+-- `epoch` gets another value with each restore. On a Cluster (`cluster` is 1) a failover may take changes back, too. So
+-- the name continues with a part of the replication id, which each promoted replica changes before it serves.
+local function timeline(epoch, cluster)
+  local name = redis.call('GET', epoch) or '0'
+  if cluster == '1' then
+    name = name .. redis.call('INFO', 'replication'):match('master_replid:(%x%x%x%x%x%x%x%x)')
+  end
+  return name
+end
+
 -- Returns the answer to a repeated request, {id, 1}, or nil if its Idempotency-Key is new.
 -- Refuses REUSED if the key's first request was a different one.
 local function replay(idempotency, request)

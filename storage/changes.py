@@ -1,8 +1,9 @@
 """Posts that changed since a moment. Clients refresh a feed with them for a few bytes, and correct a walk of the feed.
 
 A token says what a client has seen: when the token was issued, and the epoch and the newest revision of each partition.
-A revision counts the changes of a partition (docs/keys.md). A restore gives the data a new epoch, so a token of the
-timeline before the restore is refused.
+A revision counts the changes of a partition (docs/keys.md). The epoch names the timeline of its data. A restore begins
+a new one, and on a Redis Cluster so does a failover, which may take back what a client has seen. A token of another
+timeline is refused.
 """
 
 import asyncio
@@ -67,7 +68,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
     contain was added later, and is read from its beginning.
 
     Raises Outdated where the token is older than CHANGES_MS, has more partitions than `partitions`, or the data was
-    restored after it was issued.
+    restored, or on a Cluster served by another node, after it was issued.
     """
     known = list(token.seen) if token else []
     if token and (token.issued < now_ms(db) - CHANGES_MS or len(known) > partitions):
@@ -83,7 +84,7 @@ async def since(db: Redis, partitions: int, limit: int, token: Token | None) -> 
         current, newest, rest, rows = reply[:4]
         report_skipped(reply, "changes")
         if epoch not in ("", current):
-            raise Outdated("the data was restored since; walk the feed again")
+            raise Outdated("the data was restored since, or another node serves it; walk the feed again")
         if len(posts) + len(rows) > limit:
             seen.append((current, revision))
             more = True
@@ -107,7 +108,7 @@ async def poll(db: Redis, partition: int, posts: list[str]) -> Poll:
     """
     prefix = keys.post_prefix(partition)
     script_keys = [keys.changes(partition), keys.gone(partition), keys.epoch(partition)]
-    epoch, revision, *places = await db.call("poll", script_keys + [prefix + post for post in posts])
+    epoch, revision, *places = await db.call("poll", script_keys + [prefix + post for post in posts], db.cluster)
     return Poll(epoch, revision, [posts[place - 1] for place in places])
 
 
@@ -122,4 +123,5 @@ async def _page(db: Redis, partition: int, limit: int, revision: int | str) -> l
         keys.post_prefix(partition),
         keys.latest_prefix(partition),
         keys.comments_prefix(partition),
+        db.cluster,
     )

@@ -108,7 +108,8 @@ class FeedCursor(NamedTuple):
 class Page(NamedTuple):
     posts: tuple[Post, ...]
     more: bool  # whether more posts follow
-    # Epoch and newest revision of each partition when its rows were read, for `changes.issue`. Only of the first page.
+    # Timeline and newest revision of each partition when its rows were read, for `changes.issue`. Only of the first
+    # page.
     seen: list[tuple[str, int]]
 
 
@@ -292,6 +293,7 @@ def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) 
         PAGE_BYTES,
         keys.post_prefix(partition),
         keys.latest_prefix(partition),
+        db.cluster,
     )
 
 

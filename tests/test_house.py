@@ -41,7 +41,7 @@ DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt", "pyyaml": "yaml", "tusp
 
 # Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
-    "DBSIZE|EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HLEN|HMGET|HVALS|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "DBSIZE|EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HLEN|HMGET|HVALS|INFO|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYLEX|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".sh", ".conf", ".yml", ".cfg"}

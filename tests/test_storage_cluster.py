@@ -10,10 +10,10 @@ from conftest import until
 from making import make_post
 from proxy import Proxy
 
-from storage import comments, keys, posts
+from storage import changes, comments, keys, posts
 from storage.db.client import DEADLINE
 from storage.db.cluster import Cluster, slot_of
-from storage.errors import Forbidden, NoPost, Unknown, Unreachable
+from storage.errors import Forbidden, NoPost, Outdated, Unknown, Unreachable
 from storage.objects import open_store
 from storage.settings import LEAF_ENTRIES
 
@@ -252,6 +252,8 @@ async def test_after_a_primary_is_lost_no_answered_write_is_lost_and_the_other_s
         for post in found:
             shard[(await primary_of(cluster, db, post)).port].append(post)
         victim = next(node for node in cluster.nodes if shard[node.port])
+        token = (await changes.since(db, PARTITIONS, 1, None)).token
+        assert (await changes.since(db, PARTITIONS, 1, token)).token == token
         writing = asyncio.create_task(write(db, found, 8))
         await asyncio.sleep(1)
         victim.process.kill()
@@ -264,6 +266,18 @@ async def test_after_a_primary_is_lost_no_answered_write_is_lost_and_the_other_s
         answered = [(post, outcome) for _, post, outcome in done if post in lost and "-" in outcome]
         assert all(outcome in kept[post] for post, outcome in answered)
         assert "-" in [outcome for _, post, outcome in done if post in lost][-1], "and this one answers again"
+
+        with pytest.raises(Outdated):  # it may have seen comments that are lost
+            await changes.since(db, PARTITIONS, 1, token)
+        another = Cluster(cluster.url)
+        tokens = [(await changes.since(client, PARTITIONS, 1, None)).token for client in (db, another)]
+        await another.close()
+        assert tokens[0] == tokens[1] and not (await changes.since(db, PARTITIONS, 1, tokens[0])).posts
+        timelines = [[timeline for timeline, _ in each.seen] for each in (token, tokens[0])]
+        changed = {partition for partition, pair in enumerate(zip(*timelines, strict=True)) if pair[0] != pair[1]}
+        assert changed == set(range(cluster.nodes.index(victim), PARTITIONS, 3))
+        feed = await posts.feed(db, PARTITIONS, 9)
+        assert changes.issue(db, feed.seen) == tokens[0]
     finally:
         await db.close()
         cluster.close()

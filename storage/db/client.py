@@ -297,6 +297,7 @@ class Redis:
 
     meaning = staticmethod(meaning)
     place = ""  # of a node of a Cluster: `host:port`
+    cluster: Literal["", "1"] = ""  # what scripts get that must know whether they run on a Cluster
 
     def __init__(
         self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0

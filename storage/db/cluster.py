@@ -116,6 +116,8 @@ class Cluster(Redis):
     The named nodes are asked for the others. User, password and options of the URL hold for all nodes.
     """
 
+    cluster: Literal["", "1"] = "1"
+
     def __init__(
         self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0
     ):

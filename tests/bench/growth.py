@@ -38,7 +38,7 @@ def page(cursor: str = "") -> tuple:
     """The command for a feed page after a cursor, as `storage.posts` sends it."""
     count, _, post = urlsafe_b64decode(cursor + "==").decode().partition(":")
     key_names = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
-    arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0)]
+    arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0), ""]
     return "EVALSHA", SCRIPTS["feed_page"].sha, len(key_names), *key_names, *arguments
 
 
