@@ -9,8 +9,9 @@ from pathlib import Path
 
 import redis as redis_client
 from conftest import ROOT, SERVERS, until
+from proxy import Proxy
 
-from storage.db.cluster import SLOTS, slot_of
+from storage.db.topology import placement
 
 
 class Client(redis_client.RedisCluster):
@@ -27,13 +28,20 @@ class Client(redis_client.RedisCluster):
 
 
 class ClusterNode:
-    def __init__(self, kind: str, folder: Path, *options: str):
+    """With `proxied` its replicas follow it through `proxy`. Clients reach Valkey without it, and Redis through it."""
+
+    def __init__(self, kind: str, folder: Path, *options: str, proxied: bool = False):
         self.folder, self.port = folder, cluster_port()
+        self.proxy = Proxy(self.port) if proxied else None
         folder.mkdir()
         conf, cluster = (str(ROOT / "storage" / "db" / name) for name in ("redis.conf", "redis-cluster.conf"))
         place = ["--dir", str(folder), "--port", str(self.port), "--logfile", "log"]
         # Most tests have one replica or none, and write also without it.
         self.command = [SERVERS[kind], conf, "--include", cluster, "--min-replicas-to-write", "0", *place, *options]
+        if self.proxy:
+            self.command += ["--cluster-announce-port", str(self.proxy.port)]
+        if self.proxy and kind == "valkey":
+            self.command += ["--cluster-announce-client-port", str(self.port)]
         self.start()
 
     def start(self) -> None:
@@ -51,31 +59,39 @@ class ClusterNode:
 
 
 class ClusterServer:
-    """Its slots are placed so that each primary has every n-th of the partitions 0 to `partitions` - 1."""
+    """Its nodes are the primaries, then the arbiters, then the replicas. Each primary has every n-th partition."""
 
-    def __init__(self, kind: str, primaries: int = 3, replicas: int = 1, partitions: int = 16, *options: str):
+    def __init__(
+        self,
+        kind: str,
+        primaries: int = 3,
+        replicas: int = 1,
+        *options: str,
+        arbiters: int = 0,
+        proxied: bool = False,
+    ):
         self.kind = kind
         self.temporary = tempfile.TemporaryDirectory(prefix="ig-")
         folder = Path(self.temporary.name)
-        count = primaries * (1 + replicas)
         self.nodes: list[ClusterNode] = []
         try:
-            self.form(kind, folder, primaries, count, partitions, options)
+            for number in range(primaries * (1 + replicas) + arbiters):
+                self.nodes.append(ClusterNode(kind, folder / str(number), *options, proxied=proxied))
+            self.form(primaries, placement(primaries, arbiters))
         except BaseException:
             self.close()
             raise
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
         self.client = Client("127.0.0.1", self.nodes[0].port, decode_responses=True)
 
-    def form(self, kind: str, folder: Path, primaries: int, count: int, partitions: int, options: tuple) -> None:
-        for number in range(count):
-            self.nodes.append(ClusterNode(kind, folder / str(number), *options))
+    def form(self, primaries: int, slots: list[list[int]]) -> None:
         for node in self.nodes[1:]:
             node.client.cluster("MEET", "127.0.0.1", self.nodes[0].port)
-        for node, slots in zip(self.nodes, placement(primaries, partitions), strict=False):
-            node.client.cluster("ADDSLOTS", *slots)
+        for node, own in zip(self.nodes, slots, strict=False):
+            node.client.cluster("ADDSLOTS", *own)
+        count = len(self.nodes)
         until(lambda: all(len(node.client.cluster("NODES")) == count for node in self.nodes), 20, "all know all")
-        for number, replica in enumerate(self.nodes[primaries:]):
+        for number, replica in enumerate(self.nodes[len(slots) :]):
             replica.client.cluster("REPLICATE", self.nodes[number % primaries].client.cluster("MYID"))
         until(self.complete, 30, "the cluster is complete")
 
@@ -90,16 +106,10 @@ class ClusterServer:
         for node in self.nodes:
             with suppress(ProcessLookupError):
                 node.kill()
+        for node in self.nodes:
+            if node.proxy:
+                node.proxy.close()
         self.temporary.cleanup()
-
-
-def placement(primaries: int, partitions: int) -> list[list[int]]:
-    """The slots of each primary."""
-    found: list[list[int]] = [[] for _ in range(primaries)]
-    taken = {slot_of(f"x:{{{partition}}}"): partition % primaries for partition in range(partitions)}
-    for slot in range(SLOTS):
-        found[taken.get(slot, slot * primaries // SLOTS)].append(slot)
-    return found
 
 
 def cluster_port() -> int:

@@ -22,7 +22,7 @@ PARTITIONS = 16
 
 @pytest.fixture(scope="module", params=["valkey", "redis"])
 def cluster(request):
-    server = ClusterServer(request.param, partitions=PARTITIONS)
+    server = ClusterServer(request.param)
     yield server
     server.close()
 
@@ -65,6 +65,18 @@ async def test_a_client_with_one_address_and_an_old_map_follows_moved(cluster, d
     await comments.add(one, "bob", post, "is redirected")
     assert len((await comments.page(one, post, 9)).comments) == 2
     await one.close()
+
+
+async def test_a_client_that_waits_for_replicas_and_takes_a_replica_for_the_primary_follows_moved(cluster, db):
+    """A primary that hung has become a replica. It does not answer WAIT with a number then."""
+    post = (await publish(db, 1))[0]
+    slot, client = slot_of(keys.post(post)), Cluster(cluster.url, replicas=1)
+    replicas = [node for node in cluster.nodes if node.client.info("replication")["role"] == "slave"]
+    for number, node in enumerate(replicas):
+        client._owners = {slot: client.node(f"127.0.0.1:{node.port}")}
+        await comments.add(client, "bob", post, str(number))
+    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["2", "1", "0"]
+    await client.close()
 
 
 async def test_a_write_that_too_few_replicas_have_is_unknown_and_a_refusal_or_a_read_is_not(cluster, db):
@@ -244,7 +256,7 @@ async def write(db, found: list[str], seconds: float) -> list[tuple[float, str, 
 
 async def test_after_a_primary_is_lost_no_answered_write_is_lost_and_the_other_shards_go_on(tmp_path):
     """Each write must have reached one of two replicas. Nothing delays them here, so few would be lost without that."""
-    cluster = ClusterServer("valkey", 3, 2, PARTITIONS, "--min-replicas-to-write", "1")
+    cluster = ClusterServer("valkey", 3, 2, "--min-replicas-to-write", "1")
     db = Cluster(cluster.url, replicas=1)
     try:
         found = await publish(db, 16)

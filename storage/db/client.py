@@ -197,10 +197,13 @@ class Channel:
                             _resolve(answer, reply)
                     if self._replicas:
                         copies = await parser.read_response()  # type: ignore[attr-defined]
-                        too_few = Unknown(f"only {copies} replicas have it, of {self._replicas}")
+                        if isinstance(copies, int):
+                            enough, lacking = copies >= self._replicas, f"only {copies} replicas have it"
+                        else:  # an error, because the node has become a replica
+                            enough, lacking = False, f"nobody knows which replicas have it ({copies})"
+                        too_few = Unknown(f"{lacking}, of {self._replicas}")
                         for (_, answer), reply in zip(batch, replies, strict=True):
-                            kept = copies >= self._replicas or isinstance(reply, Exception)
-                            _resolve(answer, reply if kept else too_few)
+                            _resolve(answer, reply if enough or isinstance(reply, Exception) else too_few)
                 finally:
                     self._reading.release()
             self._sizes.observe(len(batch))
