@@ -153,7 +153,7 @@ async def test_a_call_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(cl
     began = time.monotonic()
     with pytest.raises(Unreachable, match="TRYAGAIN|Multiple keys"):
         await comments.add(db, "bob", post, "lost")
-    assert DEADLINE <= time.monotonic() - began < DEADLINE + 0.3
+    assert DEADLINE <= time.monotonic() - began < 3 * DEADLINE
     tried = refused(source, "TRYAGAIN")
     adding = asyncio.create_task(comments.add(db, "bob", post, "waits"))
     await asyncio.to_thread(until, lambda: refused(source, "TRYAGAIN") > tried)
