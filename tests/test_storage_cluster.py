@@ -151,7 +151,7 @@ async def test_a_call_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(cl
     moving = Moving(cluster, source, post)
     moving.move(keys.latest(post), keys.feed(keys.partition_of_post(post)), keys.post(post))
     began = time.monotonic()
-    with pytest.raises(Unreachable, match="TRYAGAIN|Multiple keys"):
+    with pytest.raises((Unreachable, Unknown)):  # Unknown if its time ends during an attempt
         await comments.add(db, "bob", post, "lost")
     assert DEADLINE <= time.monotonic() - began < 3 * DEADLINE
     tried = refused(source, "TRYAGAIN")
