@@ -4,7 +4,7 @@
     ship                               copies Redis' append-only file to the backup store as it grows
     snapshots                          lists what is in the backup store
     restore [--at TIME] --to FOLDER    writes a data folder for Redis as it was at any kept second
-    verify                             tests whether the newest generation can be restored
+    verify [--node ID]                 tests whether the newest backup can be restored
     check [--repair] [--deep]          checks the invariants of live or restored data
     sweep [--dry-run]                  removes objects that belong to no post and no upload
     retry                              gives posts that failed as `exhausted` new attempts at their image
@@ -37,7 +37,7 @@ from datetime import datetime
 from pathlib import Path
 
 from storage import check, erasure, export, keys, moderation, processes, retry, sweep
-from storage.backup import restore, retain, ship, snapshots, state, verify
+from storage.backup import owners, restore, retain, shards, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
 from storage.db import server, topology
 from storage.db.client import SCRIPTS, now_ms
@@ -73,8 +73,10 @@ def run() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="imagegram-storage", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("redis", "ship", "snapshots", "verify", "retry"):
+    for name in ("redis", "ship", "snapshots", "retry"):
         commands.add_parser(name)
+    verify_parser = commands.add_parser("verify")
+    verify_parser.add_argument("--node", help="the id of a node of a Cluster; without it all shards are restored")
     restore_parser = commands.add_parser("restore")
     restore_parser.add_argument("--at", type=_unix_second, help="such as 2026-11-23T07:00:00Z; without it the newest")
     restore_parser.add_argument("--to", type=Path, required=True, help="an empty or new folder, for Redis' --dir")
@@ -283,12 +285,15 @@ async def _backup(arguments: argparse.Namespace, settings: Settings) -> None:
     if arguments.command == "snapshots":
         # Read the last test restore's result from the store: the shipper's state on this machine is up to a minute old.
         last_result = await verify.last_result(store)
-        print(snapshots.table(await snapshots.snapshots(store), state.read(settings), last_result))
+        if await owners.nodes(store):
+            print(await snapshots.cluster_table(store, state.read(settings), last_result))
+        else:
+            print(snapshots.table(await snapshots.snapshots(store), state.read(settings), last_result))
     elif arguments.command == "verify":
-        if not await verify.verify(settings, store, _say):
+        if not await verify.verify(settings, store, _say, arguments.node):
             sys.exit("the newest generation cannot be restored")
     else:
-        done = await restore.restore(settings, store, arguments.to, arguments.at, _say)
+        done = await shards.restore_all(settings, store, arguments.to, arguments.at, _say)
         counts = ", ".join(f"{count} {noun}" for noun, count in done.counts.items())
         _say(f"done: {arguments.to} holds all up to {restore.format_utc(done.second)} ({counts})")
         later = [one for one in await erasure.records(open_store(settings.store_url)) if one.last >= done.second * 1000]

@@ -20,7 +20,7 @@ The check does not decode originals. It does not compare them with the uploaded 
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -319,11 +319,11 @@ async def _check_reservations(db: Redis, partition: int, user: str, upload: str,
         report.add(flawed, flaw, repair)
 
 
-async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Report:
+async def fit_restored(db: Redis, objects: ObjectStore, partitions: Iterable[int]) -> Report:
     """Adapt restored data to the objects that are in the store now, then check the data.
 
     Posts without JPEG get image work, the JPEGs of hidden posts are due to be erased, uploads with incomplete chunks
-    are dropped, and each partition gets a new epoch.
+    are dropped, and each of `partitions`, and each other partition that has keys, gets a new epoch.
     Derived data is not repaired, because a repair would hide flaws: a backup with flaws is not the data that was
     written.
     """
@@ -331,7 +331,7 @@ async def fit_restored(db: Redis, objects: ObjectStore, partitions: int) -> Repo
         fitting = [_isolate(name, Report(), _fit_key(db, objects, name)) for name in well_formed_keys(names, Report())]
         await asyncio.gather(*fitting)
     report = await check(db, objects)
-    for partition in report.partitions.union(range(partitions)):  # an empty partition also had a timeline
+    for partition in report.partitions.union(partitions):  # an empty partition also had a timeline
         script_keys = [keys.epoch(partition), keys.restored(partition)]
         await db.call("begin_epoch", script_keys, db.clock, secrets.token_hex(4))
     return report

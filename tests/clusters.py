@@ -33,9 +33,11 @@ class ClusterNode:
     def __init__(self, kind: str, folder: Path, *options: str, proxied: bool = False):
         self.folder, self.port = folder, cluster_port()
         self.proxy = Proxy(self.port) if proxied else None
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         conf, cluster = (str(ROOT / "storage" / "db" / name) for name in ("redis.conf", "redis-cluster.conf"))
         place = ["--dir", str(folder), "--port", str(self.port), "--logfile", "log"]
+        # By default a primary waits 5 s for further replicas before it sends its data to the first one.
+        place += ["--repl-diskless-sync-delay", "0"]
         # Most tests have one replica or none, and write also without it.
         self.command = [SERVERS[kind], conf, "--include", cluster, "--min-replicas-to-write", "0", *place, *options]
         if self.proxy:

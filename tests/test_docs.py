@@ -36,7 +36,7 @@ PROGRAMS = (
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
 # The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
 MODERATED = r"post  |the post |the comment |alice\.zip: |found of |removed of |1 users "
-PRINTED = f"> |generation |{MODERATED}|WARNING imagegram|found: |1 posts, "
+PRINTED = f"> |generation |node |{MODERATED}|WARNING imagegram|found: |1 posts, "
 OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER ")
 DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
@@ -349,7 +349,8 @@ RUN = {
     r"imagegram-storage script \w+|imagegram-storage erase --again --yes": succeed,
     r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
     r"imagegram-api token alice": succeed,
-    r"imagegram-storage ship": start,
+    r"imagegram-storage (ship|redis)": start,
+    r"imagegram-storage (cluster|restore) .*": parse,
     r"imagegram (login|logout|upload|feed|show|comment|delete|watch)( [\w.-]+)*": parse,
     r"imagegram(-\w+)?|redis-cli": exist,
     r"\. \.venv/bin/activate": succeed,

@@ -244,7 +244,7 @@ async def test_a_key_of_a_wrong_type_is_reported_and_other_partitions_are_repair
         report = await check.check(db, store, repair=repair)
         assert f"{key}: 0 its type is {wrong}, not {check.TYPES[kind]}" in report.lines
     assert server.client.llen(keys.latest(other)) == 1, "the other partition was repaired"
-    assert (await check.fit_restored(db, store, 3)).flaws > 0
+    assert (await check.fit_restored(db, store, range(3))).flaws > 0
     rewritten = kind in ("epoch", "restored")  # a restore writes both anew
     assert server.client.type(key) == ("string" if rewritten else wrong)
 
@@ -292,7 +292,7 @@ async def test_an_upload_with_a_malformed_field_is_reported_and_stays(db, store,
     with unchanged(server.client):
         report = await check.check(db, store)
     assert report.flaws and all(line.startswith(data["upload"]) for line in report.lines)
-    assert (await check.fit_restored(db, store, 1)).flaws
+    assert (await check.fit_restored(db, store, range(1))).flaws
 
 
 async def test_names_and_members_that_are_not_utf_8_are_reported_and_a_repair_removes_the_members(
@@ -314,7 +314,7 @@ async def test_names_and_members_that_are_not_utf_8_are_reported_and_a_repair_re
         "post:{0}:\\udcff: 0 its name is not UTF-8",
     ]
     assert client.zrange(keys.feed(0), 0, -1) == [post]
-    assert (await check.fit_restored(db, store, 1)).flaws == 2
+    assert (await check.fit_restored(db, store, range(1))).flaws == 2
     await db.close()
     plain = connect(real_server)
     assert [row.caption for row in (await posts.feed(plain, 1, 10)).posts] == ["\ufffd"]
@@ -391,7 +391,7 @@ async def test_restored_data_are_made_to_fit_the_objects_that_exist_now(db, stor
     chunks = (await uploads.inspect(db, upload)).chunks
     await store.delete([keys.chunk(upload, name) for name in chunks] + [keys.image(data[1])])
     before = [entry.name async for entry in store.list()]
-    report = await check.fit_restored(db, store, 3)
+    report = await check.fit_restored(db, store, range(3))
     assert (report.lines, report.flaws, report.uploads) == ([], 0, 0)
     assert [entry.name async for entry in store.list()] == before
     assert server.client.zscore(keys.making(keys.partition_of_post(data[1]), "author1"), data[1]) == NOW
@@ -411,7 +411,7 @@ async def test_restored_data_of_an_older_version_get_their_image_work_into_turns
         server.client.zadd(keys.due(partition), {post: NOW + 5000})
         server.client.delete(keys.making(partition, author), keys.turns(partition))
     server.client.zadd(keys.turns(0), {"waiting": NOW})
-    report = await check.fit_restored(db, store, 3)
+    report = await check.fit_restored(db, store, range(3))
     assert (report.lines, report.flaws) == ([], 0)
     for partition in range(3):
         ids = server.client.zrange(keys.due(partition), 0, -1)

@@ -665,7 +665,7 @@ async def test_the_bytes_of_a_deleted_post_outlive_younger_backups_of_an_abandon
     db.clock += 10 * HOUR_MS
     await add_kept_backup(store, 2, db.clock)
     db.clock += 10 * HOUR_MS
-    assert (await check.fit_restored(db, store, 1)).flaws == 0
+    assert (await check.fit_restored(db, store, range(1))).flaws == 0
     for hours in (5, 20, 24):  # in the end the deletion and the restore are a day old, and the backup is still kept
         db.clock += hours * HOUR_MS
         await run_outbox(db, store)
@@ -693,7 +693,7 @@ async def test_chunks_from_before_a_restore_outlive_the_backups_of_the_abandoned
     left = [keys.chunk(upload, name) for name in (await uploads.inspect(db, upload)).chunks]
     await add_kept_backup(store, 1, db.clock)
     db.clock += 1000
-    assert (await check.fit_restored(db, store, 1)).flaws == 0
+    assert (await check.fit_restored(db, store, range(1))).flaws == 0
     if how == "discarded":
         await uploads.discard(db, store, "alice", upload)
     elif how == "expired":

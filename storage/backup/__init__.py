@@ -5,9 +5,10 @@
                                     retain     └─► verify: a trial restore
 
     aof.py        reads the files that Redis writes          restore.py    from the store into a data folder
-    watch.py      keeps these files open                     verify.py     restores as a trial, stores the result
-    ship.py       copies them into the store                 retain.py     chooses what is kept, removes the rest
-    chain.py      the objects in the store                   snapshots.py  lists what the store holds
+    watch.py      keeps these files open                     shards.py     restores a Cluster, a folder for each shard
+    ship.py       copies them into the store                 verify.py     restores as a trial, stores the result
+    chain.py      the objects in the store                   retain.py     chooses what is kept, removes the rest
+    owners.py     which node of a Cluster had which slots    snapshots.py  lists what the store holds
     state.py      how far the shipper is, for `/readyz`
 
 **What Redis writes** (Redis documentation, "Redis persistence"):
@@ -30,6 +31,13 @@
 | description | `generations/00000007` | name, length and digest of the base, and which server wrote it |
 | generation | `00000007/` and `generations/00000007` | a chain and its description |
 | result of the last trial | `verified` | whether the newest generation could be restored |
+
+The store of a Redis Cluster holds all of this for each node, replicas included, below the id of the node, and besides:
+
+| word | object | content |
+|---|---|---|
+| record | `owners/<node id>/001795791848256` | the node's role and slots, and since when |
+| result of the last trial | `verified` | whether the newest data of all shards could be restored |
 
     generation 7   ┌────────── base ───────────┐   ┌──────── increment ────────┐
                    segment ◄─ segment ◄─ end mark ◄─ segment ◄─ … ◄─ close mark ─ ─► generation 8

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -50,6 +50,7 @@ class Restored:
     second: int  # the newest unix second of which the restored data contain a record
     exact: bool  # no record between `second` and the requested second is missing
     counts: dict[str, int] = field(default_factory=dict)  # "posts", "comments", "open uploads", "flaws"
+    shards: int = 0  # of a Cluster; `generation` is 0 then. 0: a single server
 
 
 def format_utc(second: float) -> str:
@@ -68,7 +69,7 @@ async def restore(
     at: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Restored:
-    """Restore into `to`, which becomes a data folder of Redis. It contains everything up to and including second `at`.
+    """Restore a single server into `to`, which becomes a data folder of Redis, as of the end of second `at`.
 
     `to` must be missing or empty. `at` is in unix seconds, None for the newest. `report` gets each line of progress.
 
@@ -76,17 +77,35 @@ async def restore(
     backup. Raises Damaged if the store does not contain what the shipper put, or the server does not load it. Also
     raises NotFound, Unavailable and OSError.
     """
+    to, part = begin(to)
+    restored = await write_folder(settings, store, part, at, report)
+    report("starting a server on it")
+    async with running(settings, part) as redis:
+        restored.counts = await check_data(redis, settings, range(settings.partitions), report)
+    await wrap(finish)(part, to)
+    return restored
+
+
+def begin(to: Path) -> tuple[Path, Path]:
+    """The absolute path of `to`, and of the folder in which the data grow. Raises Refused if `to` is not empty."""
     to = to.absolute()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Refused(f"{to} is not empty")
+    part = to.with_name(to.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    return to, part
+
+
+async def write_folder(
+    settings: Settings, store: ObjectStore, part: Path, at: int | None, report: Callable[[str], None]
+) -> Restored:
+    """Write the files of a chain, cut after second `at`, into the new folder `part`, where a server can load them."""
     described = await chain.descriptions(store)
     number = _choose_generation(described, at)
     description = described[number]
     _require_fitting_server(settings, description)
     report(f"generation {number}, begun {format_utc(description['second'])} by {description['server']}")
-    part = to.with_name(to.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
     folder = part / "appendonlydir"
     folder.mkdir(parents=True)
     names, last = await _download(store, description, folder, report)
@@ -102,10 +121,6 @@ async def restore(
             )
     else:
         restored.exact = True
-    report("starting a server on it")
-    async with running(settings, part) as redis:
-        restored.counts = await _check_data(redis, settings, report)
-    await wrap(_rename_into_place)(part, to)
     return restored
 
 
@@ -199,7 +214,8 @@ def _write_manifest(part: Path, names: list[str], description: chain.Description
         files.sync(path)
 
 
-def _rename_into_place(part: Path, to: Path) -> None:
+def finish(part: Path, to: Path) -> None:
+    """Give the complete folder its name."""
     os.rename(part, to)  # rename(2) replaces an empty folder
     files.sync(to.parent)
 
@@ -249,15 +265,17 @@ async def _is_loaded(client: Redis) -> bool:
         return False
 
 
-async def _check_data(client: Redis, settings: Settings, report: Callable[[str], None]) -> dict[str, int]:
-    """Make the restored data fit the objects in the store, check them, and count them.
+async def check_data(
+    client: Redis, settings: Settings, partitions: Iterable[int], report: Callable[[str], None]
+) -> dict[str, int]:
+    """Make the restored data fit the objects in the store, check them, and count them. See `check.fit_restored`.
 
     This is the only part of a restore that knows the data model. A missing original is reported as a flaw, but the
     restore does not fail: originals are not part of the backup.
     """
     db = db_client.Redis(url(client), undecodable=check.EXACTLY)
     try:
-        result = await check.fit_restored(db, open_store(settings.store_url), settings.partitions)
+        result = await check.fit_restored(db, open_store(settings.store_url), partitions)
     finally:
         await db.close()
     for line in result.lines:

@@ -10,12 +10,13 @@ A generation that a trial (`verify`) has restored, and every newer one, is alway
 nothing is removed. So whatever is wrong with the newer generations, the last good one exists.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 
-from storage.backup import chain, verify
+from storage.backup import chain, owners, verify
 from storage.backup.aof import Damaged
-from storage.objects import NotFound, ObjectStore, Unavailable
+from storage.objects import Below, NotFound, ObjectStore, Unavailable
 from storage.settings import Settings
 
 DAY = 86400  # seconds
@@ -83,8 +84,46 @@ def select_kept(
     return whole, bases
 
 
+async def remove_old_records(store: ObjectStore, view: owners.View) -> None:
+    """Remove the records of a node (owners.py) that are older than all of its generations.
+
+    Raises Damaged, NotFound and Unavailable.
+    """
+    described = await chain.descriptions(Below(store, view.node))
+    await owners.remove_old(store, view.node, min(description["second"] for description in described.values()))
+
+
+async def remove_gone_nodes(store: ObjectStore, settings: Settings, known: set[str]) -> None:
+    """Remove all of the nodes that are not `known`: they have left the Cluster, so no shipper of theirs does it.
+
+    All is kept until it is older than any backup that is kept, and until a trial of the whole Cluster has succeeded
+    after that. Raises Unavailable.
+    """
+    last = await verify.last_result(store)
+    if not last or not last["ok"]:
+        return
+    reach = max(settings.keep_seconds, settings.keep_days * DAY)
+    for node in set(await owners.nodes(store)) - known:
+        # The records come last: after a crash half way the next call still finds the node.
+        entries = [entry for below in (node, owners.PREFIX + node) async for entry in store.list(f"{below}/")]
+        if all(entry.modified + reach < last["time"] for entry in entries):
+            names = [entry.name for entry in entries]
+            for start in range(0, len(names), 1000):
+                await store.delete(names[start : start + 1000])
+
+
+async def descriptions_of_all(store: ObjectStore) -> list[chain.Description]:
+    """The descriptions of all generations in a store, of a single server and of all nodes.
+
+    Raises Damaged, NotFound if a description is removed meanwhile, and Unavailable.
+    """
+    stores = [store, *(Below(store, node) for node in await owners.nodes(store))]
+    found = await asyncio.gather(*map(chain.descriptions, stores))
+    return [description for described in found for description in described.values()]
+
+
 class KeptBackups:
-    """Answers whether a kept backup may still name an object that was deleted.
+    """Answers whether a kept backup, of any node of a Cluster, may still name an object that was deleted.
 
     It reads the descriptions from the backup store, at most once a minute. Ages alone would not be enough: while
     `verify` fails, backups are kept for longer than the settings say.
@@ -102,8 +141,7 @@ class KeptBackups:
         """
         if time.monotonic() >= self._refreshed_at + REFRESH:
             try:
-                described = await chain.descriptions(self._backup)
-                self._seconds = [description["second"] for description in described.values()]
+                self._seconds = [one["second"] for one in await descriptions_of_all(self._backup)]
             except (Unavailable, Damaged, NotFound):  # NotFound: a description was removed meanwhile
                 self._seconds = [0]
             self._refreshed_at = time.monotonic()

@@ -7,7 +7,8 @@ The package's docstring explains base, increment, segment, chain, mark and gener
 - The other runs once per interval (`ship_interval`, 1 s). It reads what Redis has appended since, and puts it into the
   store.
 
-The shipper sends only INFO and BGREWRITEAOF to Redis.
+The shipper sends only INFO and BGREWRITEAOF to Redis, and CLUSTER NODES to a node of a Cluster (IMAGEGRAM_REDIS_NODE).
+The chain of a node is below its id in the store. Beside it the shipper records which slots the node has (owners.py).
 
     _ship_once:  INFO ─► same Redis as before? ─► rewrite due? ─► append to the chain ─► append to the next chain
                               │ no                                                            │ complete
@@ -49,11 +50,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from storage import logs, metrics, watchdog
-from storage.backup import aof, chain, retain, state, verify
+from storage.backup import aof, chain, owners, retain, state, verify
 from storage.backup.chain import Chain, ShippedFile
 from storage.backup.watch import Files
+from storage.db.cluster import address, node_url
 from storage.db.server import lock_folder
-from storage.objects import Exists, ObjectStore, Unavailable, open_store
+from storage.objects import Below, Exists, ObjectStore, Unavailable, open_store
 from storage.settings import Settings, refused, secret_values
 
 log = logging.getLogger("imagegram.ship")
@@ -63,11 +65,15 @@ T = TypeVar("T")
 MANIFEST_POLL = 0.02
 REWRITE_RETRY = 10  # seconds between two BGREWRITEAOF. One that fails (disk full) is not repeated every second.
 RESULT_REFRESH = 60.0  # seconds between two reads of the last trial's result. Another machine may run trials, too.
+LOOK_AND_PUT = 1  # second between a look at the node and the time in the next object, at most
 PUT_RETRY = 1  # seconds until the next try, after the store was unavailable
 
 
 class Stopped(Exception):
-    """Another shipper writes the same chain. Nothing was overwritten, but this shipper must not go on."""
+    """Another shipper writes the same chain, or the server is not the node that it was.
+
+    Nothing was overwritten, but this shipper must not go on.
+    """
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class ServerInfo:
     family: str  # "valkey" or "redis"
     version: str  # for example "9.1.2"
     rewriting: bool  # a rewrite is running or scheduled
+    view: owners.View | None  # None: it is no node of a Cluster
 
 
 class Shipper:
@@ -98,10 +105,17 @@ class Shipper:
 
     def __init__(self, settings: Settings, store: ObjectStore):
         self.settings = settings
-        self.store = store
+        self.top = store
+        self.store = store  # of the chain. That of a node of a Cluster is below its id, from `_find_node` on
+        self.view: owners.View | None = None  # the last one; None: no node of a Cluster, or not asked yet
+        self.record: owners.Record | None = None  # the newest one in the store
+        self.looked_at = 0.0  # unix time at which the node was as in `record`
         self.files = Files(settings.data / "redis" / "appendonlydir")
         never = Retry(NoBackoff(), 0)
-        self.redis = Redis.from_url(settings.redis_url, retry=never, socket_timeout=5, socket_connect_timeout=2)
+        url = settings.redis_url
+        if settings.redis_node and "+cluster:" in url:
+            url = node_url(url, address(*settings.redis_node))
+        self.redis = Redis.from_url(url, retry=never, socket_timeout=5, socket_connect_timeout=2)
         self.stop = asyncio.Event()
         self.known_run_id = ""  # of the Redis whose files were compared with the chain; "": none yet
         self.chain: Chain | None = None  # the generation that `restore` would find
@@ -120,12 +134,15 @@ class Shipper:
         self.last_trial_read_at = -RESULT_REFRESH  # monotonic time
         # Unix time. It counts also if the trial died without a result: the next one must not start at once.
         self.trial_started_at = 0.0
+        # The same of the trial of the whole Cluster, which the shipper of the first primary starts.
+        self.last_whole_trial: state.TrialResult | None = None
+        self.whole_trial_started_at = 0.0
 
     async def run(self) -> None:
         """Ship until `stop` is set.
 
-        Raises Stopped if another shipper writes the same chain, Damaged if the store does not return what was put, and
-        Unavailable if the store does not answer after `stop` was set.
+        Raises Stopped if another shipper writes the same chain or the node has a new id, Damaged if the store does not
+        return what was put, and Unavailable if the store does not answer after `stop` was set.
         """
         tasks = [asyncio.ensure_future(self._poll_manifest()), asyncio.ensure_future(self._ship_until_stopped())]
         try:
@@ -152,6 +169,8 @@ class Shipper:
 
     async def _ship_until_stopped(self) -> None:
         with watchdog.working("shipping"):
+            if self.settings.redis_node and not await self._retry_until_stored(self._find_node):
+                return
             await self._retry_until_stored(self._find_chain)
         while True:
             last = self.stop.is_set()
@@ -181,6 +200,18 @@ class Shipper:
             else:
                 self._report("")
                 return result
+
+    async def _find_node(self) -> bool:
+        """Wait for the node's id, below which its chain is in the store. Returns False if `stop` was set meanwhile."""
+        while not (server := await self._server_info()):
+            if self.stop.is_set():
+                return False
+            await asyncio.sleep(MANIFEST_POLL)
+        assert server.view
+        self.record = await owners.newest(self.top, server.view.node)
+        self.store = Below(self.top, server.view.node)
+        self.view = server.view
+        return True
 
     async def _find_chain(self) -> None:
         """Load the newest chain from the store. Whether it fits the files here is compared later."""
@@ -244,17 +275,53 @@ class Shipper:
 
     async def _server_info(self) -> ServerInfo | None:
         """Ask Redis. Returns None if it does not answer or is still loading: then it may yet cut a torn file."""
+        asked_at = time.time()
         try:
-            info = await self.redis.info("server", "persistence")
-        except (RedisError, OSError):
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.info("server", "persistence")
+            if self.settings.redis_node:
+                pipeline.execute_command("CLUSTER", "NODES")
+            info, *nodes = await pipeline.execute()
+        except (RedisError, OSError) as error:
+            if "cluster support disabled" in str(error):
+                raise Stopped("IMAGEGRAM_REDIS_NODE: the server there is no node of a Cluster") from None
             return None
         finally:
             watchdog.step()
         if info["loading"]:
             return None
+        view = owners.view(nodes[0].decode()) if nodes else None
+        if view and self.view:
+            await self._record_change(view, asked_at)
         family = info.get("server_name", "redis")
         rewriting = info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]
-        return ServerInfo(info["run_id"], family, info[f"{family}_version"], bool(rewriting))
+        return ServerInfo(info["run_id"], family, info[f"{family}_version"], bool(rewriting), view)
+
+    async def _record_change(self, view: owners.View, asked_at: float) -> None:
+        """Create a record if the node's role, config epoch or slots are not those of the newest record."""
+        assert self.view
+        if view.node != self.view.node:
+            raise Stopped(f"node {self.view.node} has a new id, {view.node}: this shipper stops")
+        now = time.time()
+        before = self.record
+        state_now = (view.follows, view.epoch, view.slots)
+        if not before or (before["follows"], before["epoch"], before["slots"]) != state_now:
+            looked_at = now
+            if before:
+                # At the start: the last shipper looked shortly before it put the newest bytes of the chain.
+                last = self.looked_at or (self.chain.read_at - LOOK_AND_PUT if self.chain else 0)
+                looked_at = max(before["seen"], last)
+            record: owners.Record = {
+                "looked": looked_at,
+                "seen": now,
+                "follows": view.follows,
+                "epoch": view.epoch,
+                "slots": view.slots,
+            }
+            await self._create_object(self.top, owners.name(view.node, record), owners.encode(record))
+            self.record = record
+        self.view = view
+        self.looked_at = asked_at
 
     async def _compare_files(self, server: ServerInfo) -> None:
         """Compare the files of a Redis that was (re)started with what was shipped."""
@@ -354,21 +421,21 @@ class Shipper:
             **(mark or {}),
         }
         sealed = await wrap(chain.seal)(header, data)
-        await self._create_object(chain.segment_name(into.generation, file.name, file.length), sealed)
+        await self._create_object(self.store, chain.segment_name(into.generation, file.name, file.length), sealed)
         file.hasher = after
         file.length += len(data)
         into.previous = sealed[-32:].hex()
 
-    async def _create_object(self, name: str, data: bytes) -> None:
+    async def _create_object(self, store: ObjectStore, name: str, data: bytes) -> None:
         """Create an object. Raises Stopped if another shipper has created it."""
 
         async def create() -> None:
             try:
-                await self.store.create(name, data)
+                await store.create(name, data)
             except Exists:
                 # An earlier try may have created it, and its answer was lost. Two shippers never put the same bytes,
                 # because each object contains the time.
-                if await self.store.get(name) != data:
+                if await store.get(name) != data:
                     raise Stopped(f"{name} was written by another shipper: this one stops") from None
 
         await self._retry_until_stored(create)
@@ -398,13 +465,17 @@ class Shipper:
             "sha256": base.hasher.hexdigest(),
             "second": next_chain.second,
         }
-        await self._create_object(chain.description_name(next_chain.generation), chain.seal(description))
+        await self._create_object(self.store, chain.description_name(next_chain.generation), chain.seal(description))
         log.info("generation %d begins with %s, %d bytes", next_chain.generation, base.name, base.length)
         self.chain = next_chain
         self.next_chain = None
         self.missed_increment = False
         try:
             await retain.remove_old(self.store, self.settings, next_chain.generation)
+            if self.view:
+                await retain.remove_old_records(self.top, self.view)
+            if self.view and self.view.is_first:
+                await retain.remove_gone_nodes(self.top, self.settings, self.view.known)
         except Unavailable as error:
             log.warning("old backups were not removed this time: %s", error)
 
@@ -441,7 +512,8 @@ class Shipper:
     async def _run_due_trial(self) -> None:
         """Start `imagegram-storage verify` if a trial is due (`verify_every`, by default once a day).
 
-        It is a process of its own, because it holds all data in memory a second time.
+        It is a process of its own, because it holds all data in memory a second time. For a node of a Cluster it tries
+        the chain of this node. The first primary's shipper also starts one that tries the whole Cluster.
         """
         if self.trial_process and self.trial_process.returncode is not None:
             log.info("the trial restore ended with status %d", self.trial_process.returncode)
@@ -449,21 +521,33 @@ class Shipper:
             self.last_trial_read_at = -RESULT_REFRESH
         if time.monotonic() >= self.last_trial_read_at + RESULT_REFRESH:
             self.last_trial = await verify.last_result(self.store)
+            self.last_whole_trial = await verify.last_result(self.top)
             self.last_trial_read_at = time.monotonic()
         if not self.settings.verify_every or self.trial_process or not self.chain or not self.chain.second:
             return
-        last = self.last_trial["time"] if self.last_trial else self.chain.second
-        if time.time() - max(last, self.trial_started_at) >= self.settings.verify_every:
+        due = time.time() - self.settings.verify_every
+        arguments = None
+        if max(self.last_trial["time"] if self.last_trial else self.chain.second, self.trial_started_at) <= due:
             self.trial_started_at = time.time()
-            self.trial_process = await asyncio.create_subprocess_exec(sys.executable, "-m", "storage", "verify")
+            arguments = ["--node", self.view.node] if self.view else []
+        elif self.view and self.view.is_first:
+            whole = self.last_whole_trial
+            if max(whole["time"] if whole else self.chain.second, self.whole_trial_started_at) <= due:
+                self.whole_trial_started_at = time.time()
+                arguments = []
+        if arguments is not None:
+            command = [sys.executable, "-m", "storage", "verify", *arguments]
+            self.trial_process = await asyncio.create_subprocess_exec(*command)
 
 
 def main(settings: Settings) -> None:
     """Ship until SIGTERM or SIGINT.
 
-    Raises SystemExit: with status 3 if another shipper writes the same chain, otherwise with a message.
+    Raises SystemExit: with status 3 for Stopped, otherwise with a message.
     """
     logs.configure(settings.log, secret_values())
+    if "+cluster:" in settings.redis_url and not settings.redis_node:
+        raise SystemExit("IMAGEGRAM_REDIS_NODE: a shipper ships one node of a Cluster: which one?")
     try:
         # A second shipper of the same folder would continue the chain of the first one, which would have to stop.
         lock_folder(settings.data)

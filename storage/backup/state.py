@@ -25,6 +25,7 @@ class TrialResult(TypedDict):
     took: NotRequired[float]  # seconds
     detail: NotRequired[str]  # why the restore failed
     second: NotRequired[int]  # the newest unix second restored
+    shards: NotRequired[int]  # how many a Cluster has; 0 for a single generation
     counts: NotRequired[dict[str, int]]  # "posts", "comments", "open uploads", "flaws"
 
 

@@ -17,29 +17,40 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
+from storage.backup import shards
 from storage.backup.aof import Damaged
-from storage.backup.restore import Refused, format_utc, restore
+from storage.backup.restore import Refused, format_utc
 from storage.backup.state import TrialResult
 from storage.errors import Refusal
-from storage.objects import NotFound, ObjectStore
+from storage.objects import Below, NotFound, ObjectStore
 from storage.settings import Settings
 
 
-async def verify(settings: Settings, store: ObjectStore, report: Callable[[str], None] = print) -> bool:
+async def verify(
+    settings: Settings, store: ObjectStore, report: Callable[[str], None] = print, node: str | None = None
+) -> bool:
     """Restore the newest generation into a scratch folder, check the data, and put the result into the store.
+
+    In the store of a Cluster it restores all shards, and the result says nothing of single generations: `good` is 0.
+    With the id of a `node` it restores the newest generation of that node, and puts the result below that id.
 
     `report` gets each line of progress and the result. Returns False if the generation cannot be restored. After that
     `good` still names the last good generation, and `retain` removes neither it nor a newer one.
 
     Raises Unavailable: then nothing is known, and the result of the trial before stays.
     """
-    before = await last_result(store)
+    own = Below(store, node) if node else store
+    before = await last_result(own)
     settings.data.mkdir(parents=True, exist_ok=True)
     started_at = time.time()
     result: TrialResult = {"time": started_at, "ok": False, "good": before["good"] if before else 0}
     with tempfile.TemporaryDirectory(prefix="verify-", dir=settings.data) as scratch:
         try:
-            restored = await restore(settings, store, Path(scratch, "redis"), None, report)
+            to = Path(scratch, "redis")
+            if node:
+                restored = await shards.restore_node(settings, store, to, node, report)
+            else:
+                restored = await shards.restore_all(settings, store, to, None, report)
         except (Damaged, Refused, NotFound, Refusal, RedisError, OSError) as error:  # OSError: the disk may be full
             result["detail"] = str(error)
         else:
@@ -47,8 +58,9 @@ async def verify(settings: Settings, store: ObjectStore, report: Callable[[str],
             result["good"] = restored.generation
             result["second"] = restored.second
             result["counts"] = restored.counts
+            result["shards"] = restored.shards
     result["took"] = round(time.time() - started_at, 3)
-    await store.put("verified", json.dumps(result).encode())
+    await own.put("verified", json.dumps(result).encode())
     report(f"{describe_result(result)}; it took {result['took']:.1f} s")
     return result["ok"]
 
@@ -63,7 +75,8 @@ def describe_result(result: TrialResult) -> str:
         return f"FAILED: {result['detail']}"
     counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items() if what != "flaws")
     flaws = f"{result['counts']['flaws']} FLAWS" if result["counts"]["flaws"] else "0 flaws"
-    return f"generation {result['good']} restored up to {format_utc(result['second'])} ({counts}, {flaws})"
+    what = f"{result['shards']} shards" if result.get("shards") else f"generation {result['good']}"
+    return f"{what} restored up to {format_utc(result['second'])} ({counts}, {flaws})"
 
 
 async def last_result(store: ObjectStore) -> TrialResult | None:

@@ -71,6 +71,17 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def node_url(url: str, place: str) -> str:
+    """The URL of one node, with user, password and options of the URL of its Cluster.
+
+    >>> node_url("rediss+cluster://user:pw@h1,h2?ssl_cert_reqs=none", "h3:7000")
+    'rediss://user:pw@h3:7000?ssl_cert_reqs=none'
+    """
+    parts = urlsplit(url)
+    user = "".join(parts.netloc.rpartition("@")[:2])
+    return f"{SCHEMES[parts.scheme]}://{user}{place}?{parts.query}"
+
+
 class Node(Redis):
     """One node. Its errors are those that the server replies, so that `Cluster` can follow them."""
 
@@ -121,7 +132,7 @@ class Cluster(Redis):
     def __init__(
         self, url: str, scripts: dict[str, Script] = SCRIPTS, undecodable: str = "replace", replicas: int = 0
     ):
-        self._url = urlsplit(url)
+        self._url = url
         self._options = scripts, undecodable, replicas
         self._nodes: dict[str, Node] = {}  # by `host:port`
         self._ranges: list[tuple[int, int, str]] = []  # of slots: first, last, `host:port` of the primary
@@ -129,16 +140,14 @@ class Cluster(Redis):
         self._looking: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.clock: int | Literal[""] = ""
-        for place in self._url.netloc.rpartition("@")[2].split(","):
+        for place in urlsplit(url).netloc.rpartition("@")[2].split(","):
             self.node(place if re.search(r":[0-9]+$", place) else f"{place}:{PORT}")
 
     def node(self, place: str) -> Node:
         """The node at `host:port`."""
         node = self._nodes.get(place)
         if node is None:
-            user = "".join(self._url.netloc.rpartition("@")[:2])
-            url = f"{SCHEMES[self._url.scheme]}://{user}{place}?{self._url.query}"
-            node = self._nodes[place] = Node(url, *self._options)
+            node = self._nodes[place] = Node(node_url(self._url, place), *self._options)
             node.place = place
         return node
 

@@ -56,6 +56,7 @@ class Member:
     flags: set[str]  # "master", "slave", "myself", "fail", "fail?", "handshake", "noaddr", …
     primary: str  # the id of the node that it replicates; "" of a primary
     slots: set[int] = field(default_factory=set)
+    epoch: int = 0  # config epoch; a replica has that of its primary
 
     @property
     def place(self) -> str:
@@ -86,9 +87,9 @@ def parse(text: str) -> list[Member]:
     """
     members = []
     for line in text.splitlines():
-        name, place, flags, primary, _, _, _, _, *owned = line.split(" ")
+        name, place, flags, primary, _, _, epoch, _, *owned = line.split(" ")
         host, _, port = place.partition("@")[0].rpartition(":")
-        member = Member(name, host, int(port), set(flags.split(",")), primary.strip("-"))
+        member = Member(name, host, int(port), set(flags.split(",")), primary.strip("-"), epoch=int(epoch))
         for part in owned:
             if not part.startswith("["):  # a slot that is moving
                 first, _, last = part.partition("-")

@@ -3,6 +3,7 @@
     store.py       the protocol, its errors, the rule for names
     folder.py      objects in a folder of this machine
     s3.py          objects in a bucket of S3, or of a server with the same API
+    below.py       a folder of a store, as a store
     pagecache.py   reads a file on the event loop if it is in memory
 
 Example:
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from obstore.exceptions import BaseError
 
+from storage.objects.below import Below
 from storage.objects.folder import Folder
 from storage.objects.s3 import S3, in_one_line
 from storage.objects.store import (
@@ -32,6 +34,7 @@ from storage.settings import Settings, refused, store_place
 
 __all__ = [
     "S3",
+    "Below",
     "Entry",
     "Exists",
     "Folder",
