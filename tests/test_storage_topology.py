@@ -58,6 +58,20 @@ def test_no_partition_that_is_dealt_out_has_a_slot_of_an_arbiter():
     assert topology.partitions_in(last, topology.PLACED) == []
 
 
+def test_a_replica_goes_where_fewest_are_then_to_another_machine_then_to_the_first_in_the_url():
+    def member(name: str, host: str, primary: str = "") -> topology.Member:
+        return topology.Member(name, host, 6379, {"slave" if primary else "master"}, primary)
+
+    view = [member("c", "h3"), member("a", "h1"), member("b", "h2"), member("new", "h4")]
+    data = ["b", "a", "c"]
+    chosen = [topology._needs_replica(view, "new", data).id]
+    view.append(member("r1", "h5", "b"))
+    chosen.append(topology._needs_replica(view, "new", data).id)
+    view[-2] = member("new", "h1")
+    chosen.append(topology._needs_replica(view, "new", data).id)
+    assert chosen == ["b", "a", "c"]
+
+
 @pytest.mark.parametrize("kind", [os.environ.get("CLUSTER", "valkey")], ids="cluster-{}".format)
 def test_a_small_site_is_formed_completed_and_survives_its_primary(nodes, kind):
     first = nodes(4, kind)

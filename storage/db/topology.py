@@ -357,7 +357,7 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     await _meet(nodes)
     for node in replicas:
         view = await _members(nodes[0])
-        primary = _needs_replica(view, own[node].id, {own[one].id for one in data})
+        primary = _needs_replica(view, own[node].id, [own[one].id for one in data])
         await node.ask("CLUSTER", "REPLICATE", primary.id)
         report(f"{node.place}: a replica of {primary.place}")
         await _until(lambda: _knows_role(nodes[0], own[node].id), f"{node.place} replicates")  # noqa: B023
@@ -401,10 +401,12 @@ async def _meet(nodes: list[Node]) -> None:
     await _until(lambda: _all(nodes, knows_all), "all nodes know each other")
 
 
-def _needs_replica(view: list[Member], replica: str, data: set[str]) -> Member:
-    """The data primary with the fewest replicas; among equals one that has no copy on the new replica's machine.
+def _needs_replica(view: list[Member], replica: str, data: list[str]) -> Member:
+    """The data primary with the fewest replicas. Among equals one that has no copy on the new replica's machine.
 
-    `data`: the ids of data primaries that may not have slots yet.
+    Among equals of these the first one in the URL: so the order of the nodes there chooses the shards, where addresses
+    do not tell machines apart (deploy/k8s/overlays/cluster). `data`: the ids of data primaries, in the order of the
+    URL. They may not have slots yet.
     """
     host = next(member.host for member in view if member.id == replica)
     shards = [member for member in view if member.lives and (member.holds_data or member.id in data)]
@@ -412,6 +414,7 @@ def _needs_replica(view: list[Member], replica: str, data: set[str]) -> Member:
         raise Refused("no data primary answers")
     copies = Counter(member.primary for member in view if member.lives)
     on_machine = {member.primary or member.id for member in view if member.lives and member.host == host}
+    shards.sort(key=lambda member: data.index(member.id) if member.id in data else len(data))
     return min(shards, key=lambda member: (copies[member.id], member.id in on_machine))
 
 
