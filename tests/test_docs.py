@@ -31,13 +31,13 @@ SECOND = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 PROGRAMS = (
-    r"make|imagegram(?:-\w+)?|python3?|pip3?|docker|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
+    r"make|imagegram(?:-\w+)?|python3?|pip3?|docker|kubectl|redis-cli|curl|wget|git|npm|sudo|apt|apt-get|systemctl|openssl|ssh"
 )
 COMMAND = re.compile(rf"(\w+=\$\()?({PROGRAMS}|echo|cp|mv|rm|\S+/\S+\.sh|\. \S+)( |$)")
 # The blocks that are not commands: what commands print, lines of .env, and drawings of what there is.
 MODERATED = r"post  |the post |the comment |alice\.zip: |found of |removed of |1 users "
 PRINTED = f"> |generation |node |{MODERATED}|WARNING imagegram|found: |1 posts, "
-OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER ")
+OTHER = re.compile(rf"{PRINTED}|([A-Z_]+=\S+\n)+$|api ──► |generations/|ACL SETUSER |resources: ")
 DRAWINGS = re.compile(r"(sequenceDiagram|flowchart \w\w)\n")
 
 
@@ -86,6 +86,7 @@ SCRIPTS = [
     ("durability.md", "## The restore drill"),
     *(("moderation.md", heading) for heading in re.findall(r"^## .*$", MODERATION, re.MULTILINE)),
     ("production.md", "## With docker compose"),  # tests/compose/ does, because it has a container engine
+    ("production.md", "## With Kubernetes"),  # tests/test_deploy_k8s.py does
     ("CONTRIBUTING.md", "## Profile"),
 ]
 
@@ -341,6 +342,10 @@ def contain(home, command):
     """tests/compose/ runs it, because it has a container engine."""
 
 
+def orchestrate(home, command):
+    """tests/test_deploy_k8s.py renders it. There is no Kubernetes."""
+
+
 RUN = {
     r"make [\w-]+( test-pillow| REVISION=[\w~]+( LIMITS=\S+)?)?": dry,
     r"python -m tests\.\S+( .*)?": parse,
@@ -362,6 +367,7 @@ RUN = {
     r"apt-get install [\w-]+": simulate,
     r'echo "[^"]*" >\.env': write,
     r"(TOKEN=\$\()?docker compose\b.*|deploy/\w+\.sh.*": contain,
+    r"kubectl apply -k deploy/k8s/overlays/small|kubectl (kustomize|rollout restart)": orchestrate,
 }
 
 
