@@ -35,7 +35,8 @@ class ClusterNode:
         self.proxy = Proxy(self.port) if proxied else None
         folder.mkdir(exist_ok=True)
         conf, cluster = (str(ROOT / "storage" / "db" / name) for name in ("redis.conf", "redis-cluster.conf"))
-        place = ["--dir", str(folder), "--port", str(self.port), "--logfile", "log"]
+        self.socket = str(folder / "s")  # short: the path of a socket has at most 107 bytes
+        place = ["--dir", str(folder), "--port", str(self.port), "--unixsocket", self.socket, "--logfile", "log"]
         # By default a primary waits 5 s for further replicas before it sends its data to the first one.
         place += ["--repl-diskless-sync-delay", "0"]
         # Most tests have one replica or none, and write also without it.

@@ -60,17 +60,17 @@ def tied(posts: int) -> list[int]:
     return comment_counts
 
 
-def post_id(ms: int, chance: random.Random | None = None) -> str:
+def post_id(ms: int, chance: random.Random | None = None, partition: int = 0) -> str:
     """The id of a post that was created at a time in unix milliseconds."""
     ulid = ms << 80 | (chance or random).getrandbits(80)
-    return "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + "-0"
+    return "".join(keys.ALPHABET[ulid >> shift & 31] for shift in range(125, -5, -5)) + f"-{partition}"
 
 
-def rows(comment_counts: list[int]) -> Iterator[Row]:
+def rows(comment_counts: list[int], partition: int = 0) -> Iterator[Row]:
     """One post for each number in `comment_counts`, with this number of comments. The posts are one second apart. The
     last one is a moment old.
     """
-    chance, now = random.Random(7), int(time.time() * 1000)
+    chance, now = random.Random(7 + partition), int(time.time() * 1000)
     start = now - 1000 * len(comment_counts) - GAP_MS * (max(comment_counts) + 1)
     for number, count in enumerate(comment_counts):
         post_ms = start + 1000 * number
@@ -82,7 +82,7 @@ def rows(comment_counts: list[int]) -> Iterator[Row]:
             comment = f"{min(comment_ms, now)}-{len(comments) if comment_ms > now else 0}"
             comments.append((comment, AUTHOR % chance.randrange(100_000)))
         yield Row(
-            post_id(post_ms, chance),
+            post_id(post_ms, chance, partition),
             AUTHOR % (number % 100_000),
             CAPTION % number,
             b64encode(chance.randbytes(21)).decode(),
@@ -101,13 +101,14 @@ def pack(*words: str) -> bytes:
 
 def listed(author: str, post: str) -> bytes:
     """A packed command that writes a post into the list of its author's posts. `send` has loaded its script."""
-    entry = keys.entry(author, post)
-    return pack("EVALSHA", ADD_ENTRY.sha, "1", keys.leaves(0), keys.leaf_prefix(0), entry, str(LEAF_ENTRIES))
+    entry, partition = keys.entry(author, post), keys.partition_of_post(post)
+    leaves, prefix = keys.leaves(partition), keys.leaf_prefix(partition)
+    return pack("EVALSHA", ADD_ENTRY.sha, "1", leaves, prefix, entry, str(LEAF_ENTRIES))
 
 
-def commands(posts: Iterable[Row], now: int) -> Iterator[bytes]:
-    """Packed commands that write the posts. `now` is in unix milliseconds."""
-    feed, changes = ["ZADD", keys.feed(0)], ["ZADD", keys.changes(0)]
+def commands(posts: Iterable[Row], now: int, partition: int = 0) -> Iterator[bytes]:
+    """Packed commands that write the posts of a partition. `now` is in unix milliseconds."""
+    feed, changes = ["ZADD", keys.feed(partition)], ["ZADD", keys.changes(partition)]
     revision = now - 30 * 24 * 3_600_000
     for post in posts:
         yield pack(
@@ -145,20 +146,26 @@ def send(server: RedisServer, packed: Iterable[bytes]) -> None:
         assert line.recv(100) == b"+OK\r\n"
 
 
+def spread(servers: list[RedisServer], comment_counts: list[int]) -> list[str]:
+    """Writes posts like `fill`, as many into each partition. There are as many partitions as `servers`.
+
+    `servers`: the server of each partition. Returns the ids of the posts.
+    """
+    ids, partitions = [], len(servers)
+    for partition, server in enumerate(servers):
+        posts = list(rows(comment_counts[partition::partitions], partition))
+        send(server, commands(posts, int(time.time() * 1000), partition))
+        ids += [post.id for post in posts]
+    return ids
+
+
 def fill(server: RedisServer, comment_counts: list[int]) -> list[str]:
     """Writes one post for each number in `comment_counts`, with this number of comments, and verifies them.
 
     Returns their ids. Fsyncs only at the end.
     """
-    ids = []
-
-    def noting_ids():
-        for row in rows(comment_counts):
-            ids.append(row.id)
-            yield row
-
     with server.filling():
-        send(server, commands(noting_ids(), int(time.time() * 1000)))
+        ids = spread([server], comment_counts)
         sample = random.Random(3).sample(ids, min(200, len(ids)))
         verify(server, sample, len(comment_counts), sum(comment_counts))
     return ids
