@@ -1,38 +1,44 @@
-#!lua flags=no-writes
--- Reads a page of one partition's feed: the most comments first, and of posts with equal counts the newest first.
--- KEYS[1] feed     feed:{p}     zset
--- KEYS[2] changes  changes:{p}  zset
--- KEYS[3] gone     gone:{p}     zset
--- KEYS[4] epoch    epoch:{p}    string
+#!lua flags=no-writes,allow-cross-slot-keys
+-- Reads a page of the feed from several partitions: the most comments first, and of posts with equal counts the newest
+-- first.
+-- KEYS[1] feed  feed:{p}  zset, of the first of the partitions
 -- ARGV[1] count      comment count of the cursor, behind which the page begins; empty: the first page
 -- ARGV[2] id         post id of the cursor
 -- ARGV[3] limit      posts in the page
 -- ARGV[4] max_bytes  the page ends when its rows have this many bytes
--- ARGV[5] posts      prefix of this partition's post keys; a post id is appended
--- ARGV[6] latests    prefix of this partition's `latest` keys
--- ARGV[7] cluster    1 on a Redis Cluster, otherwise empty
--- Returns {timeline, newest revision, more 0|1, rows, skipped}
---   Only the first page has the timeline and the revision; the others have '0' and 0.
+-- ARGV[5] share      posts that are read of a partition at a time; up to `limit` posts may come from one partition
+-- ARGV[6] cluster    1 on a Redis Cluster, otherwise empty
+-- ARGV[7] names      of each partition in turn: its keys `feed`, `changes`, `gone` and `epoch`, the prefix of its post
+--                    keys and the prefix of its `latest` keys; a post id is appended to the last two
+-- Returns {more 0|1, rows, {timeline, newest revision, …}, skipped}
 --   A row is one string of lines: id, comment count, author, thumbhash, the latest comments as a JSON array, and the
 --   caption, which may contain line breaks.
+--   Timeline and revision are those of each partition in turn. Only the first page has them.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
 --   missing or a key has a wrong type.
 -- Refuses nothing
 --
+-- In a Cluster all partitions must be on this node, and the client sends the call by the slot of the first. If another
+-- one has been moved away, Redis stops the script.
 -- A cursor is a place in the order, not a row. Its post may have got another count or may be deleted. Then the script
 -- finds the place by the count and, among posts with this count, by a binary search over their ids.
 -- A row is one string because Redis takes a fifth longer to send nested arrays, and the client takes twice as long to
 -- read them.
--- Time is O(log n), or O(log² n) if n posts have the cursor's count and its post is not there.
-local feed, changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local score, count, id = ARGV[1], tonumber(ARGV[1]), ARGV[2]
-local limit, max_bytes, posts, latests, cluster = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7]
+-- Time is O(log n) for each partition, or O(log² n) if n posts have the cursor's count and its post is not there.
+local first_feed, score, count, id = KEYS[1], ARGV[1], tonumber(ARGV[1]), ARGV[2]
+local limit, max_bytes, share = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local cluster, names = ARGV[6], ARGV
+local first_name, width = 7, 6 -- the names of a partition begin at ARGV[7], and there are six
+if first_feed ~= names[first_name] then
+  return redis.error_reply('ERR wrong arguments')
+end
 
-local start = 0
-if count and tonumber(redis.call('ZSCORE', feed, id)) == count then
-  start = redis.call('ZREVRANK', feed, id) + 1
-elseif count then
-  start = redis.call('ZCOUNT', feed, '(' .. score, '+inf')
+-- Returns the rank of the first post behind the cursor.
+local function behind(feed)
+  if tonumber(redis.call('ZSCORE', feed, id)) == count then
+    return redis.call('ZREVRANK', feed, id) + 1
+  end
+  local start = redis.call('ZCOUNT', feed, '(' .. score, '+inf')
   local stop = start + redis.call('ZCOUNT', feed, score, score)
   while start < stop do
     local middle = math.floor((start + stop) / 2)
@@ -42,33 +48,67 @@ elseif count then
       start = middle + 1
     end
   end
+  return start
 end
 
-local rows, more, size, concat = {}, 0, 0, table.concat
-local skipped, members
-repeat
-  members = redis.call('ZREVRANGE', feed, start, start + limit, 'WITHSCORES')
-  for i = 1, #members, 2 do
-    if #rows == limit or size >= max_bytes then
-      more = 1
-      break
-    end
-    local member = members[i]
-    local row = redis.pcall('HMGET', posts .. member, 'author', 'thumbhash', 'caption')
-    local latest = redis.pcall('LRANGE', latests .. member, 0, -1)
-    if row[1] and row[2] and row[3] and not latest.err then
-      local line = member .. '\n' .. members[i + 1] .. '\n' .. row[1] .. '\n' .. row[2]
-        .. '\n[' .. concat(latest, ',') .. ']\n' .. row[3]
-      size = size + #line
-      rows[#rows + 1] = line
-    else
-      skipped = skipped or {}
-      skipped[#skipped + 1] = member
+-- Each part holds some members of a partition with their scores, and which of them is next: `post`, with `score`.
+local parts = {}
+
+-- Goes to the next member of a part. Without one, the part leaves.
+local function advance(part, place)
+  local at = part.at + 2
+  if at > #part.members and #part.members == 2 * share then
+    part.start, at = part.start + share, 1
+    part.members = redis.call('ZREVRANGE', part.feed, part.start, part.start + share - 1, 'WITHSCORES')
+  end
+  part.at, part.post, part.score = at, part.members[at], tonumber(part.members[at + 1])
+  if not part.post then
+    table.remove(parts, place)
+  end
+end
+
+for first = first_name, #names, width do
+  local feed = names[first]
+  local start = count and behind(feed) or 0
+  local members = redis.call('ZREVRANGE', feed, start, start + share - 1, 'WITHSCORES')
+  if members[1] then
+    parts[#parts + 1] = {
+      feed = feed, posts = names[first + 4], latests = names[first + 5], start = start, members = members, at = 1,
+      post = members[1], score = tonumber(members[2]),
+    }
+  end
+end
+
+local rows, size, concat = {}, 0, table.concat
+local skipped
+while parts[1] and #rows < limit and size < max_bytes do
+  local part, place = parts[1], 1
+  for other = 2, #parts do
+    local rival = parts[other]
+    if rival.score > part.score or (rival.score == part.score and rival.post > part.post) then
+      part, place = rival, other
     end
   end
-  start = start + limit + 1
-until more == 1 or #members < 2 * (limit + 1)
-if count then
-  return {'0', 0, more, rows, skipped}
+  local post = part.post
+  local row = redis.pcall('HMGET', part.posts .. post, 'author', 'thumbhash', 'caption')
+  local latest = redis.pcall('LRANGE', part.latests .. post, 0, -1)
+  if row[1] and row[2] and row[3] and not latest.err then
+    local line = post .. '\n' .. part.members[part.at + 1] .. '\n' .. row[1] .. '\n' .. row[2]
+      .. '\n[' .. concat(latest, ',') .. ']\n' .. row[3]
+    size = size + #line
+    rows[#rows + 1] = line
+  else
+    skipped = skipped or {}
+    skipped[#skipped + 1] = post
+  end
+  advance(part, place)
 end
-return {timeline(epoch, cluster), newest_revision(changes, gone), more, rows, skipped}
+
+local seen = {}
+if not count then
+  for first = first_name, #names, width do
+    seen[#seen + 1] = timeline(names[first + 3], cluster)
+    seen[#seen + 1] = newest_revision(names[first + 1], names[first + 2])
+  end
+end
+return {parts[1] and 1 or 0, rows, seen, skipped}

@@ -102,6 +102,7 @@ class Unreachable(Refusal):
     """
 
     word = "UNREACHABLE"
+    moved = False  # a read of several partitions was stopped, because they are not all on one node of a Cluster
 
 
 class Unknown(Refusal):

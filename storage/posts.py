@@ -12,14 +12,16 @@ import orjson
 
 from storage import keys, metrics, traces
 from storage.db.client import Redis
+from storage.errors import Unreachable
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.settings import CHANGES_MS, DAY_MS, LEAF_ENTRIES, LEASE_MS, LOOKED_POSTS, PAGE_BYTES, PROCESSING
 
 CACHED_PAGES = 128  # parsed pages of the feed: 1 MB, or 32 MB where all of them have PAGE_BYTES
 CACHED_ROWS = 2048  # parsed rows of the feed: 3 MB, or 60 MB where all captions and comments are as long as allowed
-# Rows that a partition returns beyond its share of a feed page. So few pages need a second round. More rows for each of
-# 16 partitions would cost more than these rounds.
+# Rows that a node returns beyond its share of a feed page, and posts that it looks at in each partition beyond that
+# partition's share. So few pages need a second round. More of them would cost more than these rounds.
 MORE_ROWS = 3
+CACHED_GROUPS = 256  # groups of partitions that are on one node
 MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
 
 STATUSES = ("processing", "ready", "failed")
@@ -192,29 +194,50 @@ async def read(db: Redis, post: str) -> Post:
 async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:
     """A page of up to `limit` posts of the feed, after a cursor or from the start.
 
-    Each partition returns its share of the page and a few rows more, and they are merged here. Where the rows of a
-    partition do not suffice, it is asked again. The page also ends where its rows have PAGE_BYTES.
+    Each node returns its share of the page and a few rows more, and they are merged here. Where the rows of a node do
+    not suffice, it is asked again. The page also ends where its rows have PAGE_BYTES.
     """
-    share = limit if partitions == 1 else -(-limit // partitions) + MORE_ROWS
-    calls = [_feed_page(db, partition, share, after) for partition in range(partitions)]
-    # `gather` creates a task, which takes 15 µs, a tenth of the time of a page. One partition does not need it.
-    replies = await asyncio.gather(*calls) if partitions > 1 else [await calls[0]]
+    groups = await db.groups(partitions)
+    try:
+        return await _merged_feed(db, groups, limit, after)
+    except Unreachable as error:
+        if not error.moved:
+            raise
+        return await _merged_feed(db, [(partition,) for partition in range(partitions)], limit, after)
+
+
+async def _merged_feed(db: Redis, groups: list[tuple[int, ...]], limit: int, after: FeedCursor | None) -> Page:
+    """A page of the feed, from groups of partitions that are each on one node. Raises Unreachable."""
+    share = limit if len(groups) == 1 else -(-limit // len(groups)) + MORE_ROWS
+    calls = [_feed_page(db, group, share, after) for group in groups]
+    # `gather` creates a task, which takes 15 µs, a tenth of the time of a page. One node does not need it.
+    replies = await asyncio.gather(*calls) if len(groups) > 1 else [await calls[0]]
     for reply in replies:
-        report_skipped(reply, "feed")
-    parts = [(reply[2], tuple(reply[3])) for reply in replies]
-    full = [len(reply[3]) == share for reply in replies]  # the others end by their bytes, or have no more rows
+        report_skipped(reply, "feed", place=3)
+    parts = [(reply[0], tuple(reply[1])) for reply in replies]
+    full = [len(reply[1]) == share for reply in replies]  # the others end by their bytes, or have no more rows
     posts, more, short = _merge(limit, tuple(parts))
     while short is not None and full[short] and sum(len(row) for _, rows in parts for row in rows) < PAGE_BYTES:
         rows = parts[short][1]
         last = post_from_line(rows[-1])
-        reply = await _feed_page(db, short, share, FeedCursor(last.comment_count, last.id))
-        report_skipped(reply, "feed")
+        reply = await _feed_page(db, groups[short], share, FeedCursor(last.comment_count, last.id))
+        report_skipped(reply, "feed", place=3)
         # A post whose comment was just deleted may come again.
         known = {row.partition("\n")[0] for row in rows}
-        parts[short] = reply[2], rows + tuple(row for row in reply[3] if row.partition("\n")[0] not in known)
-        full[short] = len(reply[3]) == share
+        parts[short] = reply[0], rows + tuple(row for row in reply[1] if row.partition("\n")[0] not in known)
+        full[short] = len(reply[1]) == share
         posts, more, short = _merge(limit, tuple(parts))
-    return Page(posts, more, [(reply[0], reply[1]) for reply in replies])
+    return Page(posts, more, [] if after else _seen(groups, [reply[2] for reply in replies]))
+
+
+def _seen(groups: list[tuple[int, ...]], replies: list[list]) -> list[tuple[str, int]]:
+    """Timeline and revision of each partition, in the order of the partitions."""
+    if len(groups) == 1:
+        return list(zip(replies[0][::2], replies[0][1::2], strict=True))
+    pairs = {}
+    for group, reply in zip(groups, replies, strict=True):
+        pairs |= zip(group, zip(reply[::2], reply[1::2], strict=True), strict=True)
+    return [pairs[partition] for partition in sorted(pairs)]
 
 
 async def of_user(
@@ -268,13 +291,13 @@ def report_skipped(reply: list, list_name: str, place: int = 4) -> None:
 def _merge(
     limit: int, parts: tuple[tuple[int, tuple[str, ...]], ...]
 ) -> tuple[tuple[Post, ...], bool, int | None]:
-    """The posts of a page from the rows of all partitions, and whether more posts follow. The cache saves merging.
+    """The posts of a page from the rows of all parts, and whether more posts follow. The cache saves merging.
 
-    Third, the partition that has more rows, but none of them here, where the page would still have room. The page ends
-    there: this partition's next row may come before the next row of any other one.
+    Third, the part that has more rows, but none of them here, where the page would still have room. The page ends
+    there: this part's next row may come before the next row of any other one.
     """
     pages = [(more, [post_from_line(row) for row in rows]) for more, rows in parts]
-    ends = {rows[-1].id: partition for partition, (more, rows) in enumerate(pages) if more and rows}
+    ends = {rows[-1].id: part for part, (more, rows) in enumerate(pages) if more and rows}
     posts = []
     for post in merge(*(rows for _, rows in pages), key=lambda post: (post.comment_count, post.id), reverse=True):
         posts.append(post)
@@ -284,17 +307,20 @@ def _merge(
     return tuple(posts), more, ends.get(posts[-1].id) if posts and len(posts) < limit else None
 
 
-def _feed_page(db: Redis, partition: int, limit: int, after: FeedCursor | None) -> Awaitable:
-    return db.call(
-        "feed_page",
-        [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)],
-        *(after or ("", "")),
-        limit,
-        PAGE_BYTES,
-        keys.post_prefix(partition),
-        keys.latest_prefix(partition),
-        db.cluster,
-    )
+def _feed_page(db: Redis, group: tuple[int, ...], limit: int, after: FeedCursor | None) -> Awaitable:
+    share = limit + 1 if len(group) == 1 else min(limit, -(-limit // len(group)) + MORE_ROWS)
+    place, names = after or ("", ""), feed_names(group)
+    return db.call("feed_page", [keys.feed(group[0])], *place, limit, PAGE_BYTES, share, db.cluster, *names)
+
+
+@lru_cache(CACHED_GROUPS)
+def feed_names(group: tuple[int, ...]) -> list[str]:
+    """The names of what feed_page reads of each partition."""
+    names = []
+    for partition in group:
+        names += [keys.feed(partition), keys.changes(partition), keys.gone(partition), keys.epoch(partition)]
+        names += [keys.post_prefix(partition), keys.latest_prefix(partition)]
+    return names
 
 
 async def inspect(db: Redis, post: str) -> Inspected:

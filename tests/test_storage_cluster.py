@@ -236,6 +236,20 @@ async def test_after_a_lost_reply_the_next_call_goes_to_the_node_that_has_the_sl
     await client.close()
 
 
+async def test_a_page_of_the_feed_is_whole_although_the_client_has_an_old_map(cluster, db):
+    """A primary is asked for all of its partitions at once, and only the first of them names the slot of the call."""
+    cluster.client.flushall()
+    found = await publish(db, 40)
+    before = await posts.feed(db, PARTITIONS, 40)
+    assert {row.id for row in before.posts} == set(found)
+    right = await db.groups(PARTITIONS)
+    one, other = right[:2]
+    db._owners[slot_of(keys.feed(other[0]))] = db._owners[slot_of(keys.feed(one[0]))]
+    assert sorted(await db.groups(PARTITIONS)) != sorted(right)
+    assert await posts.feed(db, PARTITIONS, 40) == before
+    assert sorted(await db.groups(PARTITIONS)) == sorted(right)
+
+
 async def write(db, found: list[str], seconds: float) -> list[tuple[float, str, str]]:
     """Adds comments by 16 writers. Returns for each its time in s, its post and id, or why it failed."""
     began, done = time.monotonic(), []

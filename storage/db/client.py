@@ -357,6 +357,10 @@ class Redis:
         """The servers that hold the data, for a walk over all keys."""
         return [self]
 
+    async def groups(self, partitions: int) -> list[tuple[int, ...]]:
+        """The partitions 0 to `partitions` - 1, those of each server together."""
+        return [tuple(range(partitions))]
+
     async def close(self) -> None:
         await self._reads.close()
         await self._writes.close()

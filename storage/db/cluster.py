@@ -48,7 +48,8 @@ LOOK = 0.3  # seconds in which a node must say where the slots are
 ASKED = 3  # nodes that are asked for it at once
 SCHEMES = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
 NOT_RUN = (TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
-# A script had run some of its commands when its slot was moved away key by key. MIGRATESLOTS never causes this.
+# A script had run some of its commands when it met data that are not here: its slot was moved away key by key, or it
+# reads several partitions and one of them has moved.
 STOPPED = "non local key"
 
 
@@ -190,7 +191,12 @@ class Cluster(Redis):
                 raise  # a bug of the caller
             except REPLIED as error:
                 if STOPPED in str(error):
-                    raise (Unreachable if reads else Unknown)("the data were moved meanwhile") from None
+                    self._owners = {}
+                    if not reads:
+                        raise Unknown("the data were moved meanwhile") from None
+                    stopped = Unreachable("the data were moved meanwhile")
+                    stopped.moved = True
+                    raise stopped from None
                 raise meaning(error) from None
             limit = end  # the first attempt needs no timer: the node has the same deadline
             if loop.time() > end:
@@ -244,6 +250,15 @@ class Cluster(Redis):
             node.meaning = meaning
             found.append(node)
         return found
+
+    async def groups(self, partitions: int) -> list[tuple[int, ...]]:
+        """Like `Redis.groups`, as far as is known: a partition may just have moved. Raises Unreachable."""
+        found: dict[str, list[int]] = {}
+        for partition in range(partitions):
+            slot = slot_of(f"{{{partition}}}")
+            node = self._owners.get(slot) or await self._find(slot)
+            found.setdefault(node.place, []).append(partition)
+        return [tuple(group) for group in found.values()]
 
     async def close(self) -> None:
         """Wait for all replies, then disconnect."""

@@ -11,6 +11,7 @@ from statistics import median
 
 from storage import keys
 from storage.db.client import SCRIPTS
+from storage.posts import feed_names
 from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
@@ -37,9 +38,8 @@ CURSORS = "feed, 100 cursors at random"
 def page(cursor: str = "") -> tuple:
     """The command for a feed page after a cursor, as `storage.posts` sends it."""
     count, _, post = urlsafe_b64decode(cursor + "==").decode().partition(":")
-    key_names = [keys.feed(0), keys.changes(0), keys.gone(0), keys.epoch(0)]
-    arguments = [count, post, PAGE, PAGE_BYTES, keys.post_prefix(0), keys.latest_prefix(0), ""]
-    return "EVALSHA", SCRIPTS["feed_page"].sha, len(key_names), *key_names, *arguments
+    arguments = [count, post, PAGE, PAGE_BYTES, PAGE + 1, "", *feed_names((0,))]
+    return "EVALSHA", SCRIPTS["feed_page"].sha, 1, keys.feed(0), *arguments
 
 
 def comment(post: str) -> tuple:
