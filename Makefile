@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-images drill-lines picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-cluster drill-images drill-lines picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -90,6 +90,10 @@ bench-turns: ## how long a photograph waits behind another user's large images; 
 drill: ## the long durability tests, with figures; ten minutes at most; the drill of a full disk needs root
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
+
+drill-cluster: ## a Redis Cluster whose nodes are killed, cut off and paused, and whose slots move; ten minutes at most
+	@.ci/setup test
+	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.cluster
 
 drill-images: ## the long tests of workers: a backlog, kills, Redis away, damaged images; twelve minutes at most
 	@.ci/setup test
