@@ -21,6 +21,7 @@ from urllib.parse import quote
 from deploy import run
 
 FIRST_PORT = 7001  # of node 1, and so on. The cluster bus has the port 10,000 higher
+PAUSE = 6  # seconds after which a node that was killed starts again. A replica has its place after three or four
 
 
 class Shape(NamedTuple):
@@ -61,7 +62,8 @@ def procfile(shape: Shape, folder: Path) -> str:
     lines = [f"queue: IMAGEGRAM_DATA={data}/queue exec {program}/imagegram-storage redis"]
     for number, place in enumerate(nodes(shape), 1):
         own = f"IMAGEGRAM_DATA={data}/{number} IMAGEGRAM_REDIS_NODE={place}"
-        lines.append(f"node{number}: {own} exec {program}/imagegram-storage redis")
+        again = f"while true; do {program}/imagegram-storage redis; sleep {PAUSE}; done"
+        lines.append(f"node{number}: export {own}; {again}")
         lines.append(f"ship{number}: {own} exec {program}/imagegram-storage ship")
     # Whoever comes first forms the Cluster; the other finds it complete. Problems are shown, but the site starts.
     numbers = f"--primaries {shape.primaries} --arbiters {shape.arbiters}"
