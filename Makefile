@@ -53,6 +53,7 @@ test-cluster: ## the tests of scripts, storage and the feed on a Redis Cluster, 
 	for kind in valkey redis; do CLUSTER=$$kind $(python) -m pytest -n 2 --dist loadfile -k cluster- \
 	  $(addprefix tests/test_,lua.py api_user_posts.py api_changes.py api_walk.py $(addprefix storage_,limits.py model.py \
 	  check.py moderation.py outbox.py scripts.py sweep.py uploads.py)) || exit 1; done
+	$(python) -m pytest tests/drills/cluster_run.py
 
 test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test
