@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-cluster drill-images drill-lines picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-cluster drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -104,6 +104,10 @@ drill-lines: ## the long tests of bad connections: a crowd, a trickle, 50 kills;
 	@.ci/setup test
 	$(python) -m pytest -s tests/drills/connections.py
 	KILLS=50 $(python) -m pytest tests/test_uploads_races.py -k kill
+
+drill-restarts: ## rolling restarts of two nodes behind HAProxy while people comment and upload; a minute
+	@.ci/setup test
+	$(python) -m pytest -s tests/drills/restarts.py
 
 picture: ## draw the picture of the page /docs in docs/images/ again
 	@.ci/setup test
