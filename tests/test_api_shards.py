@@ -20,7 +20,7 @@ LIVING = 1, 5
 
 @pytest.fixture(scope="module")
 def cluster():
-    server = ClusterServer("valkey", 3, 0, PARTITIONS)
+    server = ClusterServer("valkey", 3, 0)
     yield server
     server.close()
 

@@ -38,7 +38,7 @@ BODY = orjson.dumps({"text": fill.TEXT})
 
 def cluster(stack: contextlib.ExitStack, replicas: int) -> tuple[ClusterServer, list]:
     """Starts a Cluster of three primaries. Returns it and the node of each partition."""
-    server = ClusterServer("valkey", 3, replicas, PARTITIONS)
+    server = ClusterServer("valkey", 3, replicas)
     stack.callback(server.close)
     for node in server.nodes:
         pin(node.process.pid, DRIVER)
