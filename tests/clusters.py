@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import redis as redis_client
-from conftest import ROOT, SERVERS, until
+from conftest import ROOT, SERVERS, SERVING, RedisServer, until
 from proxy import Proxy
 
 from storage.db.topology import placement
@@ -17,7 +17,11 @@ from storage.db.topology import placement
 class Client(redis_client.RedisCluster):
     """redis-py's client, whose commands for a whole server go to all primaries."""
 
+    queue: RedisServer | None = None  # RQ's Redis, once a test has used it. It is emptied, too
+
     def flushall(self):
+        if self.queue:
+            self.queue.client.flushall()
         return super().flushall(target_nodes="primaries")
 
     def keys(self, pattern: str = "*"):
@@ -77,6 +81,7 @@ class ClusterServer:
         self.temporary = tempfile.TemporaryDirectory(prefix="ig-")
         folder = Path(self.temporary.name)
         self.nodes: list[ClusterNode] = []
+        self.client: Client | None = None
         try:
             for number in range(primaries * (1 + replicas) + arbiters):
                 self.nodes.append(ClusterNode(kind, folder / str(number), *options, proxied=proxied))
@@ -86,6 +91,13 @@ class ClusterServer:
             raise
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
         self.client = Client("127.0.0.1", self.nodes[0].port, decode_responses=True)
+        SERVING[self.url] = self
+
+    @property
+    def queue(self) -> RedisServer:
+        """RQ's Redis, which is started when a test needs it."""
+        self.client.queue = self.client.queue or RedisServer(self.kind)
+        return self.client.queue
 
     def form(self, primaries: int, slots: list[list[int]]) -> None:
         for node in self.nodes[1:]:
@@ -106,6 +118,8 @@ class ClusterServer:
         )
 
     def close(self) -> None:
+        if self.client and self.client.queue:
+            self.client.queue.close()
         for node in self.nodes:
             with suppress(ProcessLookupError):
                 node.kill()

@@ -88,6 +88,11 @@ class RedisServer:
         self.options = options
         self.start()
 
+    @property
+    def queue(self) -> "RedisServer":
+        """The server of RQ's queue: this one, but not on a Cluster."""
+        return self
+
     def start(self) -> None:
         conf = str(ROOT / "storage" / "db" / "redis.conf")
         place = ["--dir", self.folder.name, "--unixsocket", self.socket, "--port", "0", "--logfile", "log"]
@@ -183,6 +188,17 @@ def start_server(kind: str):
 CLUSTER = [f"cluster-{os.environ['CLUSTER']}"] if os.environ.get("CLUSTER") else []
 
 
+
+
+def pytest_collection_modifyitems(config, items):
+    """On a Cluster: only tests that use one of the servers below, and that are not about one server alone."""
+    if CLUSTER:
+        servers = {"any_server", "real_server", "embedded"}
+        chosen = [item for item in items if servers & {*item.fixturenames} and not item.get_closest_marker("one_redis")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(scope="session", params=CLUSTER or ["fake", "valkey", "redis"])
 def any_server(request):
     """Runs a test three times: on fakeredis, on the embedded server and on Debian's redis-server."""
@@ -191,7 +207,7 @@ def any_server(request):
     server.close()
 
 
-@pytest.fixture(scope="session", params=["valkey", "redis"])
+@pytest.fixture(scope="session", params=CLUSTER or ["valkey", "redis"])
 def real_server(request):
     """Runs a test twice: on the embedded server and on Debian's redis-server."""
     server = start_server(request.param)
@@ -218,6 +234,9 @@ def store(tmp_path):
     return objects.open_store((tmp_path / "store").as_uri())
 
 
+SERVING = {}  # by its URL: each Cluster, which has another server for RQ's queue
+
+
 class Site:
     """One installation of Imagegram: the API and, if a test starts it, the worker, each a process as in production."""
 
@@ -232,9 +251,8 @@ class Site:
             **os.environ,
             "IMAGEGRAM_PORT": str(self.port),
             "IMAGEGRAM_DATA": str(folder),
-            # On a Cluster RQ needs another server. The API does not use it.
-            **({"IMAGEGRAM_QUEUE_URL": "redis://127.0.0.1:1"} if "+cluster:" in redis_url else {}),
             "IMAGEGRAM_REDIS_URL": redis_url,
+            **({"IMAGEGRAM_QUEUE_URL": SERVING[redis_url].queue.url} if redis_url in SERVING else {}),
             "IMAGEGRAM_WORKERS": "1",
             "IMAGEGRAM_JWT_SECRET": SECRET,
             **{f"IMAGEGRAM_{name.upper()}": str(value) for name, value in settings.items()},
@@ -307,7 +325,7 @@ def site(real_server, tmp_path):
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded server alone, for tests that do not depend on which server it is."""
-    server = start_server("valkey")
+    server = start_server(*(CLUSTER or ["valkey"]))
     yield server
     server.close()
 

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import redis
-from conftest import ROOT, RedisServer, Site, create_post, photograph, until, wait_until_processed
+from clusters import ClusterServer
+from conftest import CLUSTER, ROOT, RedisServer, Site, create_post, photograph, until, wait_until_processed
+from scraping import Scrape
 from state import unchanged
 
 from storage import settings
@@ -14,20 +16,43 @@ PAGE = (ROOT / "docs" / "production.md").read_text()
 RULES = re.findall(r"^ACL SETUSER .*$", PAGE, re.MULTILINE)
 
 
+def give_rights(client: redis.Redis) -> None:
+    """Creates the users of docs/production.md. The default user stays."""
+    for rule in RULES:
+        if "default" not in rule:
+            client.execute_command(*rule.split())
+
+
+def password(user: str) -> str:
+    return re.search(rf"SETUSER {user} on >(\S+)", PAGE)[1]
+
+
 @pytest.fixture(params=["valkey", "redis"])
 def guarded(request):
     """A Redis with the users of docs/production.md."""
     server = RedisServer(request.param)
-    for rule in RULES:
-        if "default" not in rule:
-            server.client.execute_command(*rule.split())
+    give_rights(server.client)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def guarded_cluster(request):
+    """A primary and its replica, each with these users only."""
+    (rule,) = [rule.split() for rule in RULES if " replica " in rule]
+    login = "--masteruser", "replica", "--masterauth", password("replica"), "--user", *rule[2:]
+    server = ClusterServer(request.param, 1, 1, *login)
+    for node in server.nodes:
+        give_rights(node.client)
+        node.client.acl_setuser("default", enabled=False)  # what is connected stays so
+    server.nodes[0].client.client_kill_filter(_type="replica")
+    until(lambda: server.nodes[0].client.info("replication")["connected_slaves"] == 1, what="the replica's return")
     yield server
     server.close()
 
 
 def url(server, user: str) -> str:
-    password = re.search(rf"SETUSER {user} on >(\S+)", PAGE)[1]
-    return f"unix://{user}:{password}@{server.socket}"
+    return f"unix://{user}:{password(user)}@{server.socket}"
 
 
 def test_each_part_works_with_its_own_rights(guarded, tmp_path):
@@ -54,6 +79,43 @@ def test_each_part_works_with_its_own_rights(guarded, tmp_path):
         until(lambda: shipper_state.read(known)["generation"] == 1, what="the backup's first generation")
     finally:
         for site in (api, worker, ship):
+            site.close()
+
+
+@pytest.mark.skipif(not CLUSTER, reason="`make test-cluster` runs it")
+def test_each_part_works_with_its_own_rights_on_a_cluster(guarded_cluster, embedded, tmp_path):
+    """With a replica that must have each write: WAIT is a right, too."""
+    api, worker = [
+        Site(
+            guarded_cluster.url.replace("//", f"//{user}:{password(user)}@"),
+            tmp_path,
+            queue_url=embedded.queue.url,
+            replicas=1,
+        )
+        for user in ("api", "worker")
+    ]
+    try:
+        api.api()
+        worker.worker()
+        with api.client("alice") as client:
+            post = wait_until_processed(client, create_post(client, photograph()))
+            added = client.post(f"/v1/posts/{post['id']}/comments", json={"text": "Hello"})
+            assert added.status_code == 201
+            assert client.get("/v1/posts").json()["items"][0]["comment_count"] == 1
+            assert client.get("/v1/changes").status_code == 200
+            assert client.delete(f"/v1/posts/{post['id']}").status_code == 204
+        scrape = Scrape(api.url)
+        assert scrape("imagegram_redis_node_up", node=f"127.0.0.1:{guarded_cluster.nodes[0].port}") == 1
+        ship = redis.Redis(port=guarded_cluster.nodes[0].port, username="ship", password=password("ship"))
+        assert ship.cluster("NODES")
+        asked = redis.Redis(port=guarded_cluster.nodes[0].port, username="api", password=password("api"))
+        assert asked.execute_command("ASKING")
+        for command in (("CLUSTER", "RESET"), ("CLUSTER", "FAILOVER"), ("CLUSTER", "FORGET", "a" * 40)):
+            for client in (asked, ship):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    client.execute_command(*command)
+    finally:
+        for site in (api, worker):
             site.close()
 
 

@@ -30,18 +30,18 @@ def test_an_image_is_404_with_retry_after_until_its_picture_is_created(site):
 
 def test_every_post_becomes_ready_although_the_queue_is_lost_again_and_again(site, real_server):
     """Deletes all keys of RQ while pictures are created. Ends leases early, so that the test need not wait a minute."""
-    client = real_server.client
+    client, queue = real_server.client, real_server.queue.client
     with site.client("alice") as alice:
         posts = [create_post(alice, png(40 + n, 40)) for n in range(6)]
         worker = site.worker()
         deleted = 0
-        until(lambda: client.exists("rq:workers"), what="the worker")
+        until(lambda: queue.exists("rq:workers"), what="the worker")
         for _ in range(8):
-            deleted += client.delete("rq:workers", "rq:workers:images", *client.keys("rq:*"))
+            deleted += queue.delete("rq:workers", "rq:workers:images", *queue.keys("rq:*"))
             client.zadd("making:{0}:alice", dict.fromkeys((post["id"] for post in posts), 0), xx=True)
             client.zadd("turns:{0}", {"alice": 0}, xx=True)
             until(
-                lambda: client.keys("rq:*") or not client.exists("making:{0}:alice"),
+                lambda: queue.keys("rq:*") or not client.exists("making:{0}:alice"),
                 what="the next hint",
             )
         for post in posts:
@@ -54,9 +54,9 @@ def test_every_post_becomes_ready_although_the_queue_is_lost_again_and_again(sit
 
 def test_only_living_workers_count_for_the_capacity_of_the_queue(real_server):
     """The names of workers that died stay in RQ's register until a living worker cleans it up."""
-    client = real_server.client
+    client = real_server.queue.client
     client.flushall()
-    hints = dispatcher.queue(real_server.url)
+    hints = dispatcher.queue(real_server.queue.url)
     assert dispatcher.queue_capacity(hints, 1) == dispatcher.HINTS_PER_WORKER
     names = [f"rq:worker:{number}" for number in range(5)]
     client.sadd("rq:workers:images", *names)
@@ -79,7 +79,7 @@ async def dispatching(real_server, tmp_path):
     """Runs the dispatcher without workers, so hints stay in the queue. Yields storage's Redis client and the store."""
     real_server.client.flushall()
     chosen = make_settings(tmp_path, "", (tmp_path / "backup").as_uri(), partitions=PARTITIONS, converters=100)
-    db, hints = connect(real_server), dispatcher.queue(real_server.url)
+    db, hints = connect(real_server), dispatcher.queue(real_server.queue.url)
     task = asyncio.create_task(dispatcher.dispatch(db, chosen, hints))
     try:
         yield db, objects.open_store(chosen.store_url)
@@ -106,8 +106,9 @@ def users_of(partition: int) -> list[str]:
     return [name for name in names if keys.partition_of_user(name, PARTITIONS) == partition]
 
 
-async def check_that_other_work_goes_on(client, db, store, partition: int) -> None:
+async def check_that_other_work_goes_on(server, db, store, partition: int) -> None:
     """Checks that in this partition an upload is ended, a post's image is erased, and a post is handed out."""
+    client, queue = server.client, server.queue.client
     user = users_of(partition)[0]
     upload = await make_dropped_upload(db, store, user)
     deleted = await make_post(db, user, PARTITIONS)
@@ -119,7 +120,7 @@ async def check_that_other_work_goes_on(client, db, store, partition: int) -> No
     await eventually(lambda: not (store._root / keys.image(deleted)).exists(), "an erasure")
 
     def hinted() -> list[str]:
-        return [client.hget(f"rq:job:{job}", "description") for job in client.lrange("rq:queue:images", 0, -1)]
+        return [queue.hget(f"rq:job:{job}", "description") for job in queue.lrange("rq:queue:images", 0, -1)]
 
     await eventually(lambda: any(processing in job for job in hinted()), "a hint")
 
@@ -142,7 +143,7 @@ async def test_a_delete_that_fails_is_retried_with_growing_pauses_and_stops_noth
             now = client.time()[0] * 1000
             await eventually(lambda: messages(caplog, upload), "a try")
             await eventually(lambda now=now: client.zscore(keys.due(0), upload) != now + outbox.LEASE_MS, "its pause")
-            await check_that_other_work_goes_on(client, db, store, 0)
+            await check_that_other_work_goes_on(real_server, db, store, 0)
             pauses.append(round((client.zscore(keys.due(0), upload) - now) / outbox.LEASE_MS))
         assert pauses == [1, 2, 4]
         assert len(messages(caplog, upload)) == 1
@@ -160,7 +161,7 @@ async def test_a_malformed_member_of_due_is_postponed_and_stops_nothing_else(rea
     async with dispatching(real_server, tmp_path) as (db, store):
         client.zadd(keys.due(0), {member: 1})
         await eventually(lambda: messages(caplog, repr(member)), "its failure")
-        await check_that_other_work_goes_on(client, db, store, 0)
+        await check_that_other_work_goes_on(real_server, db, store, 0)
         assert len(messages(caplog, repr(member))) == 1
         assert client.zscore(keys.due(0), member) > client.time()[0] * 1000
 
@@ -172,10 +173,10 @@ async def test_a_partition_that_cannot_answer_stops_no_other(real_server, tmp_pa
         client.set(broken(0), "not a zset")
         await eventually(lambda: messages(caplog, "partition 0"), "its failure")
         for _ in range(2):
-            await check_that_other_work_goes_on(client, db, store, 1)
+            await check_that_other_work_goes_on(real_server, db, store, 1)
         assert len(messages(caplog, "partition 0")) == 1 and not messages(caplog, "partition 1")
         client.delete(broken(0))
-        await check_that_other_work_goes_on(client, db, store, 0)
+        await check_that_other_work_goes_on(real_server, db, store, 0)
 
 
 async def test_a_store_that_is_unreachable_does_not_delay_image_work(real_server, tmp_path, caplog):
@@ -187,7 +188,7 @@ async def test_a_store_that_is_unreachable_does_not_delay_image_work(real_server
         client.zadd(keys.due(0), {upload: 1})
         await eventually(lambda: messages(caplog, "cleaning up partition 0"), "its failure")
         post = await make_processing(db, users_of(0)[0], PARTITIONS)
-        await eventually(lambda: client.llen("rq:queue:images"), f"a hint of {post}")
+        await eventually(lambda: real_server.queue.client.llen("rq:queue:images"), f"a hint of {post}")
         store._root.unlink()
         (tmp_path / "aside").rename(store._root)
         client.zadd(keys.due(0), {upload: 1})
