@@ -89,7 +89,7 @@ def simulate(chance: random.Random, count: int, unknown: float) -> list[Op]:
     return [*ops, page(count + 20, count + 21, *there)]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_of_long_histories_the_right_ones_are_found_right_and_spoilt_ones_wrong(seed):
     chance = random.Random(seed)
     assert linearizable(simulate(chance, 200, unknown=0.02))
