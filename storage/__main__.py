@@ -102,6 +102,7 @@ def run() -> None:
     cluster_commands.add_parser("show")
     form_parser = cluster_commands.add_parser("form")
     form_parser.add_argument("--primaries", metavar="N", type=_count, required=True, help="primaries that hold data")
+    form_parser.add_argument("--home", action="store_true", help="the first N nodes become the primaries again")
     plan_parser = cluster_commands.add_parser("plan")
     plan_parser.add_argument("primaries", metavar="N", type=_count, help="primaries that hold data")
     numbers = range(topology.ARBITERS + 1)
@@ -259,6 +260,8 @@ async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:
         raise SystemExit("IMAGEGRAM_REDIS_URL names no Cluster: redis+cluster://host:port,host:port,…")
     if arguments.cluster == "form":
         await topology.form(db, arguments.primaries, arguments.arbiters, _say)
+        if arguments.home:
+            await topology.bring_home(db, arguments.primaries, _say)
     members = await topology.read(db)
     if arguments.cluster == "place":
         planned = topology.moves(members, settings.partitions, arguments.without)

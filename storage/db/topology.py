@@ -364,6 +364,32 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     await _until(lambda: _all(nodes, _complete), "all nodes agree and all replicas have the data")
 
 
+async def bring_home(cluster: Cluster, primaries: int, report: Report = print) -> None:
+    """Make the first `primaries` nodes of the URL primaries again. A Cluster that was formed has them there.
+
+    After failovers, several primaries may be on one machine, or one beside an arbiter. If that machine is lost, most of
+    the primaries are, and no replica is promoted. By CLUSTER FAILOVER a replica takes over without losing a write.
+
+    Raises Refused if it takes too long, and Unreachable.
+    """
+    homes = cluster.nodes()[:primaries]
+    own = {}
+    for node in homes:
+        with suppress(*REPLIED, Unreachable):
+            own[node] = next(member for member in await _members(node) if "myself" in member.flags)
+    ids = {member.id for member in own.values()}
+    for node, member in own.items():
+        # A replica of another of them stays: the two would take turns.
+        if member.primary and member.primary not in ids:
+            await node.ask("CLUSTER", "FAILOVER")
+            await _until(lambda: _is_primary(node), f"{node.place} is a primary")  # noqa: B023
+            report(f"{node.place}: a primary again")
+
+
+async def _is_primary(node: Node) -> bool:
+    return "role:master" in await node.ask("INFO", "replication")
+
+
 async def _answering(cluster: Cluster, report: Report) -> list[Node]:
     """The nodes that answer. Waits for the others for FORM_SECONDS, unless the Cluster is in use."""
     deadline = time.monotonic() + FORM_SECONDS
