@@ -89,10 +89,10 @@ def test_a_small_site_is_formed_completed_and_survives_its_primary(nodes, kind):
     first[0].start()
     until(lambda: run(complete, "show")[0] == 0, 20, "the lost node is a replica")
     code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2", "--home")
-    assert code == 0 and f"localhost:{first[0].port}: a primary again" in output
+    assert code == 0 and f"localhost:{first[0].port}: a primary again" in output, output
     assert first[0].client.info("replication")["connected_slaves"] in (1, 2)
     code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2", "--home")
-    assert code == 0 and "again" not in output
+    assert code == 0 and "again" not in output, output
 
 
 def test_partitions_move_to_a_new_primary_and_back_and_one_is_emptied(nodes):

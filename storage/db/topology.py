@@ -413,16 +413,22 @@ async def _answering(cluster: Cluster, report: Report) -> list[Node]:
 
 
 async def _meet(nodes: list[Node]) -> None:
-    """Let the first node meet the others, and wait until each knows each."""
-    ids = {await node.ask("CLUSTER", "MYID") for node in nodes}
+    """Let the first node meet those that it does not know at their present address. Wait until each knows each."""
+    ids = {node: await node.ask("CLUSTER", "MYID") for node in nodes}
+    known = {(member.id, member.host, member.port) for member in await _members(nodes[0]) if member.lives}
     loop = asyncio.get_running_loop()
     for node in nodes[1:]:
         # The command takes an address only, no name.
         found = await loop.getaddrinfo(node.host, node.port, type=socket.SOCK_STREAM)
-        await nodes[0].ask("CLUSTER", "MEET", str(found[0][4][0]), node.port)
+        host = str(found[0][4][0])
+        if (ids[node], host, node.port) not in known:
+            await nodes[0].ask("CLUSTER", "MEET", host, node.port)
 
     async def knows_all(node: Node) -> bool:
-        return ids <= {member.id for member in await _members(node) if member.lives}
+        members = await _members(node)
+        # A handshake with a node that is known at another address is a member of its own until it ends.
+        handshakes = any("handshake" in member.flags for member in members)
+        return not handshakes and set(ids.values()) <= {member.id for member in members if member.lives}
 
     await _until(lambda: _all(nodes, knows_all), "all nodes know each other")
 
