@@ -18,14 +18,14 @@ secret() { # NAME ARGUMENT…
 }
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; } # nothing that a URL must encode
 
-for user in api worker ship operator replication; do
+for user in api worker ship operator replica; do
   random >"$folder/$user"
   sed "s/CHANGE-ME-$user\b/$(cat "$folder/$user")/" "$folder/users.acl" >"$folder/next"
   mv "$folder/next" "$folder/users.acl"
 done
 random >"$folder/queue"
 random >"$folder/jwt"
-printf 'primaryuser replication\nprimaryauth %s\n' "$(cat "$folder/replication")" >"$folder/replication.conf"
+printf 'primaryuser replica\nprimaryauth %s\n' "$(cat "$folder/replica")" >"$folder/replication.conf"
 # RQ needs wide rights. So it has a server of its own, and the worker another password there.
 printf 'user worker on >%s ~* &* +@all -@admin -@dangerous +info +client|list +keys\nuser default off\n' \
   "$(cat "$folder/queue")" >"$folder/queue.acl"
