@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns drill drill-cluster drill-images drill-lines drill-restarts picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -87,6 +87,10 @@ bench-images: ## the cost of a picture, beside libvips
 bench-turns: ## how long a photograph waits behind another user's large images; two minutes
 	@.ci/setup bench
 	$(python) -m tests.bench.turns
+
+capacity: ## compute docs/capacity.md, its tables and its picture, from measured figures
+	@.ci/setup test
+	$(python) -m tests.bench.capacity
 
 drill: ## the long durability tests, with figures; ten minutes at most; the drill of a full disk needs root
 	@.ci/setup test

@@ -458,3 +458,10 @@ def test_the_example_session_of_the_key_page_is_true(session):
             assert {line.partition(":")[0] for line in printed.split()} <= counted
         else:
             assert shape(session(command)) == shape(printed), command
+
+
+def test_the_tables_of_capacity_are_what_its_script_computes():
+    from tests.bench import capacity  # not above: it imports matplotlib, which takes a second
+
+    text = capacity.PAGE.read_text()
+    assert capacity.page(text) == text

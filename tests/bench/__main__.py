@@ -7,11 +7,11 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import forecast, growth, plots, requests, shards, shipping, table, transfers, waiting
+from tests.bench import costs, forecast, growth, plots, requests, shards, shipping, table, transfers, waiting
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = ("requests", "growth", "memory", "transfers", "shipping", "waiting", "shards", "forecast")
+PARTS = ("requests", "growth", "memory", "transfers", "shipping", "waiting", "shards", "costs", "forecast")
 FORECAST = 300  # seconds of each load
 QUICK_SIZES = (1000, 10_000)  # posts
 
@@ -40,6 +40,8 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
             rows = waiting.measure()
         case "shards":
             rows = shards.measure(rounds, seconds)
+        case "costs":
+            rows = costs.measure()
         case "forecast":
             rows, results = forecast.measure(10 if options.quick else FORECAST)
             plots.forecast(results, forecast.TARGET, pictures / "forecast.png")

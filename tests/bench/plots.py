@@ -162,3 +162,32 @@ def forecast(seen: dict[str, dict], most: float, path: Path) -> None:
     _label(panels, len(panels))
     _legend(figure, panels, 4)
     _save(figure, path)
+
+
+def capacity(sites: list, path: Path) -> None:
+    """What a site needs at the forecast's rate, against its age: memory, nodes, a rewrite's fork, and the stores."""
+    days = [site.days for site in sites]
+    figure, panels = _figure("The forecast, against the age of the site", 1, 3, 4)
+    lines = {
+        "data and room, all nodes": [site.memory * 4.5 / 1e9 for site in sites],
+        "data of one copy": [site.memory / 1e9 for site in sites],
+    }
+    for (label, values), style in zip(lines.items(), cycle(LINES), strict=False):
+        panels[0].plot(days, values, **style, label=label, markersize=3)
+    panels[0].set_title("memory, GB", fontsize=11)
+    panels[1].plot(days, [site.primaries for site in sites], **LINES[0], label="primaries of 2 GiB", markersize=3)
+    forks = [site.memory / 2**30 * 17.5 for site in sites]
+    panels[1].plot(days, forks, **LINES[1], label="fork of one primary with all data, ms", markersize=3)
+    panels[1].axhline(50, color="#D55E00", linewidth=1, label="50 ms")
+    panels[1].set_title("primaries, and why one is not enough", fontsize=11)
+    panels[2].plot(days, [site.stored / 1e9 for site in sites], **LINES[0], label="images", markersize=3)
+    panels[2].plot(days, [site.backup / 1e9 for site in sites], **LINES[1], label="backup", markersize=3)
+    panels[2].set_title("stores, GB", fontsize=11)
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _log_ticks(axes.xaxis, [1, 7, 30, 91, 365])
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.set_xlabel("days")
+        axes.legend(fontsize=9)
+    _save(figure, path)
