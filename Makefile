@@ -48,12 +48,9 @@ test-pillow: ## the image tests with Pillow itself, which is used where pillow-s
 	.venv-pillow/bin/python -c 'from PIL import Image; print("Pillow", Image.__version__)'
 	.venv-pillow/bin/python -m pytest -n 2 $(addprefix tests/test_workers_,pipeline.py jpeg.py hostile.py jobs.py)
 
-test-cluster: ## the tests of scripts, storage and the feed on a Redis Cluster, of Valkey and of Redis; four minutes
+test-cluster: ## all tests that use a Redis, on a Redis Cluster, of Valkey and of Redis; ten minutes each
 	@.ci/setup test
-	for kind in valkey redis; do CLUSTER=$$kind $(python) -m pytest -n 2 --dist loadfile -k cluster- \
-	  $(addprefix tests/test_,lua.py api_user_posts.py api_changes.py api_walk.py $(addprefix storage_,limits.py model.py \
-	  check.py moderation.py outbox.py scripts.py sweep.py uploads.py)) || exit 1; done
-	$(python) -m pytest tests/drills/cluster_run.py
+	for kind in valkey redis; do CLUSTER=$$kind $(python) -m pytest -n 2 --dist loadfile || exit 1; done
 
 test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test

@@ -6,6 +6,7 @@ import time
 from random import Random
 
 import httpx
+import pytest
 from conftest import (
     NOBODY,
     RedisServer,
@@ -161,6 +162,7 @@ async def test_uploads_are_counted_as_they_are_opened_resumed_finished_and_dropp
     assert after(stored) - before(stored) == 1050
 
 
+@pytest.mark.one_redis
 async def test_open_uploads_and_work_that_waits_are_read_from_redis(serving, empty):
     """There is no worker, so the work of an hour ago still waits."""
 
@@ -260,6 +262,7 @@ def test_a_worker_counts_images_and_the_uploads_that_it_ends_and_a_second_one_wi
         assert wait_until_processed(alice, create_post(alice, photograph()))["status"] == "ready"
 
 
+@pytest.mark.one_redis
 def test_the_shipper_reports_its_lag_and_counts_what_it_ships(embedded, tmp_path):
     embedded.client.flushall()
     (tmp_path / "redis").symlink_to(embedded.folder.name)

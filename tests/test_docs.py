@@ -447,6 +447,7 @@ def shape(reply: str) -> str:
     return "\n".join(line.strip() for line in reply.strip().splitlines())
 
 
+@pytest.mark.one_redis
 def test_the_example_session_of_the_key_page_is_true(session):
     blocks = re.findall(r"```\n(.*?)```", section(KEYS, "## An example session"), re.DOTALL)
     commands = [part for block in blocks for part in re.split(r"^> ", block, flags=re.MULTILINE) if part]

@@ -295,6 +295,7 @@ async def test_an_upload_with_a_malformed_field_is_reported_and_stays(db, store,
     assert (await check.fit_restored(db, store, range(1))).flaws
 
 
+@pytest.mark.one_redis
 async def test_names_and_members_that_are_not_utf_8_are_reported_and_a_repair_removes_the_members(
     real_server, store
 ):
@@ -440,6 +441,7 @@ async def test_no_flaw_is_reported_while_others_write(db, store, data):
     await asyncio.gather(*writers)
 
 
+@pytest.mark.one_redis
 def test_the_command_prints_the_flaws_and_exits_with_1_until_they_are_repaired(site):
     def run(*options: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "storage", "check", *options]

@@ -273,7 +273,7 @@ async def test_the_record_of_an_erasure_covers_all_of_it_also_of_one_that_was_br
     (record,) = await erasure.records(store)
     assert record.at == record.last == db.clock
     for broken in (True, False):  # a restore has brought alice back, and later did so again
-        db.clock = keys.created_ms(await publish(db, store, "alice")) + 1
+        db.clock = max(record.last, keys.created_ms(await publish(db, store, "alice"))) + 1
         later = record._replace(at=db.clock)
         await erasure._record(store, later)
         began = db.clock = db.clock + 1000

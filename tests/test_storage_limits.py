@@ -134,6 +134,7 @@ async def test_a_user_is_in_the_same_partition_as_the_users_uploads(server, db):
     assert set(contents(server.client)) == {keys.rate(keys.partition_of_user(user, 16), "post", user) for user in users}
 
 
+@pytest.mark.one_redis
 async def test_nothing_is_written_to_the_append_only_file(real_server):
     db, client = connect(real_server), real_server.client
     client.flushall()
@@ -242,6 +243,7 @@ with fork.Pool(50) as crowd:
 """
 
 
+@pytest.mark.one_redis
 def test_of_10000_requests_of_50_processes_as_many_are_allowed_as_the_formula_says(embedded):
     embedded.client.flushall()
 

@@ -152,7 +152,8 @@ async def test_the_command_prints_and_removes_what_nobody_owns(embedded, tmp_pat
     embedded.client.flushall()
     store = objects.open_store((tmp_path / "store").as_uri())
     name = await put(store, tmp_path, keys.image(NOBODY))
-    environment = {"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_REDIS_URL": embedded.url}
+    redis = {"IMAGEGRAM_REDIS_URL": embedded.url, "IMAGEGRAM_QUEUE_URL": embedded.queue.url}
+    environment = {"IMAGEGRAM_DATA": str(tmp_path), **redis}
 
     def run(*options: str, **changed: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "storage", "sweep", *options]

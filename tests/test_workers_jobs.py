@@ -11,7 +11,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from conftest import ROOT, RedisServer, free_port, photograph, until
+from conftest import ROOT, RedisServer, connect, free_port, photograph, until
 from parts import s3_url
 from proxy import Proxy
 from state import unchanged
@@ -32,8 +32,9 @@ def server(embedded):
 @pytest.fixture
 async def db(server, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
+    monkeypatch.setenv("IMAGEGRAM_QUEUE_URL", server.queue.url)
     monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
-    db = Redis(server.url)
+    db = connect(server)
     yield db
     await db.close()
 
@@ -88,7 +89,7 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
     """The first attempt's lease ends. A second attempt starts and ends while the first is still running."""
 
     async def second_attempt():
-        other = Redis(server.url)
+        other = connect(server)
         second = await handed_out(server, other, due.id)
         await other.close()
         await jobs._attempt(second.id, second.lease)
@@ -101,7 +102,7 @@ async def test_two_attempts_at_the_same_time_give_one_result(server, db, store, 
 
 async def test_a_job_whose_post_is_deleted_meanwhile_erases_the_image_it_stored(server, db, store, due, monkeypatch):
     async def delete():
-        other = Redis(server.url)
+        other = connect(server)
         await posts.delete(other, store, "alice", due.id)
         await other.close()
 
@@ -212,6 +213,7 @@ async def mortal(tmp_path, monkeypatch):
     """A Redis that only one test uses, so that the test can kill it."""
     server = RedisServer("valkey")
     monkeypatch.setenv("IMAGEGRAM_REDIS_URL", server.url)
+    monkeypatch.setenv("IMAGEGRAM_QUEUE_URL", server.queue.url)
     monkeypatch.setenv("IMAGEGRAM_DATA", str(tmp_path))
     monkeypatch.setattr(jobs, "RETRY_PAUSE", 0.05)
     yield server
@@ -220,7 +222,7 @@ async def mortal(tmp_path, monkeypatch):
 
 async def make_post_with_photograph(server, store) -> tuple[Redis, str]:
     """Returns a client of the server and the id of a processing post."""
-    db = Redis(server.url)
+    db = connect(server)
     async with uploads.form_upload(db, store, "alice", 1) as image:
         await image.write(photograph())
         await image.finish()
@@ -298,12 +300,13 @@ def run_job_until_killed(proxy, due: outbox.ImageWork, before: dict) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "failed"])
+@pytest.mark.one_redis
 async def test_the_image_of_a_killed_job_is_erased_if_its_post_has_ended(server, db, store, due, how):
     """The post is deleted or failed while the job runs. The job stores the JPEG and is killed before it publishes."""
 
     async def end_post():
         """Ends the post, and then does the work that is due."""
-        other = Redis(server.url)
+        other = connect(server)
         db.clock = other.clock = due.lease + LEASE_MS
         if how == "deleted":
             await posts.delete(other, store, "alice", due.id)
