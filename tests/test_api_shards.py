@@ -27,7 +27,7 @@ def cluster():
 
 @pytest.fixture
 def site(cluster, embedded, tmp_path):
-    settings = {"partitions": PARTITIONS, "queue_url": embedded.url, "limits": "comment=900/m,read=900/m"}
+    settings = {"partitions": PARTITIONS, "queue_url": embedded.queue.url, "limits": "comment=900/m,read=900/m"}
     site = Site(cluster.url, tmp_path, **settings)
     site.api()
     site.worker()

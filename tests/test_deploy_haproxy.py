@@ -72,6 +72,7 @@ def test_haproxy_hides_the_metrics_and_its_own_errors_are_problems(site):
     assert exchange(site.nodes[0].port, request("GET", "/metrics")).status == 200
 
 
+@pytest.mark.one_redis
 def test_while_no_node_is_ready_pictures_are_served_and_the_rest_says_why(site, embedded):
     with site.client("dave") as client:
         post = wait_until_processed(client, create_post(client, jpeg()))
