@@ -269,7 +269,7 @@ async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:
         for (source, target), slots in planned.items():
             _say(f"{places[source]}: {' '.join(topology.command(target, slots))}")
         if arguments.yes:
-            await topology.move(db, members, planned, _say)
+            await topology.move(db, members, planned, settings.partitions, _say)
         elif planned:
             _say("nothing was moved: add --yes to move it")
         else:

@@ -13,6 +13,7 @@ A partition is a small number in a hash tag, so all its keys are in one slot. CR
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections import Counter, defaultdict
@@ -283,25 +284,44 @@ def command(target: str, slots: Slots) -> list[str]:
     return ["CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", *pairs, "NODE", target]
 
 
-async def move(cluster: Cluster, members: list[Member], planned: Moves, report: Report) -> None:
-    """Move slots, one pair of nodes after the other. Returns when all are where they shall be.
+async def move(cluster: Cluster, members: list[Member], planned: Moves, partitions: int, report: Report) -> None:
+    """Move slots, each partition that is in use by itself. Returns when all are where they shall be.
+
+    The source deletes a slot when the target has it, whether the target's replicas have it or not. A target that is
+    lost in this moment takes the slot with it. So the next slot moves only when the replicas have received the last one.
 
     Raises Refused if a server cannot move slots atomically (Redis, Valkey before 9) or gives up, and Unreachable.
     """
     places = {member.id: member.place for member in members}
+    alone = {partition_slot(partition) for partition in range(partitions)}
     for (source, target), slots in planned.items():
         node = cluster.node(places[source])
-        try:
-            await node.ask(*command(target, slots))
-        except ResponseError as error:
-            raise Refused(f"{places[source]} does not move slots: {error}") from None
-        began = time.monotonic()
-        while (state := await _migration(node, target)) not in ("success", ""):
-            if state in ("failed", "canceled"):
-                raise Refused(f"{places[source]} could not move its slots to {places[target]}: {state}")
-            await asyncio.sleep(POLL)
-        taken = time.monotonic() - began
-        report(f"{places[source]} -> {places[target]}: {written(slots)} ({taken:.1f} s)")
+        parts = [[slot] for slot in slots if slot in alone] + [[slot for slot in slots if slot not in alone]]
+        for part in filter(None, parts):
+            began = time.monotonic()
+            try:
+                await node.ask(*command(target, part))
+            except ResponseError as error:
+                raise Refused(f"{places[source]} does not move slots: {error}") from None
+            while (state := await _migration(node, target)) not in ("success", ""):
+                if state in ("failed", "canceled"):
+                    raise Refused(f"{places[source]} could not move its slots to {places[target]}: {state}")
+                await asyncio.sleep(POLL)
+            await _replicated(cluster.node(places[target]))
+            taken = time.monotonic() - began
+            report(f"{places[source]} -> {places[target]}: {written(part)} ({taken:.1f} s)")
+
+
+async def _replicated(node: Node) -> None:
+    """Wait until all connected replicas of a node have received what it has now. Raises Refused if it takes long."""
+    wanted = int((await node.info("replication"))["master_repl_offset"])
+
+    async def received() -> bool:
+        about = await node.info("replication")
+        copies = [value for name, value in about.items() if re.fullmatch("slave[0-9]+", name) and "online" in value]
+        return all(int(value.partition("offset=")[2].partition(",")[0]) >= wanted for value in copies)
+
+    await _until(received, f"the replicas of {node.place} have received the slots")
 
 
 async def _migration(node: Node, target: str) -> str:
