@@ -51,6 +51,7 @@ test-pillow: ## the image tests with Pillow itself, which is used where pillow-s
 test-cluster: ## all tests that use a Redis, on a Redis Cluster, of Valkey and of Redis; ten minutes each
 	@.ci/setup test
 	for kind in valkey redis; do CLUSTER=$$kind $(python) -m pytest -n 2 --dist loadfile || exit 1; done
+	$(python) -m pytest -s tests/drills/cluster_run.py tests/drills/growing.py
 
 test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test
