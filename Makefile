@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-images drill-lines drill-restarts picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -97,6 +97,10 @@ drill: ## the long durability tests, with figures; ten minutes at most; the dril
 drill-cluster: ## a Redis Cluster whose nodes are killed, cut off and paused, and whose slots move; ten minutes at most
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.cluster
+
+drill-cluster-restore: ## restore a Cluster to 20 random seconds across failovers and moved slots; ten minutes at most
+	@.ci/setup test
+	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.cluster_restore
 
 drill-images: ## the long tests of workers: a backlog, kills, Redis away, damaged images; twelve minutes at most
 	@.ci/setup test

@@ -5,6 +5,7 @@ import contextlib
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,12 +131,14 @@ async def writing_to(cluster: ClusterServer, settings: Settings, history: Histor
         await db.close()
 
 
-async def read_restored(settings: Settings, kind: str, to: Path, at: int | None) -> dict[str, list[str]]:
+async def read_restored(
+    settings: Settings, kind: str, to: Path, at: int | None, report: Callable[[str], None] = print
+) -> dict[str, list[str]]:
     """Restores to second `at`, starts the nodes, and returns the texts of the comments of each post in the feed.
 
     Asserts that `check` finds nothing, that the feed counts these comments, and that no key was lost by MEET.
     """
-    await restore_all(settings, open_store(settings.backup_store_url), to, at, lambda line: None)
+    await restore_all(settings, open_store(settings.backup_store_url), to, at, report)
     nodes = [ClusterNode(kind, shard) for shard in sorted(to.iterdir())]
     keys = [node.client.dbsize() for node in nodes]
     db = Cluster("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes))

@@ -14,7 +14,7 @@ from shards import History, read_folders, read_restored, settings_in, shipping_a
 
 from storage.backup import chain, owners, retain, ship, snapshots, state
 from storage.backup.restore import Refused
-from storage.backup.shards import restore_all
+from storage.backup.shards import restore_all, running
 from storage.backup.verify import last_result, verify
 from storage.db import topology
 from storage.objects import Below, open_store
@@ -35,7 +35,7 @@ async def migrate(source, target, partition: int) -> None:
 
 async def test_a_cluster_is_restored_to_any_second_across_a_migration_and_a_failover(tmp_path):
     cluster = await asyncio.to_thread(ClusterServer, "valkey", 2, 1)
-    settings, history = settings_in(tmp_path, "valkey"), History()
+    settings, history = replace(settings_in(tmp_path, "valkey"), replicas=1), History()
     store = open_store(settings.backup_store_url)
     try:
         async with writing_to(cluster, settings, history), shipping_all(cluster, settings) as shippers:
@@ -43,8 +43,8 @@ async def test_a_cluster_is_restored_to_any_second_across_a_migration_and_a_fail
                 await shipped(shipper)
             await next_second()
             await migrate(cluster.nodes[0], cluster.nodes[1], 0)
-            moved = int(time.time())
-            await next_second()
+            shippers[1].stop.set()  # as if the machine were lost: the last seconds of this primary are not shipped
+            lost = await next_second() - 1
             cluster.nodes[1].kill()
             cluster.nodes[3].client.cluster("FAILOVER", "TAKEOVER")
             promoted = await next_second()
@@ -53,21 +53,18 @@ async def test_a_cluster_is_restored_to_any_second_across_a_migration_and_a_fail
                 await shipped(shippers[number])
                 cluster.nodes[number].client.bgrewriteaof()
                 await until(lambda one=shippers[number]: one.chain.generation == 2, "a second generation")
-        found = await read_restored(settings, "valkey", tmp_path / "moved", moved)
-        assert history.compare(found, moved) == (0, 0) and sum(map(len, found.values())) > 50
-        await restore_all(settings, store, tmp_path / "promoted", promoted, lambda line: None)
-        assert history.compare(await read_folders(settings, tmp_path / "promoted"), promoted) == (0, 0)
         lines = []
-        assert await verify(settings, store, lines.append)
-        assert lines[-1].startswith("2 shards restored up to") and "16 posts" in lines[-1] and "0 flaws" in lines[-1]
+        found = await read_restored(settings, "valkey", tmp_path / "lost", lost, lines.append)
+        assert history.compare(found, lost) == (0, 0) and sum(map(len, found.values())) > 50
+        assert "was its replica then, and has more" in "".join(lines)
         replica = cluster.nodes[2].client.cluster("MYID")
         assert await verify(settings, store, lines.append, replica), "a replica's own chain"
         assert (await last_result(Below(store, replica)))["good"] == 1
-        table = await snapshots.cluster_table(store, state.read(settings), await last_result(store))
+        table = await snapshots.cluster_table(store, state.read(settings), None)
         assert f"node {replica}: replica of {cluster.nodes[0].client.cluster('MYID')} since" in table
-        assert table.count("open    valkey") == 4 and "0 h ago: 2 shards restored" in table
+        assert table.count("open    valkey") == 4 and table.count("0 h ago: generation 1 restored") == 1
         with pytest.raises(Refused, match="the oldest second kept of the whole Cluster is"):
-            await restore_all(settings, store, tmp_path / "early", moved - 3600)
+            await restore_all(settings, store, tmp_path / "early", lost - 3600)
         assert not (tmp_path / "early").exists()
         # As of a backup that is so old that only its bases are kept: they are from before the slot was moved.
         await store.delete([entry.name async for entry in store.list() if re.search("/00000001/.*incr", entry.name)])
@@ -79,20 +76,31 @@ async def test_a_cluster_is_restored_to_any_second_across_a_migration_and_a_fail
 
 
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
-async def test_a_restored_node_owns_its_slots_and_keeps_its_keys_when_it_meets_others(kind, tmp_path):
-    """Slots of partitions without keys, too, and the last slots, which an arbiter had, stay free."""
+async def test_a_restored_node_owns_its_slots_and_keeps_its_keys_when_it_meets_others(kind, tmp_path, monkeypatch):
+    """Slots of partitions without keys, too, and the last slots, which an arbiter had, stay free.
+
+    Before, the only primary's shipper has started a trial of its own chain, and one of the whole Cluster.
+    """
     folder = tmp_path / "node"
     node = ClusterNode(kind, folder)
-    settings, history = settings_in(tmp_path, kind), History()
+    settings, history = replace(settings_in(tmp_path, kind), verify_every=kind == "valkey"), History()
+    store, identity = open_store(settings.backup_store_url), node.client.cluster("MYID")
+    for name in ("store", "backup_store", "redis_server"):
+        value = getattr(settings, name, None) or getattr(settings, f"{name}_url", "")
+        monkeypatch.setenv(f"IMAGEGRAM_{name.upper()}", value)
+    monkeypatch.setenv("IMAGEGRAM_DATA", str(settings.data))
     try:
         node.client.cluster("ADDSLOTSRANGE", 0, 16375)
         await until(lambda: node.client.cluster("INFO")["cluster_state"] == "ok", "the node serves its slots")
         cluster = Namespace(nodes=[node], url=f"redis+cluster://127.0.0.1:{node.port}")
         async with shipping_all(cluster, settings) as shippers, writing_to(cluster, settings, history, 1):
+            for place in (Below(store, identity), store) if settings.verify_every else ():
+                result = await until(lambda place=place: last_result(place), "a trial", 40)
+                assert result["ok"] and result["shards"] == (place is store), result
             await shipped(shippers[0])
     finally:
         node.kill()
-    await restore_all(settings, open_store(settings.backup_store_url), tmp_path / "to")
+    await restore_all(settings, store, tmp_path / "to")
     nodes = [ClusterNode(kind, tmp_path / "to" / "1"), ClusterNode(kind, tmp_path / "empty")]
     try:
         count = nodes[0].client.dbsize()
@@ -106,6 +114,34 @@ async def test_a_restored_node_owns_its_slots_and_keeps_its_keys_when_it_meets_o
     finally:
         for one in nodes:
             one.kill()
+
+
+async def test_a_base_that_was_written_while_slots_were_moved_to_the_node_is_loaded(tmp_path):
+    cluster = await asyncio.to_thread(ClusterServer, "valkey", 2, 0)
+    source, target = cluster.nodes
+    try:
+        for number in range(300):
+            source.client.set(f"{number}{{0}}", "moved")
+        target.client.set("own{1}", "kept")
+        source.client.config_set("rdb-key-save-delay", "3000")  # microseconds: the move takes a second
+        source.client.execute_command(*topology.command(target.client.cluster("MYID"), [topology.partition_slot(0)]))
+
+        def moving(state: str) -> bool:
+            return state in str(target.client.execute_command("CLUSTER", "GETSLOTMIGRATIONS"))
+
+        await until(lambda: moving("receiving-snapshot"), "a part of the slot has come")
+        target.client.bgrewriteaof()
+        await until(lambda: len(list(target.folder.glob("appendonlydir/*.2.base.rdb"))), "the base")
+        assert moving("receiving-snapshot")
+        await until(lambda: moving("success"), "the slot was moved")
+    finally:
+        for node in cluster.nodes:
+            node.kill()
+    (target.folder / "nodes.conf").unlink()
+    (target.folder / "server").write_text("valkey 9.1.2\n")
+    async with running(settings_in(tmp_path, "valkey"), target.folder) as client:
+        assert await client.dbsize() == 301
+    cluster.close()
 
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40

@@ -11,7 +11,7 @@ A change happened between `looked` and `seen`. What may have happened by a secon
 
 | between the two, the node | at T | a restore takes |
 |---|---|---|
-| was a replica, and became a primary | T is before `looked` | the chain of the old primary |
+| was a replica, and became a primary | T is before `looked` | the chain of the old primary, as far as it was shipped |
 | | T is later | the chain of the new primary. It has all that the old one had acknowledged with IMAGEGRAM_REPLICAS |
 | was a primary, and got a slot | T is before `looked` | the chain of the node that had the slot |
 | | T is between | the one of the two that has more of the slot: one was complete, the other had only a part |
@@ -161,6 +161,17 @@ def candidates(records: Mapping[str, list[Record]], end: float, kept: set[str]) 
         nodes = ((sure[2],) if sure else ()) + tuple(moved.get(slot, ()))
         found.append(nodes or (primaries if slot in ever else ()))
     return found
+
+
+def successors(records: Mapping[str, list[Record]], node: str, end: float) -> list[str]:
+    """The nodes that were replicas of `node` at `end` (unix seconds) and became primaries later, in this order."""
+    promoted = []
+    for other, history in records.items():
+        now = _at(history, end)
+        if now and now["follows"] == node:
+            later = [record["seen"] for record in history if record["seen"] >= end and not record["follows"]]
+            promoted += [(min(later), other)] if later else []
+    return [other for _, other in sorted(promoted)]
 
 
 def known_from(records: Mapping[str, list[Record]], end: float) -> float:

@@ -48,7 +48,9 @@ class Restored:
     generation: int
     requested: int | None  # unix second; None for the newest
     second: int  # the newest unix second of which the restored data contain a record
-    exact: bool  # no record between `second` and the requested second is missing
+    exact: bool  # no record between `second` and the requested second is missing, as far as the backup knows
+    goes_on: bool = False  # the backup also has what was written after the requested second
+    reach: float = 0  # unix time at which the newest bytes in the generation were read from Redis' files
     counts: dict[str, int] = field(default_factory=dict)  # "posts", "comments", "open uploads", "flaws"
     shards: int = 0  # of a Cluster; `generation` is 0 then. 0: a single server
 
@@ -112,15 +114,14 @@ async def write_folder(
     remaining, restored = await wrap(_truncate)(folder, names, description, at)
     await wrap(_write_manifest)(part, remaining, description)
     following = min((other for other in described if other > number), default=None)
-    if at is not None and following and not restored.exact:
-        restored.exact = last.get("closed") == following and not last["gap"]
-        if not restored.exact:
-            report(
-                f"NOT EXACT: the backup has nothing of the time from {format_utc(restored.second)}"
-                f" to {format_utc(described[following]['second'])}; this is the state at its beginning"
-            )
-    else:
-        restored.exact = True
+    restored.reach = last["time"]
+    restored.goes_on = restored.exact or ("closed" in last and last["closed"] == following and not last["gap"])
+    restored.exact = restored.goes_on or at is None or following is None
+    if following and not restored.exact:
+        report(
+            f"NOT EXACT: the backup has nothing of the time from {format_utc(restored.second)}"
+            f" to {format_utc(described[following]['second'])}; this is the state at its beginning"
+        )
     return restored
 
 
@@ -221,8 +222,10 @@ def finish(part: Path, to: Path) -> None:
 
 
 @asynccontextmanager
-async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
+async def running(settings: Settings, folder: Path, *options: str) -> AsyncIterator[Redis]:
     """Run a server on a data folder, and yield a client of it. The server is stopped afterwards.
+
+    `options` are further ones of the server, for example `("--cluster-enabled", "yes")`.
 
     Nobody else can reach the server: its socket is in a temporary folder. Raises Damaged with the last lines of the
     server's log if it does not load the folder.
@@ -235,7 +238,7 @@ async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
         own = ["--unixsocket", str(socket), "--logfile", ""]  # if an option is given twice, the server takes the last
         with log_file.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
-                *command, *own, stdout=file, stderr=file, stdin=asyncio.subprocess.DEVNULL
+                *command, *own, *options, stdout=file, stderr=file, stdin=asyncio.subprocess.DEVNULL
             )
         client = Redis(unix_socket_path=str(socket))
         try:

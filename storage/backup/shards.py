@@ -20,7 +20,9 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -53,10 +55,23 @@ async def restore_all(
     kept = {node for node, bases in described.items() if any(base["second"] < end for base in bases.values())}
     found = owners.candidates(records, end, kept)
     restored: dict[str, Restored] = {}
-    for _ in range(2):
-        for node in sorted({node for nodes in found for node in nodes} - restored.keys()):
+
+    async def fetch(node: str) -> Restored:
+        if node not in restored:
             report(f"node {node}")
             restored[node] = await restore.write_folder(settings, Below(store, node), part / node, at, report)
+        return restored[node]
+
+    for _ in range(2):
+        for node in sorted({node for nodes in found for node in nodes} - restored.keys()):
+            if (await fetch(node)).goes_on:
+                continue
+            # The last second of a lost primary was never shipped. Its successor was its replica then, and has it.
+            for other in [one for one in owners.successors(records, node, end) if one in kept]:
+                if (await fetch(other)).goes_on or restored[other].reach > restored[node].reach:
+                    report(f"node {other} was its replica then, and has more")
+                    found = [tuple(dict.fromkeys(other if one == node else one for one in nodes)) for nodes in found]
+                    break
         # What is left of a node may be older than its slots: then the node that had a slot before takes part, too.
         for node, done in restored.items():
             if not done.exact:
@@ -103,6 +118,27 @@ async def restore_node(
     return restored
 
 
+@asynccontextmanager
+async def running(settings: Settings, folder: Path) -> AsyncIterator[Redis]:
+    """Like `restore.running`, for what a node of a Cluster has written.
+
+    A base that was written while slots were moved to the node says so. Valkey 9.1 loads that only in cluster mode;
+    otherwise it ends by an assertion. So if the server does not load the folder, one in cluster mode rewrites it first.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            redis = await stack.enter_async_context(restore.running(settings, folder))
+        except Damaged:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            async with restore.running(settings, folder, "--cluster-enabled", "yes", "--cluster-port", port) as node:
+                await _rewrite(node)
+            (folder / "nodes.conf").unlink()
+            redis = await stack.enter_async_context(restore.running(settings, folder))
+        yield redis
+
+
 async def _decide(
     settings: Settings, part: Path, found: list[tuple[str, ...]], report: Callable[[str], None]
 ) -> dict[str, set[int]]:
@@ -112,7 +148,7 @@ async def _decide(
     for node in sorted({node for nodes in disputed.values() for node in nodes}):
         report(f"slots were moved then: reading what node {node} has of them")
         slots = {slot for slot, nodes in disputed.items() if node in nodes}
-        async with restore.running(settings, part / node) as redis:
+        async with running(settings, part / node) as redis:
             weights |= {(node, slot): weight for slot, weight in (await _weigh(redis, slots)).items()}
     shards: dict[str, set[int]] = {}
     for slot, nodes in enumerate(found):
@@ -154,7 +190,7 @@ async def _fit_shard(
     settings: Settings, folder: Path, slots: set[int], report: Callable[[str], None]
 ) -> dict[str, int]:
     """Reduce a data folder to some slots, fit the data to the store, and check it. Returns what `check_data` does."""
-    async with restore.running(settings, folder) as redis:
+    async with running(settings, folder) as redis:
         await _drop_others(redis, slots)
         counts = await restore.check_data(redis, settings, partitions_in(slots, settings.partitions), report)
         await _rewrite(redis)
