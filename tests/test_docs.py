@@ -338,6 +338,17 @@ def write(home, command):
     assert re.fullmatch(r"[A-Z_]+", name) and value
 
 
+def administer(home, command):
+    """The page leaves out where the server is."""
+    assert "ERR" not in home.run(command.replace("redis-cli", "redis-cli -s data/redis/redis.sock"))
+
+
+def grow(home, command):
+    """The drill that grows a site runs this command, with other addresses and ids."""
+    drill = (ROOT / "tests" / "drills" / "growing.py").read_text().lower()
+    assert all(f'"{word}"' in drill for word in re.findall(r"[a-z]{4,}", command.partition(" ")[2]))
+
+
 def contain(home, command):
     """tests/compose/ runs it, because it has a container engine."""
 
@@ -347,7 +358,7 @@ def orchestrate(home, command):
 
 
 RUN = {
-    r"make [\w-]+( test-pillow| REVISION=[\w~]+( LIMITS=\S+)?)?": dry,
+    r"make [\w-]+( test-pillow| SHAPE=small| REVISION=[\w~]+( LIMITS=\S+)?)?": dry,
     r"python -m tests\.\S+( .*)?": parse,
     r"python -m pytest .*|python tests/golden\.py \S+": refer,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
@@ -360,6 +371,8 @@ RUN = {
     r"imagegram(-\w+)?|redis-cli": exist,
     r"\. \.venv/bin/activate": succeed,
     r"redis-cli -s data/redis/redis\.sock": ask,
+    r"redis-cli (info replication|config set maxmemory 3gb)": administer,
+    r"redis-cli (-h \S+ |--cluster call \S+ )?cluster (failover|nodes|forget ID)": grow,
     r"pip wheel --no-deps \.|pip install --no-deps imagegram-0\.1\.0-py3-none-any\.whl": install,
     r"pip install 'imagegram-0\.1\.0-py3-none-any\.whl\[client\]'|pip install httpx rich tuspy": install,
     r"pip install --require-hashes -r run\.txt": install,
