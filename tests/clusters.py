@@ -94,6 +94,11 @@ class ClusterServer:
         SERVING[self.url] = self
 
     @property
+    def primaries(self) -> list[redis_client.Redis]:
+        """A client of each primary and arbiter."""
+        return [node.client for node in self.nodes if node.client.info("replication")["role"] == "master"]
+
+    @property
     def queue(self) -> RedisServer:
         """RQ's Redis, which is started when a test needs it."""
         self.client.queue = self.client.queue or RedisServer(self.kind)

@@ -89,6 +89,16 @@ class RedisServer:
         self.start()
 
     @property
+    def nodes(self) -> list["RedisServer"]:
+        """As a Cluster has. The first has partition 0."""
+        return [self]
+
+    @property
+    def primaries(self) -> list[redis_client.Redis]:
+        """A client of each server that holds data."""
+        return [self.client]
+
+    @property
     def queue(self) -> "RedisServer":
         """The server of RQ's queue: this one, but not on a Cluster."""
         return self
@@ -188,8 +198,6 @@ def start_server(kind: str):
 CLUSTER = [f"cluster-{os.environ['CLUSTER']}"] if os.environ.get("CLUSTER") else []
 
 
-
-
 def pytest_collection_modifyitems(config, items):
     """On a Cluster: only tests that use one of the servers below, and that are not about one server alone."""
     if CLUSTER:
@@ -273,6 +281,14 @@ class Site:
 
     def worker(self) -> subprocess.Popen:
         return self.start("workers")
+
+    def shipper(self, server) -> subprocess.Popen:
+        """Starts the shipper of a Redis, or of the first node of a Cluster."""
+        node = server.nodes[0]
+        (self.folder / "redis").symlink_to(Path(node.socket).parent)
+        if node is not server:
+            self.environment["IMAGEGRAM_REDIS_NODE"] = f"127.0.0.1:{node.port}"
+        return self.start("storage", "ship")
 
     def token(self, user: str, **claims) -> str:
         import jwt

@@ -85,7 +85,7 @@ async def follow(writer, reader, post: str, history: History, name: str) -> None
             history.done[name] += 1
 
 
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # a proxy stands before the server
 async def test_no_answer_is_older_than_its_request(two, real_server):
     db = connect(real_server)
     posts = [await make_post(db, f"author{number}") for number in range(POSTS)]

@@ -217,14 +217,13 @@ def test_the_secrets_of_the_environment_are_known():
     assert settings.secret_values(environ) == [SECRET, "AKIA123", "p%40ss", "p@ss", "key"]
 
 
-@pytest.mark.one_redis
 def test_an_image_has_a_line_and_all_lines_of_api_worker_and_shipper_are_json(embedded, tmp_path):
     embedded.client.flushall()
     site = Logged(embedded.url, tmp_path, log="json")
     parts = []
     try:
         site.api()
-        parts += [site.start("workers"), site.start("storage", "ship")]
+        parts += [site.start("workers"), site.shipper(embedded)]
         with site.client("alice") as alice:
             post = wait_until_processed(alice, create_post(alice, photograph()))
             bad = wait_until_processed(alice, create_post(alice, b"\xff\xd8\xff" + b"no image" * 9))

@@ -72,11 +72,11 @@ def test_haproxy_hides_the_metrics_and_its_own_errors_are_problems(site):
     assert exchange(site.nodes[0].port, request("GET", "/metrics")).status == 200
 
 
-@pytest.mark.one_redis
 def test_while_no_node_is_ready_pictures_are_served_and_the_rest_says_why(site, embedded):
     with site.client("dave") as client:
         post = wait_until_processed(client, create_post(client, jpeg()))
-        embedded.client.execute_command("CLIENT", "PAUSE", 2000, "ALL")
+        for server in embedded.primaries:
+            server.execute_command("CLIENT", "PAUSE", 2000, "ALL")
         until(lambda: client.get("/readyz").status_code == 503, what="the nodes are not ready")
         assert client.get(f"/v1/images/{post['id']}.jpg").status_code == 200
         answer = client.get("/v1/posts")

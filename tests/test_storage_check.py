@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import redis
 from conftest import ROOT, RedisServer, connect, run_with_db
 from making import jpeg, make_processing, publish
 from state import contents, unchanged
 from uploading import picture
 
 from storage import check, keys, outbox, posts, uploads
-from storage.db.client import Redis
+from storage.db import cluster
 from storage.errors import Expired
 from storage.settings import IMAGE_BYTES
 
@@ -295,13 +294,12 @@ async def test_an_upload_with_a_malformed_field_is_reported_and_stays(db, store,
     assert (await check.fit_restored(db, store, range(1))).flaws
 
 
-@pytest.mark.one_redis
 async def test_names_and_members_that_are_not_utf_8_are_reported_and_a_repair_removes_the_members(
     real_server, store
 ):
     client = real_server.client
     client.flushall()
-    db = Redis(real_server.url, undecodable=check.EXACTLY)
+    db = cluster.connect(real_server.url, undecodable=check.EXACTLY)
     post = await publish(db, store, "alice", 1)
     client.set(b"\xff\xfe", b"\xff")
     client.set(b"post:{0}:\xff", b"\xff")
@@ -441,16 +439,14 @@ async def test_no_flaw_is_reported_while_others_write(db, store, data):
     await asyncio.gather(*writers)
 
 
-@pytest.mark.one_redis
 def test_the_command_prints_the_flaws_and_exits_with_1_until_they_are_repaired(site):
     def run(*options: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "storage", "check", *options]
         return subprocess.run(command, cwd=ROOT, env=site.environment, capture_output=True, text=True)
 
     missing = keys.new_post_id(0)
-    client = redis.Redis.from_url(site.environment["IMAGEGRAM_REDIS_URL"], decode_responses=True)
-    client.zadd(keys.feed(0), {missing: 3})
-    with unchanged(client):
+    site.server.client.zadd(keys.feed(0), {missing: 3})
+    with unchanged(site.server.client):
         checked = run()
     assert checked.returncode == 1 and f"{missing}: 1 it is in the feed and not ready" in checked.stdout
     repaired = run("--repair")

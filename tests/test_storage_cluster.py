@@ -56,6 +56,21 @@ async def test_refusals_are_those_of_one_redis(cluster, db):
     assert (await comments.add(db, "bob", post, "found"))[0].id
 
 
+async def test_a_ping_names_the_primaries_that_do_not_answer_and_fails_if_most_do_not(cluster, db):
+    """They only refuse PING. They still reach each other, so the state of the Cluster is ok."""
+    refusing = cluster.primaries[:2]
+    try:
+        refusing[0].execute_command("ACL", "SETUSER", "default", "-ping")
+        assert await db.ping() == [f"127.0.0.1:{cluster.nodes[0].port}"]
+        refusing[1].execute_command("ACL", "SETUSER", "default", "-ping")
+        with pytest.raises(Unreachable, match="no answer from 127.0.0.1:"):
+            await db.ping()
+    finally:
+        for client in refusing:
+            client.execute_command("ACL", "SETUSER", "default", "+ping")
+    assert await db.ping() == []
+
+
 async def test_a_client_with_one_address_and_an_old_map_follows_moved(cluster, db):
     post = (await publish(db, 1))[0]
     one = Cluster("redis+cluster://" + cluster.url.rpartition(",")[2])

@@ -64,7 +64,7 @@ async def post(server):
 
 
 @pytest.mark.parametrize("how", ["fin", "rst", "silence"])
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # a proxy stands before the server
 async def test_after_a_lost_reply_no_write_is_doubled_and_no_caller_gets_a_wrong_answer(server, proxy, post, how):
     chance = random.Random(how)
     answers: dict[str, str] = {}  # text -> comment id, or the word of the refusal
@@ -110,7 +110,7 @@ async def test_after_a_lost_reply_no_write_is_doubled_and_no_caller_gets_a_wrong
     assert server.client.zscore("feed:{0}", post) == len(stream)
 
 
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # a proxy stands before the server
 async def test_the_api_answers_unknown_when_the_reply_to_a_write_was_lost(server, proxy, post, tmp_path):
     site = Site(proxy.url, tmp_path)
     site.api()
@@ -189,7 +189,7 @@ async def test_an_argument_that_cannot_be_sent_fails_only_its_own_caller(server,
     await db.close()
 
 
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # a proxy stands before the server
 async def test_many_callers_share_a_few_pipelines_which_keep_their_order(server, proxy, post):
     async with through(proxy) as db:
         first, _ = await comments.add(db, "bob", post, "now the connection is open and Redis knows the script")
@@ -200,7 +200,7 @@ async def test_many_callers_share_a_few_pipelines_which_keep_their_order(server,
         assert [first.text, *(comment.text for comment, _ in added)] == list(written(server, post))
 
 
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # it is about one connection
 async def test_a_second_pipeline_is_sent_before_the_first_is_answered_if_enough_commands_wait(server, monkeypatch):
     monkeypatch.setattr(client, "DEADLINE", 20)
     channel = Channel(server.url, lost=errors.Unknown, enough=ENOUGH)
@@ -228,7 +228,7 @@ async def test_a_second_pipeline_is_sent_before_the_first_is_answered_if_enough_
     await channel.close()
 
 
-@pytest.mark.one_redis
+@pytest.mark.one_redis  # a proxy stands before the server
 async def test_a_call_of_a_slow_redis_fails_after_a_second(server, proxy, post):
     async with through(proxy) as db:
         await comments.add(db, "bob", post, "now both connections are open")
@@ -248,16 +248,16 @@ async def test_a_call_of_a_slow_redis_fails_after_a_second(server, proxy, post):
 
 
 # reason -> setting of Redis, the value with which Redis refuses writes, the usual value
-REFUSING = {"memory is full": ("maxmemory", 1, 0), "no replica is connected": ("min-replicas-to-write", 1, 0)}
+REFUSING = {"memory is full": ("maxmemory", 1, 0), "too few replicas are connected": ("min-replicas-to-write", 9, 0)}
 
 
 @pytest.mark.parametrize("reason", REFUSING)
-@pytest.mark.one_redis
 async def test_a_write_that_redis_refuses_changes_nothing(server, post, reason):
     name, refusing, usual = REFUSING[reason]
     db = connect(server)
     comment = (await comments.add(db, "bob", post, "before"))[0]
-    server.client.config_set(name, refusing)
+    for each in server.primaries:
+        each.config_set(name, refusing)
     try:
         with unchanged(server.client):
             for _ in range(2):
@@ -268,7 +268,8 @@ async def test_a_write_that_redis_refuses_changes_nothing(server, post, reason):
             await comments.delete(db, "bob", post, comment.id)  # allowed, because it frees memory
             assert (await posts.read(db, post)).comment_count == 0
     finally:
-        server.client.config_set(name, usual)
+        for each in server.primaries:
+            each.config_set(name, usual)
     await comments.add(db, "bob", post, "after")
     await db.close()
 

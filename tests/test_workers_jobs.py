@@ -300,7 +300,6 @@ def run_job_until_killed(proxy, due: outbox.ImageWork, before: dict) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "failed"])
-@pytest.mark.one_redis
 async def test_the_image_of_a_killed_job_is_erased_if_its_post_has_ended(server, db, store, due, how):
     """The post is deleted or failed while the job runs. The job stores the JPEG and is killed before it publishes."""
 
@@ -317,7 +316,7 @@ async def test_the_image_of_a_killed_job_is_erased_if_its_post_has_ended(server,
         await run_outbox(other, store)
         await other.close()
 
-    with Proxy(server.socket) as proxy:
+    with Proxy(server.nodes[0].socket) as proxy:
         before = {"read_upload": lambda: asyncio.run(end_post()), "publish_post": None}
         await asyncio.to_thread(run_job_until_killed, proxy, due, before)
     assert keys.image(due.id) in await object_names(store)

@@ -236,10 +236,13 @@ class Cluster(Redis):
         task.add_done_callback(self._tasks.discard)
 
     async def ping(self) -> list[str]:
-        """The primaries that do not answer. Raises Unreachable if no node answers that reaches most of them."""
+        """The primaries that do not answer. Raises Unreachable if most of them do not, or if no node reaches most."""
         primaries = await self.primaries()
         answers = await asyncio.gather(*(node.ping() for node in primaries), return_exceptions=True)
-        return [node.place for node, answer in zip(primaries, answers, strict=True) if isinstance(answer, Unreachable)]
+        silent = [one.place for one, answer in zip(primaries, answers, strict=True) if isinstance(answer, Unreachable)]
+        if len(silent) * 2 > len(primaries):
+            raise Unreachable(f"no answer from {', '.join(silent)}")
+        return silent
 
     async def primaries(self) -> list[Redis]:
         """The primaries of all slots, for a walk over all keys. Raises Unreachable."""
