@@ -1,6 +1,7 @@
 """A Redis Cluster: calls reach the primary of their slot, also while slots move and after a primary was lost."""
 
 import asyncio
+import gc
 import time
 from contextlib import contextmanager
 
@@ -110,6 +111,34 @@ async def primary_of(cluster, db, post: str):
     """The process that is the primary of a post."""
     place = place_of(db, await db._find(slot_of(keys.post(post))))
     return next(node for node in cluster.nodes if node.port == int(place.rpartition(":")[2]))
+
+
+async def test_a_node_that_has_left_is_forgotten_and_its_connection_is_closed(cluster, db):
+    gone = db.node(f"localhost:{cluster.nodes[0].port}")  # another name, which no node says
+    await gone.ping()
+    await db.primaries()
+    assert gone not in db.nodes() and len(db.nodes()) == len(cluster.nodes)
+    await asyncio.gather(*db._tasks)
+    assert not gone._reads._connection.is_connected
+    assert len(await db.primaries()) == 3
+
+
+async def test_a_search_that_nobody_waits_for_any_more_is_not_logged_and_says_why_it_failed():
+    failures, client = [], Cluster("redis+cluster://127.0.0.1:1")
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    asking = asyncio.create_task(client.groups(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    searching = client._looking
+    asking.cancel()
+    await asyncio.wait([searching])
+    await asyncio.sleep(0)
+    del asking, searching
+    gc.collect()
+    assert client._looking is None and not failures
+    with pytest.raises(Unreachable, match="can be reached: .*127.0.0.1:1"):
+        await client.ping()
+    await client.close()
 
 
 class Moving:

@@ -18,10 +18,10 @@ def nodes(tmp_path):
     """Starts nodes that do not know each other yet."""
     started = []
 
-    def start(count: int, kind: str = "valkey") -> list[ClusterNode]:
+    def start(count: int, kind: str = "valkey", *options: str) -> list[ClusterNode]:
         new = []
         for _ in range(count):
-            started.append(ClusterNode(kind, tmp_path / str(len(started))))
+            started.append(ClusterNode(kind, tmp_path / str(len(started)), *options))
             new.append(started[-1])
         return new
 
@@ -78,7 +78,7 @@ def test_a_small_site_is_formed_completed_and_survives_its_primary(nodes, kind):
     code, output = run(first, "form", "--primaries", "1", "--arbiters", "2")
     assert (code, output.count(": 1 slots"), output.count(": a replica of")) == (0, 2, 1), output
     code, output = run(first, "show", IMAGEGRAM_REPLICAS="1")
-    assert code == 1 and "1 replicas: with IMAGEGRAM_REPLICAS=1 one more is needed" in output
+    assert code == 1 and "1 replicas: with IMAGEGRAM_REPLICAS=1 it needs 2" in output
     complete = first + nodes(1, kind)
     code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2", IMAGEGRAM_REPLICAS="1")
     assert (code, output.count(": a replica of"), output.count("PROBLEM")) == (0, 1, 0), output
@@ -138,6 +138,31 @@ def test_a_new_cluster_is_not_formed_of_some_of_its_nodes(nodes, monkeypatch):
     with pytest.raises(topology.Refused, match="all its nodes answer"):
         asyncio.run(topology.form(Cluster(url(both)), 2, 0))
     assert both[0].client.cluster("INFO")["cluster_slots_assigned"] == "0"
+
+
+def test_why_a_node_cannot_be_used_is_one_line(nodes):
+    (single,) = nodes(1, "valkey", "--cluster-enabled", "no")
+    for command in (["show"], ["form", "--primaries", "1"]):
+        code, output = run([single], *command)
+        assert code == 1 and "cluster support disabled" in output and "Traceback" not in output
+    wrong = url([single]).replace("://", "://nobody:wrong@")
+    code, output = run([single], "show", IMAGEGRAM_REDIS_URL=wrong)
+    assert code == 1 and "username-password" in output and output.count("\n") == 1, output
+
+
+async def test_two_forms_at_once_make_one_shape_which_is_shown_also_if_the_first_node_is_new(nodes):
+    every = nodes(6)
+    clients = [Cluster(url(every)) for _ in range(2)]
+    reports = [[], []]
+    forms = (topology.form(db, 3, 0, report.append) for db, report in zip(clients, reports, strict=True))
+    for error in await asyncio.gather(*forms, return_exceptions=True):
+        assert error is None or (isinstance(error, topology.Refused) and "already busy" in str(error)), error
+    await topology.form(clients[0], 3, 0, lambda line: None)
+    late = Cluster(url([*nodes(1), *every]))
+    members = await topology.read(late)
+    assert topology.problems(members, 16, 0) == [] and len(members) == 6
+    for db in (*clients, late):
+        await db.close()
 
 
 def test_a_single_server_has_no_shape(tmp_path):

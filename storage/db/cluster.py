@@ -22,7 +22,6 @@ import binascii
 import random
 import re
 from collections.abc import Coroutine
-from contextlib import suppress
 from copy import copy
 from functools import lru_cache
 from typing import Any, Literal
@@ -143,6 +142,7 @@ class Cluster(Redis):
         self.clock: int | Literal[""] = ""
         for place in urlsplit(url).netloc.rpartition("@")[2].split(","):
             self.node(place if re.search(r":[0-9]+$", place) else f"{place}:{PORT}")
+        self._in_url = set(self._nodes)
 
     def node(self, place: str) -> Node:
         """The node at `host:port`."""
@@ -286,28 +286,39 @@ class Cluster(Redis):
         """The primary of a slot, as `_look` has learned."""
         return next((self.node(place) for first, last, place in self._ranges if first <= slot <= last), None)
 
-    def _looked(self, _: asyncio.Task[None]) -> None:
+    def _looked(self, task: asyncio.Task[None]) -> None:
         self._looking = None
+        if not task.cancelled():
+            task.exception()  # if nobody waits any more, asyncio must not log it
 
     async def _look(self) -> None:
         """Learn the primaries of all slots from the first node that answers, of a few at a time. Raises Unreachable."""
-        places = random.sample(list(self._nodes), len(self._nodes))
-        for start in range(0, len(places), ASKED):
-            asking = [asyncio.ensure_future(self._nodes[place].slots()) for place in places[start : start + ASKED]]
+        nodes = random.sample(self.nodes(), len(self._nodes))
+        failure: Exception | str = "no answer"
+        for start in range(0, len(nodes), ASKED):
+            asking = [asyncio.ensure_future(node.slots()) for node in nodes[start : start + ASKED]]
             try:
                 async with asyncio.timeout(LOOK):
                     for answer in asyncio.as_completed(asking):
-                        with suppress(*REPLIED, Unreachable):
-                            self._ranges = await answer
-                            # The calls of other shards must not ask again while one shard is looked for all the time.
-                            self._owners = {slot: node for slot in self._owners if (node := self._owner(slot))}
+                        try:
+                            self._learn(await answer)
                             return
+                        except (*REPLIED, Unreachable) as error:
+                            failure = error
             except TimeoutError:
                 continue
             finally:
                 for request in asking:
                     request.cancel()
-        raise Unreachable("no node of the cluster can be reached")
+        raise Unreachable(f"no node of the cluster can be reached: {failure}")
+
+    def _learn(self, found: list[tuple[int, int, str]]) -> None:
+        """Keep what a node has said, and forget nodes that have left: they would be asked again and again."""
+        self._ranges = found
+        for place in self._nodes.keys() - self._in_url - {place for _, _, place in found}:
+            self._start(self._nodes.pop(place).close())
+        # The calls of other shards must not ask again while one shard is looked for all the time.
+        self._owners = {slot: node for slot in self._owners if (node := self._owner(slot))}
 
 
 def connect(url: str, replicas: int = 0, undecodable: str = "replace") -> Redis:

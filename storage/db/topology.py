@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import BusyLoadingError, ResponseError
 
 from storage.db.client import REPLIED
 from storage.db.cluster import SLOTS, Cluster, Node, address, connect, slot_of
@@ -148,20 +148,43 @@ def partitions_in(slots: set[int], partitions: int) -> list[int]:
 
 
 async def read(cluster: Cluster) -> list[Member]:
-    """All nodes, as the first one that answers knows them. Raises Unreachable if none does."""
+    """All nodes, as the first one knows them that answers and knows who has slots.
+
+    A node that has lost its data knows only itself until `form` has run. Raises Unreachable if no node answers.
+    """
+    found: list[Member] = []
+    failure = ""
     for node in cluster.nodes():
         try:
             members = await _members(node)
-        except (*REPLIED, Unreachable):
+        except (*REPLIED, Unreachable) as error:
+            failure = f"{node.place}: {error}"
             continue
         for member in members:
             member.host = member.host or node.host  # a node that has met no other does not know its own address
-        return members
-    raise Unreachable("no node of the cluster can be reached")
+        if any(member.slots for member in members):
+            return members
+        found = found or members
+    if not found:
+        raise Unreachable(f"no node of the cluster can be reached; {failure}")
+    return found
 
 
 async def _members(node: Node) -> list[Member]:
     return parse(await node.ask("CLUSTER", "NODES"))
+
+
+async def _own(node: Node) -> Member:
+    """The node itself. Raises one of REPLIED, and Unreachable."""
+    return next(member for member in await _members(node) if "myself" in member.flags)
+
+
+async def _tell(node: Node, *command: str | int) -> None:
+    """Give a node a command. Raises Refused if it replies with an error, and Unreachable."""
+    try:
+        await node.ask(*command)
+    except REPLIED as error:
+        raise Refused(f"{node.place} refuses {command[0]} {command[1]}: {error}") from None
 
 
 def problems(members: list[Member], partitions: int, replicas: int) -> list[str]:
@@ -189,8 +212,8 @@ def problems(members: list[Member], partitions: int, replicas: int) -> list[str]
             found.append(f"{member.place} has no replica: if it is lost, so are its data since the last backup")
         elif replicas and len(copies) <= replicas:
             found.append(
-                f"{member.place} has {len(copies)} replicas: with IMAGEGRAM_REPLICAS={replicas} one more is needed,"
-                " so that writes go on when one is lost"
+                f"{member.place} has {len(copies)} replicas: with IMAGEGRAM_REPLICAS={replicas} it needs"
+                f" {replicas + 1}, so that writes go on when one is lost"
             )
         if several_machines and any(copy.host == member.host for copy in copies):
             found.append(f"{member.place} has a replica on its own machine")
@@ -359,7 +382,7 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     new = max(0, primaries - sum(member.holds_data for member in known.values()))
     new_arbiters = max(0, arbiters - sum(member.is_arbiter for member in known.values()))
     if len(empty) < new + new_arbiters:
-        raise Refused(f"{new + new_arbiters} more primaries are needed, and {len(empty)} nodes have no slots")
+        raise Refused(f"{new + new_arbiters} more primaries are needed, and {len(empty)} nodes are free for that")
     data += empty[:new]
     chosen = data + empty[len(empty) - new_arbiters :]
     replicas = empty[new : len(empty) - new_arbiters]
@@ -370,16 +393,17 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     # Slots are given before the nodes meet: two nodes never claim the same slot.
     for number, (node, share) in enumerate(zip(chosen, shares, strict=True)):
         if given := set(share) - has_slots:
-            await node.ask("CLUSTER", "ADDSLOTSRANGE", *(end for pair in ranges(given) for end in pair))
+            await _tell(node, "CLUSTER", "ADDSLOTSRANGE", *(end for pair in ranges(given) for end in pair))
             report(f"{node.place}: {len(given)} slots")
         if len(views[node]) == 1 and given:
-            await node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            await _tell(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
     await _meet(nodes)
     for node in replicas:
-        view = await _members(nodes[0])
-        primary = _needs_replica(view, own[node].id, [own[one].id for one in data])
-        await node.ask("CLUSTER", "REPLICATE", primary.id)
-        report(f"{node.place}: a replica of {primary.place}")
+        if (await _own(node)).is_primary:  # otherwise another `form`, which runs at the same time, was faster
+            view = await _members(nodes[0])
+            primary = _needs_replica(view, own[node].id, [own[one].id for one in data])
+            await _tell(node, "CLUSTER", "REPLICATE", primary.id)
+            report(f"{node.place}: a replica of {primary.place}")
         await _until(lambda: _knows_role(nodes[0], own[node].id), f"{node.place} replicates")  # noqa: B023
     await _until(lambda: _all(nodes, _complete), "all nodes agree and all replicas have the data")
 
@@ -396,37 +420,47 @@ async def bring_home(cluster: Cluster, primaries: int, report: Report = print) -
     own = {}
     for node in homes:
         with suppress(*REPLIED, Unreachable):
-            own[node] = next(member for member in await _members(node) if "myself" in member.flags)
+            own[node] = await _own(node)
     ids = {member.id for member in own.values()}
     for node, member in own.items():
         # A replica of another of them stays: the two would take turns.
         if member.primary and member.primary not in ids:
-            await node.ask("CLUSTER", "FAILOVER")
-            await _until(lambda: _is_primary(node), f"{node.place} is a primary")  # noqa: B023
+            await _tell(node, "CLUSTER", "FAILOVER")
+            await _until(lambda: _succeeded(node, member.primary), f"{node.place} is a primary")  # noqa: B023
             report(f"{node.place}: a primary again")
 
 
-async def _is_primary(node: Node) -> bool:
-    return "role:master" in await node.ask("INFO", "replication")
+async def _succeeded(node: Node, primary: str) -> bool:
+    """Whether a node is the primary now, and knows that the one before and its other replicas follow."""
+    members = [member for member in await _members(node) if member.lives]
+    return not any(member.primary == primary or (member.id == primary and member.is_primary) for member in members)
 
 
 async def _answering(cluster: Cluster, report: Report) -> list[Node]:
-    """The nodes that answer. Waits for the others for FORM_SECONDS, unless the Cluster is in use."""
+    """The nodes that answer. Waits for the others for FORM_SECONDS, unless the Cluster is in use.
+
+    Does not wait for a node that refuses: its server is no node of a Cluster, or this user may not ask.
+    """
     deadline = time.monotonic() + FORM_SECONDS
+    waits = False
     while True:
-        answering, in_use = [], False
+        answering, in_use, away = [], False, False
+        failures: list[str] = []
         for node in cluster.nodes():
             try:
                 in_use = any(member.slots for member in await _members(node)) or in_use
                 answering.append(node)
-            except (*REPLIED, Unreachable):
-                continue
-        if len(answering) == len(cluster.nodes()) or in_use or time.monotonic() > deadline:
+            except (*REPLIED, Unreachable) as error:
+                failures.append(f"{node.place}: {error}")
+                away = away or isinstance(error, (Unreachable, BusyLoadingError))
+        if not away or in_use or time.monotonic() > deadline:
             break
+        if not waits:
+            report(f"waits for {len(failures)} nodes; {failures[0]}")
+            waits = True
         await asyncio.sleep(POLL)
-    for node in cluster.nodes():
-        if node not in answering:
-            report(f"{node.place} does not answer")
+    for failure in failures:
+        report(failure)
     if not answering:
         raise Unreachable("no node of the cluster can be reached")
     return answering
@@ -442,7 +476,7 @@ async def _meet(nodes: list[Node]) -> None:
         found = await loop.getaddrinfo(node.host, node.port, type=socket.SOCK_STREAM)
         host = str(found[0][4][0])
         if (ids[node], host, node.port) not in known:
-            await nodes[0].ask("CLUSTER", "MEET", host, node.port)
+            await _tell(nodes[0], "CLUSTER", "MEET", host, node.port)
 
     async def knows_all(node: Node) -> bool:
         members = await _members(node)
