@@ -131,13 +131,22 @@ def test_redis_is_not_asked_to_move_slots_key_by_key(nodes):
     assert old[0].client.cluster("NODES")[place]["slots"]
 
 
-def test_a_new_cluster_is_not_formed_of_some_of_its_nodes(nodes, monkeypatch):
+def test_slots_are_not_given_away_while_a_node_that_may_have_them_does_not_answer(nodes, monkeypatch):
+    """It may be new, or have been restored: then it has slots and data of which the others do not know."""
     both = nodes(2)
+    both[1].client.cluster("ADDSLOTSRANGE", 100, SLOTS - 1)
     both[1].kill()
     monkeypatch.setattr(topology, "FORM_SECONDS", 0.5)
-    with pytest.raises(topology.Refused, match="all its nodes answer"):
-        asyncio.run(topology.form(Cluster(url(both)), 2, 0))
-    assert both[0].client.cluster("INFO")["cluster_slots_assigned"] == "0"
+    for held in ((), range(100)):
+        if held:
+            both[0].client.cluster("ADDSLOTS", *held)
+        with pytest.raises(topology.Refused, match="when all nodes answer"):
+            asyncio.run(topology.form(Cluster(url(both)), 2, 0))
+        assert both[0].client.cluster("INFO")["cluster_slots_assigned"] == str(len(held))
+    both[1].start()
+    monkeypatch.undo()
+    asyncio.run(topology.form(Cluster(url(both)), 2, 0))
+    assert [len(node.client.cluster("SLOTS")) for node in both] == [2, 2]
 
 
 def test_why_a_node_cannot_be_used_is_one_line(nodes):

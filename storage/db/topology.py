@@ -367,15 +367,17 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     Slots that a node has stay with it, also if that node does not answer. `primaries` and `arbiters` are the numbers
     that the Cluster shall have. Returns when all nodes agree and all replicas have the data.
 
-    Raises Refused if there are too few nodes, or a node does not answer and no node has slots yet, or it takes too
-    long. Raises Unreachable if no node answers.
+    Raises Refused if there are too few nodes, or a node does not answer and the owner of some slots is not known, or it
+    takes too long. Raises Unreachable if no node answers.
     """
     nodes = await _answering(cluster, report)
     views = {node: await _members(node) for node in nodes}
     own = {node: next(member for member in view if "myself" in member.flags) for node, view in views.items()}
     has_slots = {slot for view in views.values() for member in view for slot in member.slots}
-    if not has_slots and len(nodes) < len(cluster.nodes()):
-        raise Refused("a new Cluster can be formed only when all its nodes answer")
+    if len(has_slots) < SLOTS and len(nodes) < len(cluster.nodes()):
+        # It may have them, and data: a node that was restored is not known to the others yet, and may still be loading.
+        # When it learned that another node has its slots, it would delete their keys.
+        raise Refused("some slots belong to no node that is known: they are given away only when all nodes answer")
     empty = [node for node in nodes if own[node].is_primary and not own[node].slots]
     data = [node for node in nodes if own[node].holds_data]
     known = {member.id: member for view in views.values() for member in view if member.is_primary and member.slots}
@@ -395,7 +397,7 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
         if given := set(share) - has_slots:
             await _tell(node, "CLUSTER", "ADDSLOTSRANGE", *(end for pair in ranges(given) for end in pair))
             report(f"{node.place}: {len(given)} slots")
-        if len(views[node]) == 1 and given:
+        if len(views[node]) == 1 and given and not own[node].epoch:
             await _tell(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
     await _meet(nodes)
     for node in replicas:
@@ -437,23 +439,24 @@ async def _succeeded(node: Node, primary: str) -> bool:
 
 
 async def _answering(cluster: Cluster, report: Report) -> list[Node]:
-    """The nodes that answer. Waits for the others for FORM_SECONDS, unless the Cluster is in use.
+    """The nodes that answer. Waits for the others for FORM_SECONDS, unless the owners of all slots are known.
 
     Does not wait for a node that refuses: its server is no node of a Cluster, or this user may not ask.
     """
     deadline = time.monotonic() + FORM_SECONDS
     waits = False
     while True:
-        answering, in_use, away = [], False, False
+        answering, away = [], False
+        slots: set[int] = set()
         failures: list[str] = []
         for node in cluster.nodes():
             try:
-                in_use = any(member.slots for member in await _members(node)) or in_use
+                slots.update(*(member.slots for member in await _members(node)))
                 answering.append(node)
             except (*REPLIED, Unreachable) as error:
                 failures.append(f"{node.place}: {error}")
                 away = away or isinstance(error, (Unreachable, BusyLoadingError))
-        if not away or in_use or time.monotonic() > deadline:
+        if not away or len(slots) == SLOTS or time.monotonic() > deadline:
             break
         if not waits:
             report(f"waits for {len(failures)} nodes; {failures[0]}")
