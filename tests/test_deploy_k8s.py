@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from configparser import ConfigParser
 from functools import cache
@@ -677,6 +678,7 @@ async def test_nodes_form_a_cluster_and_each_part_works_with_its_own_password(st
         node.process.kill()
         node.process.wait()
         node.start(address)
+        until(lambda: node.probe("startupProbe"), what="the node")  # noqa: B023
     operator = Cluster(url("small", "form", primary, replica), replicas=1)
     await topology.form(operator, 1, 0)
     api = Cluster(url("small", "api", primary, replica), replicas=1)
@@ -734,10 +736,11 @@ def test_the_queue_takes_rqs_jobs_by_the_workers_password(started):
     [
         ([], True, ["redis"]),
         (["lost+found"], True, ["lost+found", "redis"]),
+        (["lock", "lost+found", "shipping.json"], True, ["lock", "lost+found", "redis", "shipping.json"]),
         (["redis"], True, ["redis"]),
         (["lost+found", "redis.new"], False, ["lost+found", "redis.new"]),
     ],
-    ids=["an empty volume", "a new file system", "a volume with data", "a restore that was interrupted"],
+    ids=["empty volume", "new file system", "shipper was first", "volume with data", "restore that was interrupted"],
 )
 def test_a_node_makes_its_folder_on_an_empty_volume_only(tmp_path, before, starts, after):
     """An interrupted restore leaves a volume without the folder. An empty Redis would hide that."""
@@ -752,8 +755,9 @@ def test_a_node_makes_its_folder_on_an_empty_volume_only(tmp_path, before, start
 # docs/production.md
 
 # In place of kubectl: renders, and makes Secrets, as kubectl does without a server. Of the other commands kubectl
-# itself reads the options. Each command is recorded.
+# itself reads the options. Each command is recorded. The first `wait` for a pod fails: it does not exist yet.
 KUBECTL = """#!/bin/sh
+case "$*" in *" wait "*) grep -qxF -- "$*" {commands} || {{ echo "$*" >>{commands}; exit 1; }} ;; esac
 echo "$*" >>{commands}
 case "$1 $2" in
   "apply -k") exec {kubectl} kustomize "$3" ;;
@@ -764,6 +768,18 @@ esac
 """
 
 
+def own_overlay(home: Path) -> Path:
+    """The overlay that the docs show, in a copy of the files."""
+    text = section(PRODUCTION, "## With Kubernetes")
+    (block,) = [found for _, _, found in BLOCK.findall(text) if found.startswith("    resources:")]
+    for folder in ("deploy/k8s", "storage/db"):
+        shutil.copytree(ROOT / folder, home / folder)
+    own = home / "deploy" / "k8s" / "overlays" / "own"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(textwrap.dedent(block))
+    return own
+
+
 def test_the_commands_of_the_docs_are_kubectls_and_name_what_there_is(tmp_path):
     script = "".join(shell(section(PRODUCTION, "## With Kubernetes")))
     stub = tmp_path / "bin" / "kubectl"
@@ -771,8 +787,7 @@ def test_the_commands_of_the_docs_are_kubectls_and_name_what_there_is(tmp_path):
     kubectl = shutil.which("kubectl", path=ENVIRONMENT["PATH"])
     stub.write_text(KUBECTL.format(kubectl=kubectl, commands=tmp_path / "commands"))
     stub.chmod(0o755)
-    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
-    (tmp_path / "storage").symlink_to(ROOT / "storage")
+    own_overlay(tmp_path)
     environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, text=True, capture_output=True
@@ -781,24 +796,24 @@ def test_the_commands_of_the_docs_are_kubectls_and_name_what_there_is(tmp_path):
     commands = (tmp_path / "commands").read_text()
     assert set(re.findall(r"cronjob/(\w+)", commands)) <= set(of_kind("small", "CronJob"))
     assert re.findall(r"create secret generic (s3-\w+)", commands) == ["s3-api", "s3-worker", "s3-ship", "s3-operator"]
-    deleted = re.findall(r"delete pod (\S+)", commands)
+    assert commands.count(" wait ") == 6, "each restart waits until the new pod exists and is ready"
+    (selected,) = re.findall(r"delete pod --selector (\S+)", commands)
+    wanted = {"matchLabels": dict([selected.split("=")])}
+    assert {name for name, pod in pods("small").items() if matches(wanted, pod["metadata"]["labels"])} == set(
+        of_kind("small", "StatefulSet")
+    )
+    deleted = re.findall(r"delete pod (\w\S+)", commands)
     assert [f"{pod}.redis:6379" for pod in reversed(deleted)] == nodes("small")[:3], "the primary is the last one"
     namespaces = re.findall(r"--namespace (\S+)", commands)
     assert set(namespaces) == set(of_kind("small", "Namespace"))
 
 
-def test_an_overlay_of_ones_own_as_the_docs_show_it_changes_the_image_and_the_settings(tmp_path):
-    text = section(PRODUCTION, "## With Kubernetes")
-    (block,) = [found for _, _, found in BLOCK.findall(text) if found.startswith("    resources:")]
-    for folder in ("deploy/k8s", "storage/db"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    own = tmp_path / "deploy" / "k8s" / "overlays" / "own"
-    own.mkdir()
-    (own / "kustomization.yaml").write_text(block)
-    printed = kustomize(own)
+def test_an_overlay_of_ones_own_as_the_docs_show_it_changes_the_image_the_settings_and_the_host(tmp_path):
+    printed = kustomize(own_overlay(tmp_path))
     made = list(yaml.safe_load_all(printed))
     (found,) = [one for one in made if one["kind"] == "ConfigMap" and one["metadata"]["name"].startswith("settings")]
     assert found["data"]["IMAGEGRAM_STORE"] == "s3://your-bucket/store" and found["data"]["IMAGEGRAM_REPLICAS"] == "1"
     assert printed.count("configMapRef") == printed.count(found["metadata"]["name"]) - 1
     assert "registry.example" not in printed and "your-registry/imagegram:0.1.0" in printed
+    assert "imagegram.example" not in printed and printed.count("your-host.example") == 2
     assert len(made) == len(rendered("small"))

@@ -380,7 +380,7 @@ RUN = {
     r"apt-get install [\w-]+": simulate,
     r'echo "[^"]*" >\.env': write,
     r"(TOKEN=\$\()?docker compose\b.*|deploy/\w+\.sh.*": contain,
-    r"kubectl apply -k deploy/k8s/overlays/small|kubectl (kustomize|rollout restart)": orchestrate,
+    r"kubectl apply -k deploy/k8s/overlays/small|kubectl (kustomize|rollout restart|wait)": orchestrate,
 }
 
 
