@@ -47,12 +47,11 @@ MEASURED = {
 PRICES = {"1,000 requests that write": 0.22, "1,000 requests that read": 0.017}
 
 NODE = 2 * GIB  # memory of a primary's data: a fork of 35 ms, so that calls stay below 50 ms during a rewrite
-MOST_NODES = 1000  # primaries and replicas of a Redis Cluster (its specification, "Main properties")
+MOST_NODES = 1000  # primaries and replicas together of a Redis Cluster (its specification, "Main properties")
 COPIES = 3  # a primary and two replicas
 ROOM = 1.5  # memory of a machine for each byte of data: a rewrite copies the pages that are written meanwhile
 BUSY = 0.5  # of a core, at the peak
-PEAK = 4  # times the mean rate of writes
-PARTITIONS = 64  # at most. Each node has at least one
+PEAK = 4  # times the mean rate of requests
 CORES = 64  # of the API at most, before the feed needs another design
 SNAPSHOTS = 4  # a day
 KEPT_BASES = 30 + SNAPSHOTS + 1  # one a day for a month, and those of the last day
@@ -108,7 +107,7 @@ class Site:
     def primaries(self) -> int:
         """The data primaries that memory and load need. Where no number of them bears the load, as memory needs."""
         least = max(1, ceil(self.memory / NODE))
-        return next((nodes for nodes in range(least, MOST_NODES) if self.node_load(nodes) <= BUSY), least)
+        return next((nodes for nodes in range(least, MOST_NODES // COPIES) if self.node_load(nodes) <= BUSY), least)
 
     @property
     def api_cores(self) -> float:
@@ -155,7 +154,8 @@ class Site:
     @property
     def store_reads(self) -> float:
         """Requests a day: of workers, and of pictures that no node has in its cache."""
-        return self.images * 24 * of("image of 3 MB, requests to S3 that read") + self.reads * MIX["picture"] * DAY
+        pictures = self.reads / PEAK * MIX["picture"] * DAY
+        return self.images * 24 * of("image of 3 MB, requests to S3 that read") + pictures
 
     @property
     def cost(self) -> float:
