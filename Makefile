@@ -37,7 +37,7 @@ lint:
 
 # Three processes also on two cores: many tests wait for a timer or for a process to start.
 unit:
-	$(python) -m pytest -n 3 --dist loadfile
+	$(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-pillow: ## the image tests with Pillow itself, which is used where pillow-simd cannot be compiled
 	@.ci/setup test

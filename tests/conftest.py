@@ -198,8 +198,14 @@ def start_server(kind: str):
 CLUSTER = [f"cluster-{os.environ['CLUSTER']}"] if os.environ.get("CLUSTER") else []
 
 
+# Files with few tests that take long. They begin first: xdist would begin with the files that have most tests, and at
+# the end one process would work alone.
+LONG = ["storage_backup_cluster", "storage_cluster", "deploy_k8s", "deploy_haproxy", "storage_topology", "api_shards"]
+
+
 def pytest_collection_modifyitems(config, items):
-    """On a Cluster: only tests that use one of the servers below, and that are not about one server alone."""
+    """Begin with LONG. On a Cluster: only tests that use one of the servers below, and that are not about one alone."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if CLUSTER:
         servers = {"any_server", "real_server", "embedded"}
         chosen = [item for item in items if servers & {*item.fixturenames} and not item.get_closest_marker("one_redis")]
