@@ -261,7 +261,9 @@ async def test_the_record_of_an_erasure_covers_all_of_it_also_of_one_that_was_br
     """A backup from the middle of an erasure has a part of the user, too."""
 
     class Slow(Progress):
-        def show(self, *_):
+        def show(self, label, done, total, note):
+            if note == "0 found":  # the walk begins at a node of a Cluster that has nothing of alice
+                return
             db.clock += 60_000
             if broken:
                 raise Unavailable("it is cut off")
