@@ -111,6 +111,11 @@ def test_partitions_move_to_a_new_primary_and_back_and_one_is_emptied(nodes):
     code, output = run(every, "place", "--yes", "--without", place, IMAGEGRAM_PARTITIONS="16")
     assert code == 0 and sorted(_partitions(every)) == [0, 5, 5, 6]
     assert every[3].client.cluster("NODES")[place]["slots"] == []
+    for node in every:
+        node.client.acl_setuser("mover", True, True, keys="*", commands=["+@all", "-cluster|getslotmigrations"])
+    mover = url(every).replace("://", "://mover:any@")
+    code, output = run(every, "place", "--yes", IMAGEGRAM_REDIS_URL=mover, IMAGEGRAM_PARTITIONS="16")
+    assert code == 1 and "does not move slots: " in output and "Traceback" not in output, output
 
 
 def _partitions(nodes) -> list[int]:

@@ -135,8 +135,9 @@ class Cluster(Redis):
         self._url = url
         self._options = scripts, undecodable, replicas
         self._nodes: dict[str, Node] = {}  # by `host:port`
-        self._ranges: list[tuple[int, int, str]] = []  # of slots: first, last, `host:port` of the primary
-        self._owners: dict[int, Node] = {}  # slot -> its primary, as far as it was needed
+        self._primaries: set[str] = set()  # `host:port` of each, as `_look` has learned
+        self._served: list[Node | None] = [None] * SLOTS  # the primary of each slot, as `_look` has learned
+        self._owners: dict[int, Node] = {}  # slot -> its primary, as far as it was needed and no call has failed since
         self._looking: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.clock: int | Literal[""] = ""
@@ -248,7 +249,7 @@ class Cluster(Redis):
         """The primaries of all slots, for a walk over all keys. Raises Unreachable."""
         await self._look()
         found: list[Redis] = []
-        for place in sorted({place for _, _, place in self._ranges}):
+        for place in sorted(self._primaries):
             node = copy(self.node(place))
             node.meaning = meaning
             found.append(node)
@@ -277,14 +278,10 @@ class Cluster(Redis):
             self._looking = asyncio.create_task(self._look())
             self._looking.add_done_callback(self._looked)
         await asyncio.shield(self._looking)
-        if node := self._owner(slot):
+        if node := self._served[slot]:
             self._owners[slot] = node
             return node
         raise Unreachable("no node of the cluster serves these data")
-
-    def _owner(self, slot: int) -> Node | None:
-        """The primary of a slot, as `_look` has learned."""
-        return next((self.node(place) for first, last, place in self._ranges if first <= slot <= last), None)
 
     def _looked(self, task: asyncio.Task[None]) -> None:
         self._looking = None
@@ -314,11 +311,16 @@ class Cluster(Redis):
 
     def _learn(self, found: list[tuple[int, int, str]]) -> None:
         """Keep what a node has said, and forget nodes that have left: they would be asked again and again."""
-        self._ranges = found
-        for place in self._nodes.keys() - self._in_url - {place for _, _, place in found}:
+        self._primaries = {place for _, _, place in found}
+        for place in self._nodes.keys() - self._in_url - self._primaries:
             self._start(self._nodes.pop(place).close())
+        # A list, because a search in the ranges for each of 16384 slots would stop the event loop for 100 ms. Clients
+        # may name any slot in the ids that they ask for.
+        self._served = [None] * SLOTS
+        for first, last, place in found:
+            self._served[first : last + 1] = [self.node(place)] * (last + 1 - first)
         # The calls of other shards must not ask again while one shard is looked for all the time.
-        self._owners = {slot: node for slot in self._owners if (node := self._owner(slot))}
+        self._owners = {slot: node for slot in self._owners if (node := self._served[slot])}
 
 
 def connect(url: str, replicas: int = 0, undecodable: str = "replace") -> Redis:

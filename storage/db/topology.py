@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis.exceptions import BusyLoadingError, ResponseError
+from redis.exceptions import BusyLoadingError
 
 from storage.db.client import REPLIED
 from storage.db.cluster import SLOTS, Cluster, Node, address, connect, slot_of
@@ -324,12 +324,12 @@ async def move(cluster: Cluster, members: list[Member], planned: Moves, partitio
             began = time.monotonic()
             try:
                 await node.ask(*command(target, part))
-            except ResponseError as error:
+                while (state := await _migration(node, target)) not in ("success", ""):
+                    if state in ("failed", "canceled"):
+                        raise Refused(f"{places[source]} could not move its slots to {places[target]}: {state}")
+                    await asyncio.sleep(POLL)
+            except REPLIED as error:
                 raise Refused(f"{places[source]} does not move slots: {error}") from None
-            while (state := await _migration(node, target)) not in ("success", ""):
-                if state in ("failed", "canceled"):
-                    raise Refused(f"{places[source]} could not move its slots to {places[target]}: {state}")
-                await asyncio.sleep(POLL)
             await _replicated(cluster.node(places[target]))
             taken = time.monotonic() - began
             report(f"{places[source]} -> {places[target]}: {written(part)} ({taken:.1f} s)")
