@@ -328,8 +328,12 @@ async def move(cluster: Cluster, members: list[Member], planned: Moves, partitio
                     if state in ("failed", "canceled"):
                         raise Refused(f"{places[source]} could not move its slots to {places[target]}: {state}")
                     await asyncio.sleep(POLL)
+                # A source that was restarted meanwhile knows of no migration.
+                owners = {member.id for member in await _members(node) if part[0] in member.slots}
             except REPLIED as error:
                 raise Refused(f"{places[source]} does not move slots: {error}") from None
+            if owners != {target}:
+                raise Refused(f"{places[source]} has not moved its slots: run the same command again")
             await _replicated(cluster.node(places[target]))
             taken = time.monotonic() - began
             report(f"{places[source]} -> {places[target]}: {written(part)} ({taken:.1f} s)")
