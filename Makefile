@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose test-compose-cluster load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -55,7 +55,11 @@ test-cluster: ## all tests that use a Redis, on a Redis Cluster, of Valkey and o
 
 test-compose: ## the containers in a real engine: the README's commands, kills, a restore; four minutes, needs root
 	@.ci/setup test
-	@$(python) -m tests.compose
+	@$(python) -m tests.compose single
+
+test-compose-cluster: ## the same with the profile `cluster`: six nodes of Redis; five minutes, needs root
+	@.ci/setup test
+	@$(python) -m tests.compose cluster
 
 load: ## the load of 50 users (locust) on a site that runs, with the forecast's mix of calls; one minute
 	@.ci/setup test

@@ -1,5 +1,6 @@
 """docker-compose.yml and the Dockerfile use the commands, settings, volumes and versions that the tests use."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from clusters import ClusterNode
+from conftest import until
 
 from storage import settings
 from storage.backup import state as shipper_state
-from storage.db import server
+from storage.db import server, topology
+from storage.db.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -50,6 +54,72 @@ def test_composes_redis_makes_its_folder_on_an_empty_volume_only(tmp_path, befor
     command = command[: command.index(" --bind")]
     assert (subprocess.run(["sh", "-c", command], capture_output=True).returncode == 0) == starts
     assert sorted(path.name for path in tmp_path.iterdir()) == after
+
+
+NODES = [f"node{number}" for number in range(1, 7)]
+
+
+def test_the_profile_cluster_adds_nodes_that_start_as_redis_does_and_a_shipper_of_each():
+    added = {name for name, service in COMPOSE.items() if service.get("profiles") == ["cluster"]}
+    assert added == {*NODES, *(f"ship{number}" for number in range(1, 7)), "form"}
+    rule = COMPOSE["redis"]["command"][2].split(" exec ")[0]
+    for number, name in enumerate(NODES, 1):
+        node, ship = COMPOSE[name], COMPOSE[f"ship{number}"]
+        assert {key: node[key] for key in node.keys() - {"profiles", "command", "volumes"}} == {
+            key: COMPOSE["redis"][key] for key in COMPOSE["redis"].keys() - {"command", "volumes"}
+        }
+        server_command = "exec valkey-server /etc/redis.conf --include /etc/redis-cluster.conf --dir /data/redis "
+        assert node["command"][2].startswith(f"{rule} {server_command}")
+        confs = [f"./storage/db/{conf}.conf:/etc/{conf}.conf:ro" for conf in ("redis", "redis-cluster")]
+        assert node["volumes"] == [f"{name}:/data", *confs]
+        assert ship["command"] == COMPOSE["ship"]["command"] and ship["healthcheck"] == COMPOSE["ship"]["healthcheck"]
+        assert ship["volumes"] == [f"{name}:/data", *COMPOSE["ship"]["volumes"][1:]]
+        environment = {**COMPOSE["ship"]["environment"], "IMAGEGRAM_REDIS_NODE": f"{name}:6379"}
+        assert ship["environment"] == environment and ship["scale"] == 1
+    assert set(COMPOSE["form"]["depends_on"]) == set(NODES)
+
+
+def test_the_profile_cluster_runs_with_the_variables_of_the_docs():
+    """Without a profile and variables, one Redis serves, and `ship` ships it."""
+    page = (ROOT / "docs" / "production.md").read_text()
+    block = re.search(r"COMPOSE_PROFILES=cluster\n(    .*\n)+", page)[0]
+    variables = dict(line.strip().split("=", 1) for line in block.splitlines())
+    known = settings.load({**variables, "IMAGEGRAM_REDIS_NODE": "node1:6379"})
+    assert known.redis_url == f"redis+cluster://{','.join(NODES)}" and known.queue_url == "redis://redis:6379"
+    assert known.redis_node == ("node1", 6379)
+    assert COMPOSE["api"]["environment"]["IMAGEGRAM_REDIS_URL"] == "${IMAGEGRAM_REDIS_URL:-redis://redis:6379}"
+    assert (COMPOSE["ship"]["scale"], variables["SHIP"]) == ("${SHIP:-1}", "0")
+
+
+@pytest.fixture
+def composed_nodes(tmp_path):
+    """Six nodes with the options that docker-compose.yml gives them, at ports of this machine."""
+    options = re.search("--protected-mode .*", COMPOSE["node1"]["command"][2])[0]
+    options = options.replace('"$$(hostname -i)"', "127.0.0.1").split()
+    started = []
+    try:
+        for number in range(6):
+            started.append(ClusterNode("valkey", tmp_path / str(number), *options))
+        yield started
+    finally:
+        for node in started:
+            node.kill()
+
+
+def test_a_composed_primary_hands_over_when_it_is_stopped_and_waits_for_its_restart_when_it_dies(composed_nodes):
+    first, replica = composed_nodes[0], composed_nodes[3]
+    db = Cluster("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in composed_nodes))
+    asyncio.run(topology.form(db, 3, 0, lambda line: None))
+    assert replica.client.role()[0] == "slave"
+    first.process.terminate()
+    first.process.wait()
+    until(lambda: replica.client.role()[0] == "master", 10, "it takes over")
+    first.start()
+    until(lambda: first.client.info("replication")["master_link_status"] == "up", 20, "the first one replicates")
+    replica.kill()
+    assert first.client.config_get("cluster-replica-no-failover") == {"cluster-replica-no-failover": "yes"}
+    first.client.cluster("FAILOVER", "FORCE")
+    until(lambda: first.client.role()[0] == "master", 20, "people can make it the primary")
 
 
 def known_settings() -> set[str]:

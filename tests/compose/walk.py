@@ -14,6 +14,7 @@ import time
 import traceback
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -288,7 +289,8 @@ class Writers:
         return f"{len(self.comments)} comments, {len(self.posts)} posts acknowledged: 0 lost, 0 double"
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, take: Callable[[Project, Project], None]) -> int:
+    """Takes a walk with two projects, of which the second is on a new machine. Returns the exit status."""
     tools = folder / "tools"
     tools.mkdir()
     for name in TOOLS:
@@ -298,7 +300,7 @@ def main(folder: Path) -> int:
     project = Project(folder / "imagegram", tools)
     again = Project(folder / "new-machine", tools, "again")
     try:
-        walk(project, again)
+        take(project, again)
     except BaseException as error:
         for each in (again, project):
             if each.folder.exists():
@@ -321,8 +323,7 @@ def walk(project: Project, again: Project) -> None:
         first_calls(project)
     with step("Prometheus reaches all parts"):
         observe(project)
-    tokens = [project.compose("exec", "-T", "api", "imagegram-api", "token", name).strip() for name in "abc"]
-    writers = Writers(tokens)
+    writers = Writers(tokens(project))
     try:
         events = [kill(project, writers, part) for part in PARTS]
         events += [freeze(project, writers, part) for part in ("worker", "ship")]
@@ -352,10 +353,18 @@ def walk(project: Project, again: Project) -> None:
     with step("nothing is left"):
         again.compose("down", "-v")
         nothing_left()
+    print_figures(writers, events, figures)
+
+
+def print_figures(writers: Writers, events: list[tuple], figures: str) -> None:
     print()
     for row in writers.table(events):
         print("{:<24}{:<12}{:<20}{:<20}{:<20}{}".format(*row))
     print(f"(seconds)  {figures}")
+
+
+def tokens(project: Project) -> list[str]:
+    return [project.compose("exec", "-T", "api", "imagegram-api", "token", name).strip() for name in "abc"]
 
 
 def first_calls(project: Project) -> None:
@@ -382,7 +391,7 @@ def first_calls(project: Project) -> None:
     assert not anonymous, f"anonymous volumes: {anonymous}"
 
 
-def observe(project: Project) -> None:
+def observe(project: Project, shippers: int = 1) -> None:
     """Starts Prometheus of the profile `observe`, alone: Grafana has no stand-in. It must reach all parts."""
 
     def made(kind: str) -> set[str]:
@@ -395,10 +404,10 @@ def observe(project: Project) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:9090/api/v1/{path}", timeout=10) as answer:
             return json.load(answer)["data"]
 
-    def up() -> set[str]:
-        return {each["labels"]["job"] for each in get("targets")["activeTargets"] if each["health"] == "up"}
+    def up() -> Counter[str]:
+        return Counter(each["labels"]["job"] for each in get("targets")["activeTargets"] if each["health"] == "up")
 
-    until(lambda: up() == {"api", "worker", "ship"}, 40, "a scrape of all parts")
+    until(lambda: up() == {"api": 1, "worker": 1, "ship": shippers}, 40, "a scrape of all parts")
     rules = [rule for group in get("rules")["groups"] for rule in group["rules"]]
     assert len(rules) > 10 and {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules
     # `down` without the profile would leave these.
@@ -427,7 +436,7 @@ def freeze(project: Project, writers: Writers, part: str) -> tuple:
 
 def recovered(project: Project, writers: Writers, name: str, part: str, old: int, since: float) -> tuple:
     """Waits until a part runs again and all calls succeed. Returns an event of Writers.table."""
-    limit = 30
+    limit = 90  # on a busy machine. An image under way may begin again after a minute
     until(lambda: project.pid(part) not in (0, old), limit, f"{part} runs again")
     back = time.monotonic()
     last = {kind: tried for kind, *tried in writers.tries[:]}
