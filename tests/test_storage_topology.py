@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 
@@ -93,6 +94,24 @@ def test_a_small_site_is_formed_completed_and_survives_its_primary(nodes, kind):
     assert first[0].client.info("replication")["connected_slaves"] in (1, 2)
     code, output = run(complete, "form", "--primaries", "1", "--arbiters", "2", "--home")
     assert code == 0 and "again" not in output, output
+
+
+def test_an_arbiter_that_lost_its_disk_is_an_arbiter_again(nodes):
+    """As a replica it could not vote. Then the site would have no majority when its primary is lost."""
+    five = nodes(5)
+    shape = ("form", "--primaries", "1", "--arbiters", "2")
+    assert run(five, *shape)[0] == 0
+    lost = five[-1]
+    old = lost.client.cluster("MYID")
+    lost.kill()
+    shutil.rmtree(lost.folder)
+    lost.folder.mkdir()
+    lost.start()
+    code, output = run(five, *shape)
+    assert (code, output.count("PROBLEM"), output.count("replica of")) == (0, 0, 0), output
+    assert f"localhost:{lost.port}: in place of an arbiter that is lost" in output
+    known = lost.client.cluster("NODES")
+    assert output.count("  arbiter ") == 2 and len(known) == 5 and old not in str(known), output
 
 
 def test_partitions_move_to_a_new_primary_and_back_and_one_is_emptied(nodes):

@@ -368,8 +368,9 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     2. All nodes learn the present addresses of all.
     3. The other nodes without slots become replicas, on other machines than their primary if there are any.
 
-    Slots that a node has stay with it, also if that node does not answer. `primaries` and `arbiters` are the numbers
-    that the Cluster shall have. Returns when all nodes agree and all replicas have the data.
+    Slots that a node has stay with it, also if that node does not answer. Only an arbiter is replaced, by an empty node
+    among the last `arbiters` of the URL: it held nothing, and as a replica the node could not vote. `primaries` and
+    `arbiters` are the numbers that the Cluster shall have. Returns when all nodes agree and all replicas have the data.
 
     Raises Refused if there are too few nodes, or a node does not answer and the owner of some slots is not known, or it
     takes too long. Raises Unreachable if no node answers.
@@ -385,6 +386,15 @@ async def form(cluster: Cluster, primaries: int, arbiters: int, report: Report =
     empty = [node for node in nodes if own[node].is_primary and not own[node].slots]
     data = [node for node in nodes if own[node].holds_data]
     known = {member.id: member for view in views.values() for member in view if member.is_primary and member.slots}
+    answering = {member.id for member in own.values()}
+    lost = [member for member in known.values() if member.is_arbiter and member.id not in answering]
+    spare = [node for node in cluster.nodes()[len(cluster.nodes()) - arbiters :] if node in empty]
+    for member, node in zip(lost, spare, strict=False):
+        for other in nodes:
+            if any(member.id == one.id for one in views[other]):
+                await _tell(other, "CLUSTER", "FORGET", member.id)
+        report(f"{node.place}: in place of an arbiter that is lost")
+        has_slots -= known.pop(member.id).slots
     new = max(0, primaries - sum(member.holds_data for member in known.values()))
     new_arbiters = max(0, arbiters - sum(member.is_arbiter for member in known.values()))
     if len(empty) < new + new_arbiters:
