@@ -39,7 +39,7 @@ from pathlib import Path
 from storage import check, erasure, export, keys, moderation, processes, retry, sweep
 from storage.backup import owners, restore, retain, shards, ship, snapshots, state, verify
 from storage.backup.aof import Damaged
-from storage.db import server, topology
+from storage.db import forming, server, topology
 from storage.db.client import SCRIPTS, now_ms
 from storage.db.cluster import Cluster, connect
 from storage.errors import Refusal, Unknown, Unreachable
@@ -259,9 +259,9 @@ async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:
     if not isinstance(db, Cluster):
         raise SystemExit("IMAGEGRAM_REDIS_URL names no Cluster: redis+cluster://host:port,host:port,…")
     if arguments.cluster == "form":
-        await topology.form(db, arguments.primaries, arguments.arbiters, _say)
+        await forming.form(db, arguments.primaries, arguments.arbiters, _say)
         if arguments.home:
-            await topology.bring_home(db, arguments.primaries, _say)
+            await forming.bring_home(db, arguments.primaries, _say)
     members = await topology.read(db)
     if arguments.cluster == "place":
         planned = topology.moves(members, settings.partitions, arguments.without)
@@ -269,7 +269,7 @@ async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:
         for (source, target), slots in planned.items():
             _say(f"{places[source]}: {' '.join(topology.command(target, slots))}")
         if arguments.yes:
-            await topology.move(db, members, planned, settings.partitions, _say)
+            await forming.move(db, members, planned, settings.partitions, _say)
         elif planned:
             _say("nothing was moved: add --yes to move it")
         else:

@@ -16,7 +16,7 @@ from parts import PROGRAMS, make_settings, shipping
 from storage import check, comments, posts
 from storage.backup import restore
 from storage.backup.shards import restore_all
-from storage.db import topology
+from storage.db import forming
 from storage.db.client import Redis
 from storage.db.cluster import Cluster
 from storage.errors import Unknown, Unreachable
@@ -143,7 +143,7 @@ async def read_restored(
     keys = [node.client.dbsize() for node in nodes]
     db = Cluster("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes))
     try:
-        await topology.form(db, len(nodes), 0, lambda line: None)
+        await forming.form(db, len(nodes), 0, lambda line: None)
         report = await check.check(db, open_store(settings.store_url))
         assert not report.flaws, report.lines
         found = await read_feed(db)

@@ -16,7 +16,7 @@ from conftest import until
 
 from storage import settings
 from storage.backup import state as shipper_state
-from storage.db import server, topology
+from storage.db import forming, server
 from storage.db.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def composed_nodes(tmp_path):
 def test_a_composed_primary_hands_over_when_it_is_stopped_and_waits_for_its_restart_when_it_dies(composed_nodes):
     first, replica = composed_nodes[0], composed_nodes[3]
     db = Cluster("redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in composed_nodes))
-    asyncio.run(topology.form(db, 3, 0, lambda line: None))
+    asyncio.run(forming.form(db, 3, 0, lambda line: None))
     assert replica.client.role()[0] == "slave"
     first.process.terminate()
     first.process.wait()

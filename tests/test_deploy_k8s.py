@@ -31,7 +31,7 @@ from test_docs import BLOCK, section, shell
 
 from deploy.cluster import SHAPES
 from storage import check, comments, metrics, posts, settings
-from storage.db import topology
+from storage.db import forming
 from storage.db.cluster import Cluster
 from storage.objects import open_store
 from storage.retry import retry
@@ -640,7 +640,7 @@ async def test_nodes_form_a_cluster_and_each_part_works_with_its_own_password(st
     for node in (primary, replica):
         until(lambda: node.probe("startupProbe") and node.probe("readinessProbe"), what="the node")  # noqa: B023
     operator = Cluster(url("small", "form", primary, replica), replicas=1)
-    await topology.form(operator, 1, 0)
+    await forming.form(operator, 1, 0)
     assert primary.probe("livenessProbe") and replica.probe("readinessProbe")
     store = open_store(tmp_path.as_uri())
     api = Cluster(url("small", "api", primary, replica), replicas=1)
@@ -680,7 +680,7 @@ async def test_nodes_form_a_cluster_and_each_part_works_with_its_own_password(st
         node.start(address)
         until(lambda: node.probe("startupProbe"), what="the node")  # noqa: B023
     operator = Cluster(url("small", "form", primary, replica), replicas=1)
-    await topology.form(operator, 1, 0)
+    await forming.form(operator, 1, 0)
     api = Cluster(url("small", "api", primary, replica), replicas=1)
     await comments.add(api, "bob", post, "They found one another")
     for db in (api, operator):

@@ -82,14 +82,13 @@ def test_each_part_works_with_its_own_rights(guarded, tmp_path):
             site.close()
 
 
-@pytest.mark.skipif(not CLUSTER, reason="`make test-cluster` runs it")
 def test_each_part_works_with_its_own_rights_on_a_cluster(guarded_cluster, embedded, tmp_path):
     """With a replica that must have each write: WAIT is a right, too."""
     api, worker = [
         Site(
             guarded_cluster.url.replace("//", f"//{user}:{password(user)}@"),
             tmp_path,
-            queue_url=embedded.queue.url,
+            queue_url=embedded.queue.url if CLUSTER else embedded.url,
             replicas=1,
         )
         for user in ("api", "worker")

@@ -10,7 +10,7 @@ import pytest
 from clusters import ClusterNode
 from conftest import until
 
-from storage.db import topology
+from storage.db import forming, topology
 from storage.db.cluster import SLOTS, Cluster
 
 
@@ -65,11 +65,11 @@ def test_a_replica_goes_where_fewest_are_then_to_another_machine_then_to_the_fir
 
     view = [member("c", "h3"), member("a", "h1"), member("b", "h2"), member("new", "h4")]
     data = ["b", "a", "c"]
-    chosen = [topology._needs_replica(view, "new", data).id]
+    chosen = [forming._needs_replica(view, "new", data).id]
     view.append(member("r1", "h5", "b"))
-    chosen.append(topology._needs_replica(view, "new", data).id)
+    chosen.append(forming._needs_replica(view, "new", data).id)
     view[-2] = member("new", "h1")
-    chosen.append(topology._needs_replica(view, "new", data).id)
+    chosen.append(forming._needs_replica(view, "new", data).id)
     assert chosen == ["b", "a", "c"]
 
 
@@ -160,16 +160,16 @@ def test_slots_are_not_given_away_while_a_node_that_may_have_them_does_not_answe
     both = nodes(2)
     both[1].client.cluster("ADDSLOTSRANGE", 100, SLOTS - 1)
     both[1].kill()
-    monkeypatch.setattr(topology, "FORM_SECONDS", 0.5)
+    monkeypatch.setattr(forming, "FORM_SECONDS", 0.5)
     for held in ((), range(100)):
         if held:
             both[0].client.cluster("ADDSLOTS", *held)
         with pytest.raises(topology.Refused, match="when all nodes answer"):
-            asyncio.run(topology.form(Cluster(url(both)), 2, 0))
+            asyncio.run(forming.form(Cluster(url(both)), 2, 0))
         assert both[0].client.cluster("INFO")["cluster_slots_assigned"] == str(len(held))
     both[1].start()
     monkeypatch.undo()
-    asyncio.run(topology.form(Cluster(url(both)), 2, 0))
+    asyncio.run(forming.form(Cluster(url(both)), 2, 0))
     assert [len(node.client.cluster("SLOTS")) for node in both] == [2, 2]
 
 
@@ -187,10 +187,10 @@ async def test_two_forms_at_once_make_one_shape_which_is_shown_also_if_the_first
     every = nodes(6)
     clients = [Cluster(url(every)) for _ in range(2)]
     reports = [[], []]
-    forms = (topology.form(db, 3, 0, report.append) for db, report in zip(clients, reports, strict=True))
+    forms = (forming.form(db, 3, 0, report.append) for db, report in zip(clients, reports, strict=True))
     for error in await asyncio.gather(*forms, return_exceptions=True):
         assert error is None or (isinstance(error, topology.Refused) and "already busy" in str(error)), error
-    await topology.form(clients[0], 3, 0, lambda line: None)
+    await forming.form(clients[0], 3, 0, lambda line: None)
     late = Cluster(url([*nodes(1), *every]))
     members = await topology.read(late)
     assert topology.problems(members, 16, 0) == [] and len(members) == 6

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import psutil
@@ -121,7 +122,11 @@ async def test_verify_ends_with_its_shipper_and_leaves_neither_server_nor_folder
 
         def servers() -> list[psutil.Process]:
             # redis-server replaces its command line by a title: `… unixsocket:PATH`.
-            return [child for child in process.children() if "unixsocket" in " ".join(child.cmdline())]
+            found = []
+            for child in process.children():
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    found += [child] if "unixsocket" in " ".join(child.cmdline()) else []
+            return found
 
         (loading,) = await until(servers, "verify's server runs")
         shipper.stop.set()

@@ -29,7 +29,7 @@ from shards import PARTITIONS, History, read_restored, settings_in, settings_of,
 
 from storage.backup import owners
 from storage.backup import state as shipper_state
-from storage.db import topology
+from storage.db import forming, topology
 from storage.db.cluster import Cluster
 from storage.objects import open_store
 from storage.settings import Settings
@@ -108,7 +108,7 @@ async def fail_over(site: Shipped) -> None:
         return await until(follows, "the old primary follows the new one", 5)
     # If some of its slots have been moved to another shard meanwhile, it is a primary without slots now.
     db = Cluster(site.cluster.url)
-    await topology.form(db, 3, 0, lambda line: None)
+    await forming.form(db, 3, 0, lambda line: None)
     await db.close()
     await until(follows, "the node is a replica again", 30)
 
