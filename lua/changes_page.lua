@@ -22,7 +22,7 @@ local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
 local since, limit, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local posts, latests, streams, cluster = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 
-local current = timeline(epoch, cluster)
+local current = (redis.call('GET', epoch) or '0') .. replication(cluster)
 if not since then
   return {current, newest_revision(changes, gone), 0, {}}
 end

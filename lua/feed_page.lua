@@ -106,8 +106,9 @@ end
 
 local seen = {}
 if not count then
+  local timelines = replication(cluster) -- how all of them end
   for first = first_name, #names, width do
-    seen[#seen + 1] = timeline(names[first + 3], cluster)
+    seen[#seen + 1] = (redis.call('GET', names[first + 3]) or '0') .. timelines
     seen[#seen + 1] = newest_revision(names[first + 1], names[first + 2])
   end
 end

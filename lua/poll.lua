@@ -14,7 +14,7 @@ local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
 local cluster = ARGV[1]
 local keys = KEYS
 
-local reply = {timeline(epoch, cluster), newest_revision(changes, gone)}
+local reply = {(redis.call('GET', epoch) or '0') .. replication(cluster), newest_revision(changes, gone)}
 local call = redis.pcall -- a key of a wrong type counts as processed: who waits for it gets the error of the read
 for place = 1, #keys - 3 do
   if call('HGET', keys[place + 3], 'status') ~= 'processing' then

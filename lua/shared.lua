@@ -30,15 +30,15 @@ local function next_revision(now, changes, gone)
   return math.max(now, (changed or 0) + 1, (deleted or 0) + 1)
 end
 
--- Returns the name of a partition's timeline. A token of another timeline may name changes that do not exist any more.
--- `epoch` gets another value with each restore. On a Cluster (`cluster` is 1) a failover may take changes back, too. So
--- the name continues with a part of the replication id, which each promoted replica changes before it serves.
-local function timeline(epoch, cluster)
-  local name = redis.call('GET', epoch) or '0'
-  if cluster == '1' then
-    name = name .. redis.call('INFO', 'replication'):match('master_replid:(%x%x%x%x%x%x%x%x)')
+-- Returns the end of the names of timelines: '' on a single Redis, and on a Cluster (`cluster` is 1) a part of the
+-- replication id. A token of another timeline may name changes that do not exist any more. A restore gives `epoch`, with
+-- which the name begins, another value. A failover may take changes back, too, and each replica that is promoted changes
+-- its replication id before it serves.
+local function replication(cluster)
+  if cluster ~= '1' then
+    return ''
   end
-  return name
+  return redis.call('INFO', 'replication'):match('master_replid:(%x%x%x%x%x%x%x%x)')
 end
 
 -- Returns the answer to a repeated request, {id, 1}, or nil if its Idempotency-Key is new.

@@ -92,7 +92,7 @@ def measure(rounds: int, seconds: float) -> list[Row]:
         def api(name: str, **settings) -> Api:
             server, _, _, partitions = sites[name]
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
-            started = Api(server, folder, partitions=partitions, **settings)
+            started = Api(server, folder, partitions=partitions, queue_url=one.url, **settings)
             stack.callback(started.close)
             return started
 
