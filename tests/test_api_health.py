@@ -79,7 +79,7 @@ def test_a_store_that_is_missing_or_silent_is_reported_within_a_second(embedded,
             until(lambda: seconds() < 1.3, what="an answer in time, also on a machine with other work")
         with running_site(embedded, tmp_path, store="s3://a-bucket-that-does-not-exist") as site:
             line.delay = 0.0
-            assert "NoSuchBucket" in ready(site)["store"]
+            until(lambda: "NoSuchBucket" in ready(site)["store"], what="the store's reason")
 
 
 def test_a_store_whose_folder_is_missing_is_reported_and_its_next_put_creates_it(embedded, tmp_path):
