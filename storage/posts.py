@@ -232,8 +232,6 @@ async def _merged_feed(db: Redis, groups: list[tuple[int, ...]], limit: int, aft
 
 def _seen(groups: list[tuple[int, ...]], replies: list[list]) -> list[tuple[str, int]]:
     """Timeline and revision of each partition, in the order of the partitions."""
-    if len(groups) == 1:
-        return list(zip(replies[0][::2], replies[0][1::2], strict=True))
     pairs = {}
     for group, reply in zip(groups, replies, strict=True):
         pairs |= zip(group, zip(reply[::2], reply[1::2], strict=True), strict=True)

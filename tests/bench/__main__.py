@@ -1,6 +1,6 @@
 """Measures the system, prints tables, puts them into docs/performance.md and draws the pictures of that page.
 
-With `--quick` or `--only` the page stays as it is, and the pictures go to tests/bench/out/.
+With `--quick`, `--only` or `--server redis` the page stays as it is, and the pictures go to tests/bench/out/.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
         case "waiting":
             rows = waiting.measure()
         case "shards":
-            rows = shards.measure(rounds, seconds)
+            rows = shards.measure(rounds, seconds, options.server)
         case "costs":
             rows = costs.measure()
         case "forecast":
@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement of a round")
     parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part; may be repeated")
     parser.add_argument("--only", default="", help="measure only the requests whose name contains this")
+    parser.add_argument("--server", choices=("valkey", "redis"), default="valkey", help="of the part shards")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 1, 2
-    trial = options.quick or options.only
+    trial = options.quick or options.only or options.server != "valkey"
     pictures = Path(__file__).with_name("out") if trial else PAGE.with_suffix("")
     for part in options.part or PARTS:
         began = time.monotonic()

@@ -71,8 +71,9 @@ def image() -> bytes:
 
 def store_requests() -> Counter:
     """The requests to S3, by method, that an image of 3 MB takes until it has its picture and its chunks are erased."""
-    port, found = free_port(), Counter()
-    with tempfile.TemporaryDirectory(prefix="ig-") as folder, open(f"{folder}/log", "w+") as log:
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ig-") as folder, open(f"{folder}/log", "w") as log:
+        requests = Path(folder, "log").read_text
         program = Path(sys.executable).with_name("moto_server")
         store = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
         server = Redis()
@@ -85,15 +86,12 @@ def store_requests() -> Counter:
             site = Site(server.url, Path(folder), store="s3://bucket", backup_store="s3://bucket/backup")
             site.api()
             site.worker()
-            time.sleep(3)  # what the processes ask when they start does not count
-            before = log.tell()
             with site.client("alice") as client:
                 wait_until_processed(client, create_post(client, image()))
-                time.sleep(5)  # then the chunks are erased
+            until(lambda: "?delete" in requests(), what="the chunks are erased")
             site.close()
-            log.seek(before)
-            found.update(re.findall(r'"([A-Z]+) /bucket\S*', log.read()))
-            return found
+            # What the processes ask when they start and for `/readyz` names a prefix, and no object.
+            return Counter(re.findall(r'"([A-Z]+) /bucket[/?](?!\S*prefix=)', requests()))
         finally:
             server.close()
             store.kill()
@@ -113,8 +111,7 @@ def measure() -> list[Row]:
         memory = server.client.info("memory")["used_memory"]
         began = time.monotonic()
         server.client.bgrewriteaof()
-        while not server.rewrite_done():
-            time.sleep(0.01)
+        until(server.rewrite_done, 60, "the rewrite")
         taken = time.monotonic() - began
         rows.append(Row("base: bytes for each byte in memory", size(server, ".base.rdb") / memory))
         rows.append(Row("rewrite: memory a second", memory / taken / 2**20, unit="MiB/s"))

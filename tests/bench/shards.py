@@ -37,9 +37,9 @@ TOGETHER = 16  # of them are read at the same time: a server that waits between 
 BODY = orjson.dumps({"text": fill.TEXT})
 
 
-def cluster(stack: contextlib.ExitStack, replicas: int) -> tuple[ClusterServer, list]:
+def cluster(stack: contextlib.ExitStack, kind: str, replicas: int) -> tuple[ClusterServer, list]:
     """Starts a Cluster of three primaries. Returns it and the node of each partition."""
-    server = ClusterServer("valkey", 3, replicas)
+    server = ClusterServer(kind, 3, replicas)
     stack.callback(server.close)
     for node in server.nodes:
         pin(node.process.pid, DRIVER)
@@ -71,14 +71,14 @@ def redis_time(server, nodes: list, partitions: int) -> float:
     return (seconds_of(nodes) - before) / PAGES * 1e6
 
 
-def measure(rounds: int, seconds: float) -> list[Row]:
+def measure(rounds: int, seconds: float, kind: str = "valkey") -> list[Row]:
     counts = fill.counts(POSTS, COMMENTS)
     with contextlib.ExitStack() as stack:
-        one, sixteen = Redis(), Redis()
+        one, sixteen = Redis(kind), Redis(kind)
         stack.callback(one.close)
         stack.callback(sixteen.close)
-        spread, owners = cluster(stack, 0)
-        copied, copied_owners = cluster(stack, 2)
+        spread, owners = cluster(stack, kind, 0)
+        copied, copied_owners = cluster(stack, kind, 2)
         sites = {
             "one": (one, [one], [one], 1),
             "sixteen": (sixteen, [sixteen] * PARTITIONS, [sixteen], PARTITIONS),
