@@ -7,10 +7,12 @@ from sanic.response import json
 
 from api.answers import READ
 from api.rendering import timestamp
+from storage import gauges
 from storage.backup import state as shipper
 from storage.objects import Unavailable
 
 STORE_TIMEOUT = 1.0  # seconds. A probe rarely waits more than two for its answer
+SLOW_FORK = 0.04  # seconds. Every call waits for it, and has 50 ms. The alert SlowFork has the same limit
 NO_STORE = {"Cache-Control": "no-store"}
 
 routes = Blueprint("health")
@@ -26,13 +28,25 @@ async def readyz(request):
     """200 if Redis answers, or most primaries of a Cluster. Raises Unreachable if not.
 
     Without object storage the feed and comments still work. Without a backup everything works. Without a shard of a
-    Cluster, what is in the others works, on every process of the API alike. So these three are only reported.
+    Cluster, what is in the others works, on every process of the API alike. So these three are only reported, and so is
+    a slow fork.
     """
     ctx = request.app.ctx
-    silent = await ctx.db.ping()
-    redis = f"no answer from {', '.join(silent)}" if silent else "ok"
-    body = {"status": "ok", "redis": redis, "store": await store(ctx.objects), "backup": backup(ctx.settings)}
-    return json(body, headers=NO_STORE)
+    body = {"status": "ok", "redis": await redis(ctx.db), "store": await store(ctx.objects)}
+    return json({**body, "backup": backup(ctx.settings)}, headers=NO_STORE)
+
+
+async def redis(db, slow: float = SLOW_FORK) -> str:
+    """`ok`, or which primaries of a Cluster do not answer, and whose last fork took longer than `slow` seconds.
+
+    Raises Unreachable where Redis, or most of the primaries, do not answer.
+    """
+    silent, forks = await asyncio.gather(db.ping(), gauges.forks(db))
+    report = [f"no answer from {', '.join(silent)}"] if silent else []
+    for place, seconds in forks:
+        if seconds > slow:
+            report.append(f"the last fork{place and ' of '}{place} took {seconds * 1000:.0f} ms: too much data in it")
+    return "; ".join(report) or "ok"
 
 
 async def store(objects) -> str:

@@ -13,6 +13,7 @@ from storage.db.client import Redis
 from storage.errors import Refusal
 from storage.metrics import (
     AOF_OK,
+    FORK,
     MEMORY,
     MEMORY_LIMIT,
     NODE_UP,
@@ -58,24 +59,37 @@ async def work(db: Redis, partitions: int) -> list[Reading]:
 
 
 async def server(db: Redis) -> list[Reading]:
-    """The memory, the file and the commands of Redis, or of each primary of a Cluster that answers.
+    """The memory, the file, the last fork and the commands of Redis, or of each primary of a Cluster that answers.
 
     Raises a Refusal if none answers or this user may not ask.
     """
     readings: list[Reading] = []
-    for labels, info in await _answers(_info(node) for node in await db.primaries()):
+    for labels, info in await _answers(_info(node, "memory", "persistence", "stats") for node in await db.primaries()):
         wrote = info["aof_last_write_status"], info["aof_last_bgrewrite_status"]
         readings += [
             (MEMORY, labels, int(info["used_memory"])),
             (MEMORY_LIMIT, labels, int(info["maxmemory"]) or int(info["total_system_memory"])),
             (AOF_OK, labels, float(wrote == ("ok", "ok"))),
+            (FORK, labels, int(info["latest_fork_usec"]) / 1e6),
             (OPERATIONS, labels, int(info["instantaneous_ops_per_sec"])),
         ]
     return readings
 
 
-async def _info(node: Redis) -> tuple[tuple[str, ...], dict[str, str]]:
-    return (node.place,) if node.place else (), await node.info("memory", "persistence", "stats")
+async def forks(db: Redis) -> list[tuple[str, float]]:
+    """For Redis, or each primary of a Cluster that answers: its place, and the seconds for which its last fork stopped
+    it. Empty if none answers or this user may not ask.
+    """
+    try:
+        answers = await _answers(_info(node, "stats") for node in await db.primaries())
+    except (Refusal, RedisError):
+        return []
+    return [("".join(labels), int(info["latest_fork_usec"]) / 1e6) for labels, info in answers]
+
+
+async def _info(node: Redis, *sections: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The labels of a server's gauges, and sections of its INFO."""
+    return (node.place,) if node.place else (), await node.info(*sections)
 
 
 async def primaries(db: Redis) -> list[Reading]:

@@ -313,6 +313,7 @@ MEMORY_LIMIT = _gauge(
     "api", "imagegram_redis_memory_limit_bytes", "maxmemory, or the memory of Redis' machine.", "node"
 )
 AOF_OK = _gauge("api", "imagegram_redis_aof_ok", "1 if Redis could write and rewrite its file the last time.", "node")
+FORK = _gauge("api", "imagegram_redis_fork_seconds", "How long the last fork stopped Redis.", "node")
 OPERATIONS = _gauge("api", "imagegram_redis_commands_per_second", "Commands a second, as Redis counts them.", "node")
 OPEN_UPLOADS = _gauge("api", "imagegram_uploads_open", "Uploads that can be continued.")
 WAITING = _gauge("api", "imagegram_work_waiting", "Work that is due.", "queue")

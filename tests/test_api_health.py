@@ -1,16 +1,18 @@
 """/readyz: Redis decides whether the API is ready. The store and the backup are only reported."""
 
 import asyncio
+import re
 import time
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import SERVERS, running_site, until
+from conftest import SERVERS, run_with_db, running_site, until
 from parts import make_settings, redis_on, s3_server, s3_url, shipped, shipping
 from parts import until as until_async
 from proxy import Proxy
 
+from api import health
 from storage.backup.verify import verify
 from storage.objects import open_store
 
@@ -29,6 +31,21 @@ def test_a_site_without_a_shipper_is_ready_and_reports_that_none_has_run(serving
         "store": "ok",
         "backup": {"lag": None, "trouble": "no shipper has run here", "verified": None},
     }
+
+
+def test_a_primary_whose_last_fork_was_slow_is_reported(embedded):
+    """A fork takes more than 40 ms only with gigabytes of data. So here every fork counts as slow, or none."""
+    for client in embedded.primaries:
+        client.bgrewriteaof()
+        until(lambda client=client: client.info("stats")["latest_fork_usec"] > 0, what="a fork")
+
+    async def reports(db):
+        return await health.redis(db, slow=60), await health.redis(db, slow=0)
+
+    well, slow = run_with_db(embedded, reports)
+    assert well == "ok"
+    took = r"the last fork( of 127\.0\.0\.1:\d+)? took \d+ ms: too much data in it"
+    assert len(re.findall(f"(?:^|; ){took}(?=;|$)", slow)) == len(embedded.primaries), slow
 
 
 @pytest.mark.asyncio

@@ -185,6 +185,8 @@ async def test_open_uploads_and_work_that_waits_are_read_from_redis(serving, emp
     limits = [info["maxmemory"] or info["total_system_memory"] for info in infos]
     assert scrape("imagegram_redis_memory_limit_bytes") == sum(limits)
     assert scrape("imagegram_redis_aof_ok") == len(infos)
+    forks = sum(client.info("stats")["latest_fork_usec"] for client in serving.server.primaries)
+    assert abs(scrape("imagegram_redis_fork_seconds") * 1e6 - forks) < 1
     assert 0 < scrape("imagegram_store_free_bytes") < scrape("imagegram_store_size_bytes")
 
 
@@ -197,6 +199,7 @@ def test_without_redis_a_scrape_answers_what_it_knows(tmp_path):
             scrape = Scrape(site.url)
             assert scrape("imagegram_redis_up") == 1 and scrape("imagegram_work_waiting") == 0
             assert "imagegram_redis_memory_bytes" not in scrape, "this user may not ask"
+            assert httpx.get(f"{site.url}/readyz").json()["redis"] == "ok", "it does not know of slow forks"
             server.kill()
             assert httpx.get(f"{site.url}/v1/posts").status_code == 503
             scrape = Scrape(site.url)

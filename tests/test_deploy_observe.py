@@ -40,6 +40,7 @@ HEALTHY = {
     "imagegram_redis_aof_ok": "1",
     "imagegram_redis_memory_bytes": "60",
     "imagegram_redis_memory_limit_bytes": "100",
+    "imagegram_redis_fork_seconds": "0.04",
     "imagegram_store_free_bytes": "50",
     "imagegram_store_size_bytes": "100",
 }
@@ -62,6 +63,7 @@ FIRES = {
     "NoTrialRestore": ({"imagegram_backup_trial_timestamp_seconds": None}, {}),
     "RedisFile": ({"imagegram_redis_aof_ok": "0"}, {}),
     "RedisMemory": ({"imagegram_redis_memory_bytes": "71"}, {}),
+    "SlowFork": ({"imagegram_redis_fork_seconds": "0.041"}, {}),
     "StoreDisk": ({"imagegram_store_free_bytes": "19"}, {}),
 }
 # A second symptom
@@ -77,6 +79,7 @@ ALSO = {
         {"node": "a:1"},
     ),
     "RedisFile": ({'imagegram_redis_aof_ok{node="a:1"}': "0"}, {"node": "a:1"}),
+    "SlowFork": ({'imagegram_redis_fork_seconds{node="a:1"}': "0.063"}, {"node": "a:1"}),
     "BackupLag": ({'imagegram_backup_lag_seconds{job="ship"}': None}, {}),  # it has never caught up
     "RestoreFails": ({"imagegram_backup_trial_ok": "0"}, {}),
     "NoTrialRestore": ({"imagegram_backup_trial_timestamp_seconds": "-90000"}, {}),
@@ -90,6 +93,7 @@ QUIET = {
     "WorkerGone": {'up{job="worker", instance="another"}': "0"},
     "ImagesFail": {'imagegram_images_total{outcome="died"}': "0+4x{n}"},
     "RedisMemory": {"imagegram_redis_memory_bytes": None},
+    "SlowFork": {"imagegram_redis_fork_seconds": None},
     "StoreDisk": {"imagegram_store_free_bytes": None, "imagegram_store_size_bytes": None},
 }
 # The same by another reason: there are few requests
