@@ -15,6 +15,7 @@ from storage import traces
 from storage.db import cluster
 from storage.limits import Limiter
 from storage.objects import open_store
+from storage.segments import open_segments
 from storage.settings import MIB, Settings, signing_secret
 
 IDLE = 30  # seconds without a byte after which a connection is closed
@@ -30,7 +31,7 @@ def create(settings: Settings) -> Sanic:
     | `log_requests` | whether each request has a line in the log |
     | `verified` | Authorization header → user, and when the token expires (seconds since 1970) |
     | `cors` | the headers of answers, by origin (`api.cors`); empty: none |
-    | `db`, `objects` | the Redis client; object storage |
+    | `db`, `objects`, `segments` | the Redis client; object storage; old comments in it |
     | `limiter` | rate limits; None if there are none |
     | `flights` | reads in progress, which equal requests share |
     | `waiting` | requests that wait until something changes |
@@ -80,6 +81,7 @@ def create(settings: Settings) -> Sanic:
         app.ctx.db = cluster.connect(settings.redis_url, settings.replicas)
         traces.trace_calls(app.ctx.db)
         app.ctx.objects = open_store(settings.store_url, settings.free_space * MIB)
+        app.ctx.segments = open_segments(settings, app.ctx.objects)
         app.ctx.flights = Flights()
         app.ctx.limiter = Limiter(app.ctx.db, settings.limits, settings.partitions) if settings.limits else None
         app.ctx.waiting = Waiting(app.ctx.db, settings.partitions)

@@ -4,6 +4,7 @@ This package knows nothing of HTTP. It is the only package that names a Redis ke
 environment variable.
 
     posts, comments, uploads, changes      what users create, read and delete
+    segments                               objects that hold old comments
     outbox, originals                      background work: images to make, bytes to erase
     keys, errors, settings, formats        what the other files share
     check, sweep, retry                    maintenance commands of `imagegram-storage`

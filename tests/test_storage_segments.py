@@ -1,0 +1,253 @@
+"""Segments are whole or refused, are read once for many readers, and caches stay within their limits."""
+
+import asyncio
+import hashlib
+import secrets
+import tracemalloc
+from pathlib import Path
+
+import brotli
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parts import s3_url
+
+from storage import keys, segments
+from storage.objects import Folder, Unavailable, open_store
+from storage.segments import Comment, Damaged, Segments, decode, encode, open_segments
+from storage.settings import MIB, load
+
+POST = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"
+OTHER = "01JD4Q7ZK5W8Y3N6R2T9V0XABD-0"
+FIRST_MS = 1_732_104_158_821
+
+
+def comments(count: int, text: str = "what a lovely cat, number", first: int = FIRST_MS) -> list[Comment]:
+    return [Comment(f"{first + 1000 * n}-{n % 3}", f"user{n * n % 97}", f"{text} {n}") for n in range(count)]
+
+
+class Counted(Folder):
+    """A store that counts its reads. Each waits until `open` is set."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self.reads, self.open = 0, asyncio.Event()
+        self.open.set()
+
+    async def get(self, name: str) -> bytes:
+        self.reads += 1
+        await self.open.wait()
+        return await super().get(name)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Counted(tmp_path / "store")
+
+
+async def put(store, rows: list[Comment], post: str = POST) -> str:
+    name = keys.segment_name(rows[0].id)
+    await Segments(store).put(post, name, rows)
+    return name
+
+
+# the format
+
+numbers = st.lists(st.tuples(st.integers(1, 10**15 - 1), st.integers(0, 10**10 - 1)), min_size=1, unique=True)
+texts = st.text() | st.sampled_from(["", "\0", "\n", '"', "\\", "\u2028", "\ufeff", "\uffff", "\U0010ffff", "e\u0301"])
+
+
+@given(numbers, st.lists(st.tuples(texts, texts), min_size=1))
+def test_what_is_encoded_is_decoded(ids, bodies):
+    rows = [Comment(f"{ms}-{n}", *bodies[at % len(bodies)]) for at, (ms, n) in enumerate(sorted(ids))]
+    decoded = decode(POST, encode(POST, rows))
+    assert decoded == rows and type(decoded[0]) is Comment
+
+
+def test_a_segment_is_lines_of_json_under_a_header():
+    rows = comments(256)
+    header, *lines = brotli.decompress(encode(POST, rows)).splitlines(keepends=True)
+    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    expected = {"post": POST, "count": 256, "first": rows[0].id, "last": rows[-1].id, "sha256": digest}
+    assert orjson.loads(header) == expected
+    assert [orjson.loads(line) for line in lines] == [list(row) for row in rows]
+
+
+@pytest.mark.parametrize("rows", [[], comments(2)[::-1], comments(1) * 2], ids=["none", "descending", "twice"])
+def test_rows_whose_ids_do_not_ascend_are_not_encoded(rows):
+    with pytest.raises(ValueError, match="ascend"):
+        encode(POST, rows)
+
+
+def test_ids_ascend_as_numbers_not_as_text():
+    rows = [Comment(name, "a", "b") for name in ("9-9", "9-10", "10-0", "11-0")]
+    assert decode(POST, encode(POST, rows)) == rows
+    with pytest.raises(ValueError, match="ascend"):
+        encode(POST, [rows[1], rows[0]])
+
+
+def changed(**fields) -> bytes:
+    """A segment of three comments with other fields in its header."""
+    header, _, lines = brotli.decompress(encode(POST, comments(3))).partition(b"\n")
+    return brotli.compress(orjson.dumps(orjson.loads(header) | fields) + b"\n" + lines)
+
+
+def with_lines(lines: bytes, first: str, last: str, count: int) -> bytes:
+    """A segment with these lines, whose digest fits."""
+    header = {"post": POST, "count": count, "first": first, "last": last, "sha256": hashlib.sha256(lines).hexdigest()}
+    return brotli.compress(orjson.dumps(header) + b"\n" + lines)
+
+
+DAMAGED = {
+    "empty": b"",
+    "no brotli": b"x" * 100,
+    "nothing in it": brotli.compress(b""),
+    "no header": brotli.compress(b'["1-0","a","b"]\n'),
+    "header without a field": brotli.compress(b'{"post":"%b","count":1}\n["1-0","a","b"]\n' % POST.encode()),
+    "cut": encode(POST, comments(3))[:-1],
+    "cut lines": brotli.compress(brotli.decompress(encode(POST, comments(3)))[:-40]),
+    "no lines": with_lines(b"", "1-0", "1-0", 0),
+    "another post": encode(OTHER, comments(3)),
+    "count": changed(count=4),
+    "first": changed(first="1-0"),
+    "last": changed(last="1-0"),
+    "digest": changed(sha256=hashlib.sha256(b"").hexdigest()),
+    "order": with_lines(b'["2-0","a","b"]\n["1-0","a","b"]\n', "2-0", "1-0", 2),
+    "no id": with_lines(b'["x","a","b"]\n', "x", "x", 1),
+    "four fields": with_lines(b'["1-0","a","b","c"]\n', "1-0", "1-0", 1),
+    "no rows": with_lines(b'{"id":"1-0"}\n', "1-0", "1-0", 1),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_no_whole_segment_of_the_post_is_refused(kind):
+    with pytest.raises(Damaged):
+        decode(POST, DAMAGED[kind])
+
+
+def test_no_damaged_byte_gives_other_comments():
+    rows = comments(40)
+    whole = encode(POST, rows)
+    for at in range(len(whole)):
+        damaged = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+        try:
+            assert decode(POST, damaged) == rows  # some bits of brotli's stream have no meaning
+        except Damaged:
+            continue
+
+
+# reading
+
+
+async def test_a_segment_is_read_from_the_store_once(store):
+    rows = comments(256)
+    name = await put(store, rows)
+    cache = Segments(store)
+    assert await cache.read(POST, name) == rows
+    assert await cache.read(POST, name) == rows
+    assert store.reads == 1
+
+
+async def test_without_memory_nothing_is_cached(store):
+    rows = comments(3)
+    name = await put(store, rows)
+    cache = Segments(store, memory=0)
+    assert [await cache.read(POST, name), await cache.read(POST, name)] == [rows, rows]
+    assert store.reads == 2 and cache.held == 0
+
+
+async def test_a_large_segment_is_decoded_too(store):
+    rows = [Comment(row.id, row.author, secrets.token_urlsafe(750)) for row in comments(256)]
+    name = await put(store, rows)
+    assert await store.size(keys.segment(POST, name)) > segments.INLINE_BYTES
+    assert await Segments(store).read(POST, name) == rows
+
+
+async def test_concurrent_readers_share_one_read_and_each_has_its_own_list(store):
+    rows = comments(20)
+    name = await put(store, rows)
+    cache = Segments(store)
+    read = await asyncio.gather(*(cache.read(POST, name) for _ in range(50)))
+    assert store.reads == 1 and read == [rows] * 50
+    read[0].clear()
+    assert read[1] == rows and await cache.read(POST, name) == rows
+
+
+async def test_a_reader_that_is_cancelled_does_not_disturb_the_others(store):
+    rows = comments(20)
+    name = await put(store, rows)
+    cache = Segments(store)
+    store.open.clear()
+    first, second, third = [asyncio.create_task(cache.read(POST, name)) for _ in range(3)]
+    while not store.reads:
+        await asyncio.sleep(0)
+    first.cancel()
+    third.cancel()
+    await asyncio.wait([first, third])
+    store.open.set()
+    assert await second == rows and first.cancelled() and third.cancelled()
+    assert await cache.read(POST, name) == rows
+    assert store.reads == 1
+
+
+async def test_an_error_reaches_each_reader_and_is_not_kept(store, caplog):
+    rows = comments(5)
+    name = keys.segment_name(rows[0].id)
+    cache = Segments(store)
+    failed = await asyncio.gather(*(cache.read(POST, name) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in failed] == [Unavailable] * 3 and store.reads == 1
+    await cache.put(POST, name, rows)
+    assert await cache.read(POST, name) == rows
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("data", [None, b"x", encode(OTHER, comments(3))], ids=["missing", "damaged", "another post's"])
+async def test_a_segment_that_is_missing_or_damaged_is_unavailable_and_the_message_says_what_to_do(store, data):
+    name = keys.segment_name("1795459382641-0")
+    if data:
+        await store.put(keys.segment(POST, name), data)
+    with pytest.raises(Unavailable, match=f"comments/{POST}/{name} is (missing|damaged): run imagegram-storage check"):
+        await Segments(store).read(POST, name)
+
+
+async def test_the_memory_stays_within_its_limit_and_the_least_recently_read_leaves(store):
+    names = [await put(store, comments(256, first=FIRST_MS + n)) for n in range(40)]
+    cache = Segments(store, memory=MIB // 2)
+    for name in names:
+        await cache.read(POST, name)
+        await cache.read(POST, names[0])
+        assert cache.held <= MIB // 2
+    assert cache.held > MIB // 2 - 30_000 and store.reads == 40
+    await cache.read(POST, names[0])
+    assert store.reads == 40
+    await cache.read(POST, names[1])
+    assert store.reads == 41
+
+
+async def test_the_memory_that_is_counted_is_the_memory_that_is_taken(store):
+    names = [await put(store, comments(20, first=FIRST_MS + n)) for n in range(200)]
+    cache = Segments(store)
+    await cache.read(POST, names[0])
+    tracemalloc.start()
+    before, counted = tracemalloc.get_traced_memory()[0], cache.held
+    for name in names[1:]:
+        await cache.read(POST, name)
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert 0.7 < taken / (cache.held - counted) < 1.1
+
+
+# the folder, for S3
+
+
+async def test_with_s3_the_second_process_reads_without_a_request(tmp_path, monkeypatch):
+    url = s3_url(monkeypatch)
+    settings = load({"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_STORE": url})
+    rows = comments(256)
+    store = open_store(url)
+    name = await put(store, rows)
+    assert await open_segments(settings, store).read(POST, name) == rows
+    await store.delete([keys.segment(POST, name)])
+    assert await open_segments(settings, store).read(POST, name) == rows  # a new process: its memory is empty
+    assert [file.name for file in (settings.data / "segments").iterdir()] == [f"{POST}.{name}"]
