@@ -341,7 +341,7 @@ def erasure(user_digest: str) -> str:
 
 
 def segment(post_id: str, name: str) -> str:
-    return f"{SEGMENTS}{post_id}/{name}"
+    return f"comments/{post_id}/{name}"
 
 
 def segment_name(first: str) -> str:

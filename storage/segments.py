@@ -35,27 +35,25 @@ from storage.settings import MIB, Settings, store_place
 
 logger = logging.getLogger(__name__)
 
-SEGMENT_COMMENTS = 256  # comments of a segment at most
-# Authors and texts of a segment in UTF-8, in bytes at most. It bounds what a page of long comments has to decode.
-SEGMENT_BYTES = 256 * 1024
 INLINE_BYTES = 24 * 1024  # compressed. Such a segment is decoded in less than 1 ms, so on the event loop
 ENTRY_BYTES = 300  # that Python's objects take for one entry of the cache, besides its text and its name
 
 FOLDER_FACTOR = 64  # the folder of a machine may be so many times as large as the memory of one process
-# A process looks at the folder after it has added this part of the limit, and then leaves EVICT_TO of the limit. So four
+# A process looks at the folder when it has added this part of the limit, and then leaves EVICT_TO of the limit. So four
 # processes together do not pass the limit. Each process more may pass it by 1/32.
 LOOK_AFTER = 1 / 32
 EVICT_TO = 7 / 8
 DRAFT = ".tmp-"
 DRAFT_SECONDS = 3600  # no draft takes an hour: a process that died left it
+LOOK_SECONDS = 3600  # with the first object that is added after this time, a process looks at the folder too
+# An object leaves the folder this long after its last read, also if there is space. It may hold deleted comments: then
+# nobody reads it any more.
+UNREAD_SECONDS = 7 * 86400
+BLOCK = 4096  # bytes. A file takes whole blocks of the disk
 
 
 class Comment(NamedTuple):
     """A comment as the scripts return it."""
-
-    id: str  # `<ms since 1970>-<number>`, the id of its stream entry
-    author: str
-    text: str
 
     id: str  # `<ms since 1970>-<number>`, the id of its stream entry
     author: str
@@ -75,8 +73,7 @@ def encode(post: str, rows: Sequence[Comment]) -> bytes:
         raise ValueError("a segment needs comments whose ids ascend")
     lines = b"".join([orjson.dumps(row) + b"\n" for row in map(tuple, rows)])
     text = orjson.dumps(_header(post, rows, lines)) + b"\n" + lines
-    window = min(max(len(text).bit_length() + 1, 10), 24)  # the smallest one that holds the whole text
-    return brotli.compress(text, mode=brotli.MODE_TEXT, quality=11, lgwin=window)
+    return brotli.compress(text, quality=11)  # a window or a mode for text makes it no smaller and no faster
 
 
 def decode(post: str, data: bytes) -> list[Comment]:
@@ -129,15 +126,18 @@ class Segments:
     | memory | the lines of comments, checked, as JSON | this process |
     | folder, if there is one | the objects as they are in the store | all processes of this machine |
 
-    The memory holds lines, not rows: rows take 4 times the memory, and Python's garbage collector would visit each of
-    them. A page from lines in memory takes 0.07 ms more than one from rows.
+    The memory holds lines, not rows. Rows take three times the memory, and Python's garbage collector would visit each
+    of them. Parsing the lines takes 0.07 ms.
     """
 
-    def __init__(self, objects: ObjectStore, memory: int = 16 * MIB, folder: Path | None = None):
-        """`memory` is in bytes, 0: nothing is cached in memory. `folder` may be FOLDER_FACTOR times as large."""
+    def __init__(self, objects: ObjectStore, memory: int = 16 * MIB, folder: Path | None = None, min_free: int = 0):
+        """`memory` is in bytes, 0: nothing is cached in memory. `folder` may be FOLDER_FACTOR times as large.
+
+        `min_free` is in bytes: of the disk of `folder` so much should stay free.
+        """
         self._objects = objects
         self._limit = memory
-        self._folder = CacheFolder(folder, memory * FOLDER_FACTOR) if folder else None
+        self._folder = CacheFolder(folder, memory * FOLDER_FACTOR, min_free) if folder else None
         self._lines: OrderedDict[str, bytes] = OrderedDict()  # object name → lines; the least recently read is first
         self._reading: dict[str, asyncio.Task] = {}
         self.held = 0  # bytes of memory that the cached lines take
@@ -209,16 +209,18 @@ def _entry_size(key: str, lines: bytes) -> int:
 
 
 class CacheFolder:
-    """A folder of cached objects of at most `limit` bytes, shared by processes. Its functions are called in threads.
+    """A folder of cached objects, at most `limit` bytes of the disk, that processes share. Its functions block.
 
     Nothing in it has to be durable or whole: the reader checks what it reads, and reads damaged objects again from the
     store. If the folder cannot be written, or its disk is full, nothing is added.
     """
 
-    def __init__(self, path: Path, limit: int):
+    def __init__(self, path: Path, limit: int, min_free: int = 0):
         self._path = path
         self._limit = limit
-        self._added = limit  # bytes since the last look at the whole folder. So the first object that is added looks
+        self._min_free = min_free
+        self._added = 0  # bytes since the last look at the whole folder
+        self._looked = 0.0  # when that was, in seconds since 1970. So the first object that is added looks
         self._failed = False
 
     def read(self, name: str) -> bytes | None:
@@ -237,19 +239,25 @@ class CacheFolder:
             self._file(name).unlink()
 
     def add(self, name: str, data: bytes) -> None:
-        """Add an object, and evict others if the folder is too large. Does nothing where that is impossible."""
+        """Add an object, and evict others if the folder is too large.
+
+        Does nothing where that is impossible, and where less than `min_free` bytes of the disk are free.
+        """
         draft = self._path / f"{DRAFT}{secrets.token_hex(8)}"
         try:
             self._path.mkdir(parents=True, exist_ok=True)
+            disk = os.statvfs(self._path)
+            if disk.f_bavail * disk.f_frsize < self._min_free:
+                return
             try:
                 draft.write_bytes(data)
                 draft.rename(self._file(name))
             except OSError:
                 draft.unlink(missing_ok=True)
                 raise
-            self._added += len(data)
-            if self._added > self._limit * LOOK_AFTER:
-                self._added = 0
+            self._added += len(data) + BLOCK
+            if self._added > self._limit * LOOK_AFTER or time.time() - self._looked > LOOK_SECONDS:
+                self._added, self._looked = 0, time.time()
                 self._evict()
         except OSError as error:
             if not self._failed:  # once, not for each page
@@ -257,21 +265,25 @@ class CacheFolder:
             self._failed = True
 
     def _evict(self) -> None:
-        """Remove the objects that were read least recently, until EVICT_TO of the limit are left, and old drafts."""
-        files, total = [], 0
+        """Remove the objects that were read least recently, until EVICT_TO of the limit are left.
+
+        Also removes what was not read for UNREAD_SECONDS, and drafts of processes that died.
+        """
+        files, total, now = [], 0, time.time()
         with os.scandir(self._path) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # another process evicts at the same time
                     status = entry.stat()
                     if entry.name.startswith(DRAFT):
-                        if status.st_mtime < time.time() - DRAFT_SECONDS:
+                        if status.st_mtime < now - DRAFT_SECONDS:
                             os.unlink(entry.path)
                     else:
-                        files.append((status.st_mtime, status.st_size, entry.path))
-                        total += status.st_size
+                        size = max(status.st_size, status.st_blocks * 512)  # st_blocks: see stat(2)
+                        files.append((status.st_mtime, size, entry.path))
+                        total += size
         files.sort()
-        for _, size, path in files:
-            if total <= self._limit * EVICT_TO:
+        for read, size, path in files:
+            if total <= self._limit * EVICT_TO and read > now - UNREAD_SECONDS:
                 return
             with suppress(FileNotFoundError):
                 os.unlink(path)
@@ -283,5 +295,6 @@ class CacheFolder:
 
 def open_segments(settings: Settings, objects: ObjectStore) -> Segments:
     """The segments of an installation. Only objects of S3 are cached in a folder: the others are files already."""
-    remote = store_place(settings.store_url)[0] == "s3" and settings.segment_cache
-    return Segments(objects, settings.segment_cache * MIB, settings.data / "segments" if remote else None)
+    in_folder = store_place(settings.store_url)[0] == "s3" and settings.segment_cache
+    folder = settings.data / "segments" if in_folder else None
+    return Segments(objects, settings.segment_cache * MIB, folder, settings.free_space * MIB)

@@ -10,12 +10,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import brotli
 import httpx
 import pytest
 from conftest import ROOT, free_port, photograph, until
 from making import jpeg
 from test_run import Run
 
+from storage import segments
 from storage.backup.restore import format_utc
 
 README = (ROOT / "README.md").read_text()
@@ -469,6 +471,13 @@ def test_the_example_session_of_the_key_page_is_true(session):
             assert {line.partition(":")[0] for line in printed.split()} <= counted
         else:
             assert shape(session(command)) == shape(printed), command
+
+
+def test_the_segment_of_the_key_page_is_a_whole_one():
+    (printed,) = re.findall(r"```\n> brotli -dc \S+\n(.*?)```", section(KEYS, "## A segment"), re.DOTALL)
+    (post,) = set(POST.findall(printed))
+    rows = segments.decode(post, brotli.compress(printed.encode()))
+    assert brotli.decompress(segments.encode(post, rows)).decode() == printed
 
 
 def test_the_tables_of_capacity_are_what_its_script_computes():

@@ -2,8 +2,13 @@
 
 import asyncio
 import hashlib
+import os
+import resource
 import secrets
+import signal
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import brotli
@@ -15,7 +20,7 @@ from parts import s3_url
 
 from storage import keys, segments
 from storage.objects import Folder, Unavailable, open_store
-from storage.segments import Comment, Damaged, Segments, decode, encode, open_segments
+from storage.segments import CacheFolder, Comment, Damaged, Segments, decode, encode, open_segments
 from storage.settings import MIB, load
 
 POST = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"
@@ -251,3 +256,113 @@ async def test_with_s3_the_second_process_reads_without_a_request(tmp_path, monk
     await store.delete([keys.segment(POST, name)])
     assert await open_segments(settings, store).read(POST, name) == rows  # a new process: its memory is empty
     assert [file.name for file in (settings.data / "segments").iterdir()] == [f"{POST}.{name}"]
+
+
+async def test_a_damaged_file_of_the_cache_is_removed_and_read_from_the_store_again(store, tmp_path, caplog):
+    rows = comments(256)
+    name = await put(store, rows)
+    await Segments(store, folder=tmp_path / "cache").read(POST, name)
+    file = tmp_path / "cache" / f"{POST}.{name}"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:1000], bytes(len(whole)), encode(OTHER, rows)):
+        file.write_bytes(damaged)
+        assert await Segments(store, folder=tmp_path / "cache").read(POST, name) == rows
+        assert file.read_bytes() == whole
+    assert store.reads == 5 and "is damaged and is read again" in caplog.text
+
+
+async def test_a_segment_that_is_damaged_in_the_store_is_not_cached(store, tmp_path):
+    name = keys.segment_name("1795459382641-0")
+    await store.put(keys.segment(POST, name), encode(POST, comments(9))[:-1])
+    cache = Segments(store, folder=tmp_path / "cache")
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await cache.read(POST, name)
+    assert store.reads == 2 and cache.held == 0 and not (tmp_path / "cache").exists()
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+
+
+def test_the_folder_stays_within_its_limit_and_what_was_not_read_leaves(tmp_path):
+    caches = [CacheFolder(tmp_path, MIB) for _ in range(4)]  # as of four processes
+    caches[0].add("comments/p/read", b"r" * 10_000)
+    for number in range(400):
+        caches[number % 4].add(f"comments/p/{number}", bytes(10_000))
+        assert caches[0].read("comments/p/read") == b"r" * 10_000
+        assert disk_bytes(tmp_path) <= MIB
+    assert disk_bytes(tmp_path) > MIB * 3 / 4
+    assert caches[0].read("comments/p/399") and not caches[0].read("comments/p/0")
+
+
+def test_processes_that_evict_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    def work(cache: CacheFolder, first: int) -> int:
+        found = 0
+        for number in range(300):
+            name = f"comments/p/{number % 10 if number % 2 else first + number}"  # five are read again and again
+            data = cache.read(name)
+            assert data in (None, b"x" * 9_000)
+            found += bool(data)
+            cache.add(name, b"x" * 9_000)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, [CacheFolder(tmp_path, MIB) for _ in range(4)], (0, 300, 600, 900))) > 0
+    assert disk_bytes(tmp_path) <= MIB and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_drafts_of_processes_that_died_are_removed(tmp_path):
+    for name, age in (("old", 7200), ("new", 0)):
+        draft = tmp_path / f".tmp-{name}"
+        draft.write_bytes(b"x")
+        os.utime(draft, (time.time() - age,) * 2)
+    CacheFolder(tmp_path, MIB).add("comments/p/1", b"x")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".tmp-new", "p.1"]
+
+
+def test_what_was_not_read_for_a_week_is_removed(tmp_path):
+    cache = CacheFolder(tmp_path, MIB)
+    for name in ("unread", "read"):
+        cache.add(f"comments/p/{name}", b"x")
+        os.utime(tmp_path / f"p.{name}", (time.time() - segments.UNREAD_SECONDS - 9,) * 2)
+    assert cache.read("comments/p/read")
+    CacheFolder(tmp_path, MIB).add("comments/p/new", b"x")  # a process looks when it adds its first object
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["p.new", "p.read"]
+
+
+def test_the_free_space_of_the_disk_is_left(tmp_path):
+    CacheFolder(tmp_path, MIB, min_free=2**60).add("comments/p/1", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["/proc/segments", "/dev/full/segments"])
+async def test_a_folder_that_cannot_be_written_is_no_error_and_is_logged_once(store, caplog, place):
+    names = [await put(store, comments(3, first=FIRST_MS + n)) for n in range(3)]
+    cache = Segments(store, folder=Path(place))
+    for name in names:
+        assert len(await cache.read(POST, name)) == 3
+    assert len(caplog.records) == 1 and f"not cached in {place}" in caplog.text
+
+
+def test_on_a_full_disk_nothing_is_added_and_no_draft_is_left(tmp_path, caplog):
+    """RLIMIT_FSIZE makes the kernel refuse a write, as a full disk does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cache = CacheFolder(tmp_path, MIB)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        cache.add("comments/p/1", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir()) and "not cached" in caplog.text
+    cache.add("comments/p/1", bytes(2000))
+    assert cache.read("comments/p/1") == bytes(2000)
+
+
+def test_only_objects_of_s3_are_cached_in_a_folder(tmp_path, monkeypatch):
+    url, store = s3_url(monkeypatch), Folder(tmp_path)
+    s3 = {"IMAGEGRAM_DATA": str(tmp_path), "IMAGEGRAM_STORE": url}
+    assert open_segments(load(s3), store)._folder._limit == 1024 * MIB
+    assert open_segments(load({"IMAGEGRAM_DATA": str(tmp_path)}), store)._folder is None
+    assert open_segments(load({**s3, "IMAGEGRAM_SEGMENT_CACHE": "0"}), store)._folder is None

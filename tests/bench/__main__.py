@@ -7,11 +7,11 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import costs, forecast, growth, plots, requests, shards, shipping, table, transfers, waiting
+from tests.bench import costs, forecast, growth, plots, requests, segments, shards, shipping, table, transfers, waiting
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = ("requests", "growth", "memory", "transfers", "shipping", "waiting", "shards", "costs", "forecast")
+PARTS = ("requests", "growth", "memory", "segments", "transfers", "shipping", "waiting", "shards", "costs", "forecast")
 FORECAST = 300  # seconds of each load
 QUICK_SIZES = (1000, 10_000)  # posts
 
@@ -32,6 +32,8 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
                 more, by_server[kind] = growth.memory(kind, options.quick)
                 rows += more
             plots.memory(by_server, pictures / "memory.png")
+        case "segments":
+            rows = segments.measure()
         case "transfers":
             rows = transfers.measure(rounds)
         case "shipping":

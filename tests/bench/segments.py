@@ -1,0 +1,152 @@
+"""What a segment of old comments takes: bytes a comment in the store, CPU time to make one and to read it, memory.
+
+The texts are what people wrote to each other. The English ones are lines of a chat. Authors, times and the order of
+the texts are made up, as the comments of 10,000 posts with Zipf's distribution would have them.
+"""
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+
+import yaml
+
+from storage import keys
+from storage.objects import Folder
+from storage.segments import INLINE_BYTES, Comment, Segments, decode, encode
+from storage.settings import SEGMENT_COMMENTS
+from tests.bench.table import Row
+
+SEGMENTS = 100  # that are made of each kind of text
+COMMENTS_PER_SECOND = 28  # the forecast, of all posts together
+POSTS, USERS = 10_000, 100_000
+FIRST_MS = 1_795_459_382_641
+# Without the shortest lines the mean is that of the forecast, 62 bytes. Bytes in UTF-8.
+SHORTEST = 18
+TARGET = 40  # bytes a comment, of English
+
+
+def folder(package: str) -> Path:
+    """The folder of an installed package, which is not imported: its modules are of no use here."""
+    spec = importlib.util.find_spec(package)
+    if not spec:
+        raise SystemExit(f"{package} is missing: run .ci/setup bench")
+    return Path(spec.origin).parent
+
+
+def chat() -> list[str]:
+    """Lines of 7,168 conversations of students in English (chitchat-dataset, MIT)."""
+    conversations = json.loads((folder("chitchat_dataset") / "dataset.json").read_text())
+    turns = itertools.chain.from_iterable(one["messages"] for one in conversations.values())
+    lines = dict.fromkeys(message["text"].strip() for turn in turns for message in turn)
+    return [line for line in lines if len(line.encode()) >= SHORTEST]
+
+
+def dialogues(language: str) -> list[str]:
+    """Questions and answers of dialogues for a chatbot (chatterbot-corpus, BSD)."""
+    files = sorted((folder("chatterbot_corpus") / "data" / language).glob("*.yml"))
+    found = [yaml.safe_load(file.read_text())["conversations"] for file in files]
+    return list(dict.fromkeys(str(line) for dialogue in itertools.chain(*found) for line in dialogue))
+
+
+def named(user: int, words: list[str]) -> str:
+    """A user's name as people choose them: `sunny.walker84`."""
+    chance = random.Random(user)
+    return chance.choice("._-").join(chance.sample(words, 2))[:20] + chance.choice(["", str(chance.randrange(100))])
+
+
+def numbered(user: int, _: list[str]) -> str:
+    """A user's name as an identity provider makes it: a UUID (RFC 9562)."""
+    digits = f"{random.Random(user).getrandbits(128):032x}"
+    return "-".join([digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]])
+
+
+def zipf(count: int) -> list[float]:
+    """Cumulative weights, for `random.choices`."""
+    return list(itertools.accumulate(1 / rank for rank in range(1, count + 1)))
+
+
+def made(texts: list[str], words: list[str], author: Callable = named) -> Iterator[list[Comment]]:
+    """Segments of posts. A post with twice as many comments has twice as many of them."""
+    chance = random.Random(7)
+    posts, users = zipf(POSTS), zipf(USERS)
+    for rank in chance.choices(range(1, POSTS + 1), cum_weights=posts, k=SEGMENTS):
+        rate = COMMENTS_PER_SECOND / 1000 / rank / posts[-1]  # comments of this post in a ms
+        ms, rows = FIRST_MS + chance.random() * 1e9, []
+        who = chance.choices(range(USERS), cum_weights=users, k=SEGMENT_COMMENTS)
+        for user, text in zip(who, chance.sample(texts, SEGMENT_COMMENTS), strict=True):
+            ms += max(1, chance.expovariate(rate))
+            rows.append(Comment(f"{int(ms)}-0", author(user, words), text))
+        yield rows
+
+
+def cpu_ms(run: Callable, times: int) -> float:
+    """ms of CPU that a call takes: the median of five rounds."""
+
+    def measured() -> float:
+        began = time.process_time()
+        for _ in range(times):
+            run()
+        return (time.process_time() - began) / times * 1000
+
+    return median(measured() for _ in range(5))
+
+
+def sizes(what: str, segments: list[list[Comment]], target: float | None = None) -> Row:
+    """The row of one kind of text."""
+    post = keys.new_post_id(0)
+    size = mean(len(encode(post, rows)) for rows in segments) / SEGMENT_COMMENTS
+    texts = mean(len(row.text.encode()) for rows in segments for row in rows)
+    authors = mean(len(row.author.encode()) for rows in segments for row in rows)
+    note = f"texts of {texts:.0f} bytes, authors of {authors:.0f}"
+    return Row(f"object, a comment: {what}", size, target, most=True, unit="B", note=note)
+
+
+def times(rows: list[Comment]) -> list[Row]:
+    """The CPU time of a segment, and the memory that it takes in the cache."""
+    post, name = keys.new_post_id(0), keys.segment_name(rows[0].id)
+    data = encode(post, rows)
+    assert len(data) <= INLINE_BYTES
+
+    async def read(memory: int) -> tuple[float, int]:
+        """ms of a read, and the bytes that are cached."""
+        with tempfile.TemporaryDirectory(prefix="ig-") as place:
+            segments = Segments(Folder(Path(place)), memory)
+            await segments.put(post, name, rows)
+            for _ in range(50):
+                await segments.read(post, name)
+            rounds = []
+            for _ in range(5):
+                began = time.process_time()
+                for _ in range(200):
+                    await segments.read(post, name)
+                rounds.append((time.process_time() - began) * 5)
+            return median(rounds), segments.held
+
+    cached, held = asyncio.run(read(2**20))
+    return [
+        Row("encode 256 comments, CPU", cpu_ms(lambda: encode(post, rows), 4), unit="ms"),
+        Row("decode 256 comments, CPU", cpu_ms(lambda: decode(post, data), 100), 1.0, most=True, unit="ms"),
+        Row("read from a folder store, not in the cache, CPU", asyncio.run(read(0))[0], unit="ms"),
+        Row("read from memory, CPU", cached, unit="ms"),
+        Row("memory of a cached segment", held / 1024, unit="KiB"),
+    ]
+
+
+def measure() -> list[Row]:
+    english = chat()
+    words = sorted({word for line in english for word in line.lower().split() if word.isalpha() and word.isascii()})
+    segments = list(made(english, words))
+    rows = [
+        sizes("English", segments, TARGET),
+        sizes("English, names that are UUIDs", list(made(english, words, numbered))),
+        sizes("Japanese", list(made(dialogues("japanese"), words))),
+        sizes("Persian, in Arabic script", list(made(dialogues("persian"), words))),
+    ]
+    return rows + times(segments[0])
