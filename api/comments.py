@@ -25,7 +25,9 @@ async def add(request, post: str):
         if limit and limit.charge.partition != keys.partition_of_post(post):  # one script cannot write in both
             paid, limit = limit, None
             await limits.take(request, paid.charge)
-        comment, replayed = await comments.add(request.app.ctx.db, user, post, text, idempotency, limit)
+        comment, replayed = await comments.add(
+            request.app.ctx.db, user, post, text, idempotency, limit, request.app.ctx.settings.seal_at
+        )
     except Exception as error:
         await limits.end_write(request, limit, error)
         raise
@@ -38,14 +40,14 @@ async def add(request, post: str):
 @shared_read
 async def page(request, post: str) -> Answer:
     limit, before = reading.limit(request), reading.comment_cursor(request)
-    rows = await comments.page(request.app.ctx.db, post, limit, before)
+    rows = await comments.page(request.app.ctx.db, request.app.ctx.segments, post, limit, before)
     return rendering.page(request.path, limit, tuple(rows.comments), rows.more, rendering.comment_json, "{row.id}")
 
 
 @routes.route("/v1/posts/<post>/comments/<comment>", methods=READ)
 @shared_read
 async def read(request, post: str, comment: str) -> Answer:
-    return answer(await comments.read(request.app.ctx.db, post, comment))
+    return answer(await comments.read(request.app.ctx.db, request.app.ctx.segments, post, comment))
 
 
 def answer(row: comments.Comment) -> Answer:
@@ -55,11 +57,11 @@ def answer(row: comments.Comment) -> Answer:
 @routes.delete("/v1/posts/<post>/comments/<comment>")
 async def delete(request, post: str, comment: str):
     user = await limits.admit(request, "comment")
-    db, if_match = request.app.ctx.db, list_header(request, "if-match")
+    db, segments, if_match = request.app.ctx.db, request.app.ctx.segments, list_header(request, "if-match")
     if if_match and if_match != "*":
         # A comment never changes. So the one compared here is the one deleted below.
-        row = await comments.read(db, post, comment)
+        row = await comments.read(db, segments, post, comment)
         if row.author == user and not answer(row).matches(if_match):
             raise Precondition("If-Match lists none of the comment's ETags")
-    await comments.delete(db, user, post, comment)
+    await comments.delete(db, segments, user, post, comment)
     return empty()

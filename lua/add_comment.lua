@@ -2,13 +2,16 @@
 -- Adds a comment to a ready post.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream: author, text
--- KEYS[3] latest    latest:{p}:<id>    list of ["id","author","text"], newest first
--- KEYS[4] feed      feed:{p}           zset
--- KEYS[5] changes   changes:{p}        zset
--- KEYS[6] gone      gone:{p}           zset
--- KEYS[7] once      once:{p}:…         string; only if the request has an Idempotency-Key
--- KEYS[8] rate      rate:{p}:…         string; only if the comment takes from a rate limit in this partition. It is the
---                                      last key: without an Idempotency-Key it is the seventh
+-- KEYS[3] segments  segments:{p}:<id>  list of `<last id> <through> <name>`, oldest first
+-- KEYS[4] erased    erased:{p}:<id>    set of comment ids
+-- KEYS[5] latest    latest:{p}:<id>    list of ["id","author","text"], newest first
+-- KEYS[6] feed      feed:{p}           zset
+-- KEYS[7] changes   changes:{p}        zset
+-- KEYS[8] gone      gone:{p}           zset
+-- KEYS[9] sealing   sealing:{p}        zset
+-- KEYS[10] once     once:{p}:…         string; only if the request has an Idempotency-Key
+-- KEYS[11] rate     rate:{p}:…         string; only if the comment takes from a rate limit in this partition. It is the
+--                                      last key: without an Idempotency-Key it is the tenth
 -- ARGV[1] now          ms since 1970; empty: Redis' clock
 -- ARGV[2] id           post id
 -- ARGV[3] author       user
@@ -16,25 +19,25 @@
 -- ARGV[5] latest_count how many comments `latest` holds
 -- ARGV[6] request      digest of the request
 -- ARGV[7] remember_ms  how long the Idempotency-Key is remembered
--- ARGV[8] quota        units of the rate limit, only if there is one
--- ARGV[9] window_ms    of the rate limit
+-- ARGV[8] seal_at      with this many comments in the stream, the oldest ones are to go to the store; 0: never
+-- ARGV[9] quota        units of the rate limit, only if there is one
+-- ARGV[10] window_ms   of the rate limit
 -- Returns {comment id, 1} if the Idempotency-Key was used for the same request before, otherwise {comment id, 0}. With a
 --   rate limit, the 0 and three numbers as take.lua returns them. If the first of them is 0, no comment was added
 -- Refuses REUSED NOPOST NOTREADY FAILED
 --
 -- Only a comment that can be added takes from the limit. What is refused or repeated does not.
--- A new comment's id is greater than every id that the stream ever had. This also holds if the clock went back, or if
--- the newest comment was deleted.
--- The score in `feed` is counted (XLEN), never incremented. So it cannot drift.
-local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local idempotency, rate = KEYS[7], KEYS[8]
+-- The score in `feed` is counted, never incremented. So it cannot drift.
+local post, comments, segments, erased, latest = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local feed, changes, gone, sealing, idempotency, rate = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 local now, id, author, text = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 local latest_count, request, remember_ms = tonumber(ARGV[5]), ARGV[6], ARGV[7]
-local quota, window_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
+local seal_at, quota, window_ms = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
 if quota and not rate then
   idempotency, rate = nil, idempotency
 end
-if #KEYS < 6 or #ARGV ~= (rate and 9 or 7) or not (latest_count and tonumber(remember_ms)) or (rate and not window_ms) then
+if #KEYS < 9 or #ARGV ~= (rate and 10 or 8) or not (latest_count and tonumber(remember_ms) and seal_at)
+  or (rate and not window_ms) then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -64,21 +67,14 @@ if rate then
 end
 local revision = next_revision(now, changes, gone)
 
-local comment = redis.pcall('XADD', comments, string.format('%.0f-*', now), 'author', author, 'text', text)
-if type(comment) == 'table' then -- Redis refused the id because the stream had a greater one: the clock went back
-  local stream = redis.call('XINFO', 'STREAM', comments)
-  for i = 1, #stream, 2 do
-    if stream[i] == 'last-generated-id' then
-      local ms, sequence = stream[i + 1]:match('^(%d+)-(%d+)$')
-      comment = string.format('%s-%d', ms, sequence + 1)
-    end
-  end
-  redis.call('XADD', comments, comment, 'author', author, 'text', text)
-end
+local comment = append_comment(comments, segments, now, author, text)
 redis.call('LPUSH', latest, cjson.encode({comment, author, text}))
 redis.call('LTRIM', latest, 0, latest_count - 1)
-redis.call('ZADD', feed, redis.call('XLEN', comments), id)
+redis.call('ZADD', feed, count_comments(comments, segments, erased), id)
 redis.call('ZADD', changes, revision, id)
+if seal_at > 0 and redis.call('XLEN', comments) >= seal_at then
+  redis.call('ZADD', sealing, 'NX', now, id)
+end
 if idempotency then
   redis.call('SET', idempotency, request .. ' ' .. comment, 'PX', remember_ms)
 end

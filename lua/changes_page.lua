@@ -9,7 +9,9 @@
 -- ARGV[4] posts      prefix of this partition's post keys; a post id is appended
 -- ARGV[5] latests    prefix of this partition's `latest` keys
 -- ARGV[6] streams    prefix of this partition's comment streams
--- ARGV[7] cluster    1 on a Redis Cluster, otherwise empty
+-- ARGV[7] segments   prefix of this partition's lists of segments
+-- ARGV[8] erased     prefix of this partition's sets of erased comments
+-- ARGV[9] cluster    1 on a Redis Cluster, otherwise empty
 -- Returns {timeline, revision of the page's last post or `since`, more 0|1, rows, skipped}
 --   A row is what read_post returns, or {id} of a deleted post.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
@@ -20,7 +22,7 @@
 -- Its time is O(log n + size of the page).
 local changes, gone, epoch = KEYS[1], KEYS[2], KEYS[3]
 local since, limit, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local posts, latests, streams, cluster = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local posts, latests, streams, segments, erased, cluster = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 
 local current = (redis.call('GET', epoch) or '0') .. replication(cluster)
 if not since then
@@ -45,9 +47,9 @@ repeat
       local id = changed[c]
       local row = redis.pcall('HMGET', posts .. id, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
       local latest = redis.pcall('LRANGE', latests .. id, 0, -1)
-      local count = redis.pcall('XLEN', streams .. id)
+      local counted, count = pcall(count_comments, streams .. id, segments .. id, erased .. id)
       since, c = tonumber(changed[c + 1]), c + 2
-      if row[1] and row[2] and row[3] and not latest.err and tonumber(count) then
+      if row[1] and row[2] and row[3] and not latest.err and counted then
         size = size + #row[1] + #row[2]
         for _, comment in ipairs(latest) do
           size = size + #comment

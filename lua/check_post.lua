@@ -2,12 +2,14 @@
 -- Checks the invariants of one post. If `repair` is 1, it also makes derived data true again.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
--- KEYS[3] latest    latest:{p}:<id>    list
--- KEYS[4] feed      feed:{p}           zset
--- KEYS[5] changes   changes:{p}        zset
--- KEYS[6] gone      gone:{p}           zset
--- KEYS[7] turns     turns:{p}          zset
--- KEYS[8] hidden    hidden:{p}:<id>    hash
+-- KEYS[3] segments  segments:{p}:<id>  list
+-- KEYS[4] erased    erased:{p}:<id>    set
+-- KEYS[5] latest    latest:{p}:<id>    list
+-- KEYS[6] feed      feed:{p}           zset
+-- KEYS[7] changes   changes:{p}        zset
+-- KEYS[8] gone      gone:{p}           zset
+-- KEYS[9] turns     turns:{p}          zset
+-- KEYS[10] hidden   hidden:{p}:<id>    hash
 -- ARGV[1] now           ms since 1970; empty: Redis' clock
 -- ARGV[2] id            post id
 -- ARGV[3] latest_count  how many comments `latest` holds
@@ -21,11 +23,11 @@
 -- It changes only what is wrong and can be derived. Comments without a ready post are reported and stay.
 -- A post that lacks a field, or that has a key of a wrong type, cannot be shown. A repair takes it out of `feed` and
 -- `changes`.
-local post, comments, latest, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local turns, hidden = KEYS[7], KEYS[8]
+local post, comments, segments, erased, latest = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local feed, changes, gone, turns, hidden = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local now, id, latest_count = now_ms(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local repair, making = ARGV[4] == '1', ARGV[5]
-if #KEYS ~= 8 or #ARGV ~= 5 or (latest_count or 0) < 1 then
+if #KEYS ~= 10 or #ARGV ~= 5 or (latest_count or 0) < 1 then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -42,8 +44,11 @@ if has_type(post, 'hash') then
 elseif complete and has_type(hidden, 'hash') then
   row, is_hidden = redis.call('HMGET', hidden, 'status', 'author', 'caption', 'thumbhash'), true
 end
-if has_type(comments, 'stream') then
-  count = redis.call('XLEN', comments)
+has_type(comments, 'stream')
+has_type(segments, 'list')
+has_type(erased, 'set')
+if complete then
+  count = count_comments(comments, segments, erased)
 end
 has_type(latest, 'list')
 local status, author = row[1] or false, row[2] or ''

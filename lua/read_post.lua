@@ -2,17 +2,19 @@
 -- Reads a post in any status.
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] comments  comments:{p}:<id>  stream
--- KEYS[3] latest    latest:{p}:<id>    list
+-- KEYS[3] segments  segments:{p}:<id>  list
+-- KEYS[4] erased    erased:{p}:<id>    set
+-- KEYS[5] latest    latest:{p}:<id>    list
 -- ARGV[1] id        post id
 -- Returns {id, comment count, author, caption, status, thumbhash, code, detail, latest comments}; a field that the post
 --   does not have is false
 -- Refuses NOPOST
-local post, comments, latest = KEYS[1], KEYS[2], KEYS[3]
+local post, comments, segments, erased, latest = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local id = ARGV[1]
 
 local row = redis.call('HMGET', post, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
 if not row[1] then
   return redis.error_reply('NOPOST no such post')
 end
-return {id, redis.call('XLEN', comments), row[1], row[2], row[3], row[4], row[5], row[6],
+return {id, count_comments(comments, segments, erased), row[1], row[2], row[3], row[4], row[5], row[6],
   redis.call('LRANGE', latest, 0, -1)}

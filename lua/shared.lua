@@ -1,5 +1,5 @@
 -- Functions that several scripts use. storage's loader puts this text behind the first line of every script.
--- The last three write, the others only read. A function that refuses returns the refusal, and the script returns it to
+-- The last four write, the others only read. A function that refuses returns the refusal, and the script returns it to
 -- the caller. The script's header lists the word under `Refuses`.
 -- Every call of a script creates all of these functions, about 0.04 µs for each. So there are few of them, and none
 -- uses another one, which would cost twice as much.
@@ -95,16 +95,109 @@ local function add_entry(leaves, leaf, entry, leaf_entries)
   redis.call('ZADD', leaf .. first, 0, entry)
 end
 
--- Removes a comment from its post's stream, and corrects what is derived from the stream.
--- `latest` is always filled again, whichever comment was removed. So there is one path only, and it also corrects a
--- `latest` that is wrong. XX: a hidden post is not in `feed` and `changes`, and stays out.
-local function remove_comment(comments, latest, feed, changes, id, comment, latest_count, revision)
-  redis.call('XDEL', comments, comment)
-  redis.call('DEL', latest)
-  for _, newest in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count)) do
-    redis.call('RPUSH', latest, cjson.encode({newest[1], newest[2][2], newest[2][4]}))
+-- Returns the number of a post's comments: those in the stream and those in the store, without the deleted ones.
+-- An entry of `segments` is `<last id> <through> <name>`; `through` counts the comments of this and all earlier segments.
+local function count_comments(comments, segments, erased)
+  local tail = redis.call('LINDEX', segments, -1)
+  if not tail then
+    return redis.call('XLEN', comments)
   end
-  redis.call('ZADD', feed, 'XX', redis.call('XLEN', comments), id)
+  return redis.call('XLEN', comments) + tail:match('^%S+ (%d+)') - redis.call('SCARD', erased)
+end
+
+-- Returns the place of the first segment whose last id is not below a comment's id. Returns the number of segments if
+-- there is none. The second value is the segment's entry, or false.
+local function find_segment(segments, comment)
+  local ms, sequence = comment:match('^(%d+)-(%d+)$')
+  ms, sequence = tonumber(ms), tonumber(sequence)
+  local first, stop = 0, redis.call('LLEN', segments)
+  while first < stop do
+    local middle = math.floor((first + stop) / 2)
+    local last_ms, last_sequence = redis.call('LINDEX', segments, middle):match('^(%d+)-(%d+) ')
+    last_ms = tonumber(last_ms)
+    if last_ms < ms or (last_ms == ms and tonumber(last_sequence) < sequence) then
+      first = middle + 1
+    else
+      stop = middle
+    end
+  end
+  return first, redis.call('LINDEX', segments, first)
+end
+
+-- Returns entries of segments, newest first: the one at `place`, and then older ones until these hold `wanted` comments.
+-- A reader may need none of the comments in the first one.
+local function list_segments(segments, place, wanted)
+  local entries, through, rows = {}, nil, 0
+  repeat
+    local entry = redis.call('LINDEX', segments, place)
+    local before = place > 0 and redis.call('LINDEX', segments, place - 1):match('^%S+ (%d+)') or 0
+    if through then
+      rows = rows + through - before
+    end
+    through, place = before, place - 1
+    entries[#entries + 1] = entry
+  until place < 0 or rows >= wanted
+  return entries
+end
+
+-- Returns what `latest` holds once `comment` is removed, newest first. Returns nil where the store must be read first.
+-- `hot` says that the comment is in the stream. `tail` and `refill` are what the caller has read in the store: the newest
+-- entry of `segments`, and a JSON array of the newest comments there, newest first. They count only if `tail` is still
+-- the newest entry.
+local function newest_without(comments, segments, erased, comment, hot, latest_count, tail, refill)
+  local rows = {}
+  for _, entry in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count + 1)) do
+    if entry[1] ~= comment and #rows < latest_count + 0 then
+      rows[#rows + 1] = cjson.encode({entry[1], entry[2][2], entry[2][4]})
+    end
+  end
+  local newest = redis.call('LINDEX', segments, -1)
+  if #rows == latest_count + 0 or not newest then
+    return rows
+  end
+  local sealed = newest:match('^%S+ (%d+)') - redis.call('SCARD', erased) - (hot and 0 or 1)
+  local missing = math.min(latest_count - #rows, sealed)
+  for _, row in ipairs(missing > 0 and tail == newest and cjson.decode(refill) or {}) do
+    if missing > 0 and row[1] ~= comment and redis.call('SISMEMBER', erased, row[1]) == 0 then
+      rows[#rows + 1], missing = cjson.encode(row), missing - 1
+    end
+  end
+  return missing <= 0 and rows or nil
+end
+
+-- Adds a comment to its post's stream. Returns its id, which is greater than every id that the post's comments ever had.
+-- This also holds if the clock went back, if the newest comment was deleted, or if all comments are in the store: then
+-- the stream is gone, and the newest segment's last id is the greatest one.
+local function append_comment(comments, segments, now, author, text)
+  local start, tail = string.format('%.0f-*', now), redis.call('LINDEX', segments, -1)
+  local ms, sequence = (tail or ''):match('^(%d+)-(%d+) ')
+  if ms and tonumber(ms) >= now then
+    start = string.format('%s-%d', ms, sequence + 1)
+  end
+  local comment = redis.pcall('XADD', comments, start, 'author', author, 'text', text)
+  if type(comment) == 'table' then -- Redis refused the id because the stream had a greater one
+    local stream = redis.call('XINFO', 'STREAM', comments)
+    for i = 1, #stream, 2 do
+      if stream[i] == 'last-generated-id' then
+        ms, sequence = stream[i + 1]:match('^(%d+)-(%d+)$')
+        comment = string.format('%s-%d', ms, sequence + 1)
+      end
+    end
+    redis.call('XADD', comments, comment, 'author', author, 'text', text)
+  end
+  return comment
+end
+
+-- Removes a comment from the stream, or marks it as erased if it is in the store. `rows` is what `latest` holds then.
+-- XX: a hidden post is not in `changes`, and stays out.
+local function remove_comment(comments, erased, latest, changes, id, comment, rows, revision)
+  if redis.call('XDEL', comments, comment) == 0 then
+    redis.call('SADD', erased, comment)
+  end
+  redis.call('DEL', latest)
+  for _, row in ipairs(rows) do
+    redis.call('RPUSH', latest, row)
+  end
   redis.call('ZADD', changes, 'XX', revision, id)
 end
 

@@ -3,17 +3,20 @@
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] hidden    hidden:{p}:<id>    hash
 -- KEYS[3] comments  comments:{p}:<id>  stream
--- KEYS[4] kept      kept:{p}:<id>      hash
--- KEYS[5] feed      feed:{p}           zset
--- KEYS[6] changes   changes:{p}        zset
--- KEYS[7] gone      gone:{p}           zset
--- KEYS[8] due       due:{p}            zset
+-- KEYS[4] segments  segments:{p}:<id>  list
+-- KEYS[5] erased    erased:{p}:<id>    set
+-- KEYS[6] kept      kept:{p}:<id>      hash
+-- KEYS[7] feed      feed:{p}           zset
+-- KEYS[8] changes   changes:{p}        zset
+-- KEYS[9] gone      gone:{p}           zset
+-- KEYS[10] due      due:{p}            zset
 -- ARGV[1] id  post id
--- Returns {hidden 0|1, number of comments, number of entries in `kept`, score in `feed`, revision in `changes`,
---   revision in `gone`, time in `due`, {field, value, …}}; what the post does not have is false
+-- Returns {hidden 0|1, number of comments, how many of them are in the stream, number of erased comments, number of
+--   entries in `kept`, score in `feed`, revision in `changes`, revision in `gone`, time in `due`, {field, value, …}};
+--   what the post does not have is false
 -- Refuses NOPOST
-local post, hidden, comments, kept, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local due = KEYS[8]
+local post, hidden, comments, segments, erased = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local kept, feed, changes, gone, due = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local id = ARGV[1]
 
 local fields = redis.call('HGETALL', post)
@@ -24,5 +27,6 @@ end
 if #fields == 0 then
   return redis.error_reply('NOPOST no such post')
 end
-return {is_hidden, redis.call('XLEN', comments), redis.call('HLEN', kept), redis.call('ZSCORE', feed, id),
+return {is_hidden, count_comments(comments, segments, erased), redis.call('XLEN', comments),
+  redis.call('SCARD', erased), redis.call('HLEN', kept), redis.call('ZSCORE', feed, id),
   redis.call('ZSCORE', changes, id), redis.call('ZSCORE', gone, id), redis.call('ZSCORE', due, id), fields}

@@ -3,20 +3,22 @@
 -- KEYS[1] post      post:{p}:<id>      hash
 -- KEYS[2] hidden    hidden:{p}:<id>    hash
 -- KEYS[3] comments  comments:{p}:<id>  stream
--- KEYS[4] feed      feed:{p}           zset
--- KEYS[5] changes   changes:{p}        zset
--- KEYS[6] gone      gone:{p}           zset
--- KEYS[7] due       due:{p}            zset
+-- KEYS[4] segments  segments:{p}:<id>  list
+-- KEYS[5] erased    erased:{p}:<id>    set
+-- KEYS[6] feed      feed:{p}           zset
+-- KEYS[7] changes   changes:{p}        zset
+-- KEYS[8] gone      gone:{p}           zset
+-- KEYS[9] due       due:{p}            zset
 -- ARGV[1] now  ms since 1970; empty: Redis' clock
 -- ARGV[2] id   post id
 -- Returns 1, or 0 if it was not hidden
 -- Refuses NOPOST
 --
 -- lease_due moves the post from `due` to image work: its JPEG was erased, or was never made.
-local post, hidden, comments, feed, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local due = KEYS[7]
+local post, hidden, comments, segments, erased = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local feed, changes, gone, due = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local now, id = now_ms(ARGV[1]), ARGV[2]
-if #KEYS ~= 7 or #ARGV ~= 2 then
+if #KEYS ~= 9 or #ARGV ~= 2 then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -33,7 +35,7 @@ redis.call('RENAME', hidden, post)
 redis.call('HDEL', post, 'hidden_at')
 redis.call('ZADD', due, now, id)
 if status == 'ready' then
-  redis.call('ZADD', feed, redis.call('XLEN', comments), id)
+  redis.call('ZADD', feed, count_comments(comments, segments, erased), id)
   redis.call('ZADD', changes, revision, id)
   redis.call('ZREM', gone, id)
 end

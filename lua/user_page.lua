@@ -12,6 +12,8 @@
 -- ARGV[9] posts       prefix of this partition's post keys; a post id is appended
 -- ARGV[10] latests    prefix of this partition's `latest` keys
 -- ARGV[11] streams    prefix of this partition's comment streams
+-- ARGV[12] segments   prefix of this partition's lists of segments
+-- ARGV[13] erased     prefix of this partition's sets of erased comments
 -- Returns {through, rows, skipped}
 --   `through` is the id of the last post that the page looked at; empty if the user has no older posts.
 --   A row is what read_post returns.
@@ -24,7 +26,8 @@
 local leaves = KEYS[1]
 local user, prefix, after, statuses = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local limit, max_bytes, max_looked = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local leaf, posts, latests, streams = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
+local leaf, posts, latests = ARGV[8], ARGV[9], ARGV[10]
+local streams, segments, erased = ARGV[11], ARGV[12], ARGV[13]
 
 local rows, size, looked, through, skipped = {}, 0, 0, '', nil
 local upper = '(' .. prefix .. (after == '' and '~' or after) -- no id is behind ~
@@ -45,8 +48,8 @@ repeat
     if type(status) == 'string' and statuses:find(' ' .. status .. ' ', 1, true) then
       local row = redis.pcall('HMGET', posts .. id, 'author', 'caption', 'status', 'thumbhash', 'code', 'detail')
       local latest = redis.pcall('LRANGE', latests .. id, 0, -1)
-      local count = redis.pcall('XLEN', streams .. id)
-      if row[1] == user and row[2] and (row[4] or status ~= 'ready') and not latest.err and tonumber(count) then
+      local counted, count = pcall(count_comments, streams .. id, segments .. id, erased .. id)
+      if row[1] == user and row[2] and (row[4] or status ~= 'ready') and not latest.err and counted then
         size = size + #row[2]
         for _, comment in ipairs(latest) do
           size = size + #comment

@@ -45,6 +45,7 @@ from storage.db.cluster import Cluster, connect
 from storage.errors import Refusal, Unknown, Unreachable
 from storage.objects import NotFound, Unavailable, open_store, require_stores
 from storage.progress import Progress
+from storage.segments import Segments
 from storage.settings import Settings, load, make_data, refused
 from storage.times import format_ms
 
@@ -199,25 +200,27 @@ async def _retry(arguments: argparse.Namespace, settings: Settings) -> None:
 
 async def _moderate(arguments: argparse.Namespace, settings: Settings) -> None:
     db, objects = connect(settings.redis_url, settings.replicas), open_store(settings.store_url)
+    segments = Segments(objects)
     post, _, comment = arguments.id.partition("/")
     if "/" in arguments.id:
         keys.comment_ms(comment)
     if arguments.command == "show":
-        known = await moderation.show(db, objects, post, comment)
+        known = await moderation.show(db, objects, segments, post, comment)
         _say(json.dumps(known, indent=2) if arguments.json else moderation.render(known))
     elif arguments.command == "hide":
-        _say(await moderation.hide(db, objects, post, comment))
+        _say(await moderation.hide(db, objects, segments, post, comment))
     elif arguments.command == "unhide":
-        _say(await moderation.unhide(db, post, comment))
+        _say(await moderation.unhide(db, segments, post, comment))
     else:
-        _say(await moderation.delete(db, objects, post, comment, settings.backup_reach_ms))
+        _say(await moderation.delete(db, objects, segments, post, comment, settings.backup_reach_ms))
     await db.close()
 
 
 async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
     db = connect(settings.redis_url, settings.replicas)
+    objects = open_store(settings.store_url)
     with Progress() as progress:
-        about = await export.export(db, open_store(settings.store_url), arguments.user, arguments.file, progress)
+        about = await export.export(db, objects, Segments(objects), arguments.user, arguments.file, progress)
     await db.close()
     counts = ", ".join(f"{about[name]} {name}" for name in export.ROWS)
     missing = len(about["posts_without_original"])
@@ -226,13 +229,13 @@ async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
 
 async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
     db, objects = connect(settings.redis_url, settings.replicas), open_store(settings.store_url)
-    reach = settings.backup_reach_ms
+    segments, reach = Segments(objects), settings.backup_reach_ms
     with Progress() as progress:
         if arguments.again:
-            users, counts = await erasure.erase_again(db, objects, reach, progress, arguments.yes)
+            users, counts = await erasure.erase_again(db, objects, segments, reach, progress, arguments.yes)
             who = f"{users} users that were erased before"
         else:
-            counts = await erasure.erase(db, objects, arguments.user, reach, progress, arguments.yes)
+            counts = await erasure.erase(db, objects, segments, arguments.user, reach, progress, arguments.yes)
             who = moderation.printable(arguments.user)
     numbers = ", ".join(f"{count} {what}" for what, count in counts.items())
     _say(f"{'removed' if arguments.yes else 'found'} of {who}: {numbers}")

@@ -123,5 +123,7 @@ async def _page(db: Redis, partition: int, limit: int, revision: int | str) -> l
         keys.post_prefix(partition),
         keys.latest_prefix(partition),
         keys.comments_prefix(partition),
+        keys.segments_prefix(partition),
+        keys.erased_prefix(partition),
         db.cluster,
     )

@@ -39,11 +39,14 @@ from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS, LEAF_ENTRIES
 EXACTLY = "surrogateescape"  # error handler that decodes any bytes so that encoding gives the same bytes (PEP 383)
 # The answer of Redis' TYPE to each kind of key in docs/keys.md.
 TYPES = {
-    **dict.fromkeys(("feed", "changes", "gone", "due", "making", "turns", "leaves", "leaf"), "zset"),
+    **dict.fromkeys(
+        ("feed", "changes", "gone", "due", "making", "turns", "leaves", "leaf", "sealing", "retired"), "zset"
+    ),
     **dict.fromkeys(("post", "hidden", "kept", "upload", "uploads"), "hash"),
-    **dict.fromkeys(("latest", "chunks"), "list"),
-    **dict.fromkeys(("once", "rate", "epoch", "restored"), "string"),
+    **dict.fromkeys(("latest", "chunks", "segments"), "list"),
+    **dict.fromkeys(("once", "rate", "epoch", "restored", "quiet"), "string"),
     "comments": "stream",
+    "erased": "set",
 }
 MAX_LINES = 20  # flaws that a report describes; the others are only counted
 

@@ -1,16 +1,27 @@
-"""Comments of a post: add, read, list, hide, delete."""
+"""Comments of a post: add, read, list, hide, delete.
 
+The newest comments of a post are in Redis, the older ones in segments in the store (segments.py). A script that needs
+a segment returns its name, and this file reads it.
+"""
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import orjson
 
 from storage import keys
 from storage.db.client import Redis
-from storage.errors import NoComment
+from storage.errors import NoComment, Unreachable
 from storage.limits import Entry
 from storage.posts import Inspected
-from storage.segments import Comment
-from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
+from storage.segments import Comment, Segments
+from storage.settings import COMPACT_MS, DAY_MS, HOT_COMMENTS, LATEST_COMMENTS, PAGE_BYTES, SEGMENT_COMMENTS
+
+# How often a deletion is tried whose comment is in the store. Each time, a segment may have been added or replaced
+# since it was read. That takes longer than the reading.
+TRIES = 10
 
 
 class Page(NamedTuple):
@@ -25,17 +36,19 @@ async def add(
     text: str,
     idempotency: keys.IdempotencyKey | None = None,
     limit: Entry | None = None,
+    seal_at: int = HOT_COMMENTS + SEGMENT_COMMENTS,
 ) -> tuple[Comment, bool]:
     """Add a comment to a ready post. Returns the comment, and whether its idempotency key was used before.
 
     `limit` is of the post's partition. Only a new comment that can be added takes from it, and decides it. If the limit
-    does not allow it, no comment is added, and the one that is returned has no id.
+    does not allow it, no comment is added, and the one that is returned has no id. With `seal_at` comments in Redis the
+    oldest ones are to go to the store; 0: never.
 
     Raises Reused where the idempotency key was used for another request, NoPost, NotReady where the post is processing,
     and Failed where its image could not be made.
     """
-    script_keys = keys.post_and_lists(post)
-    args = [db.clock, post, author, text, LATEST_COMMENTS, idempotency.digest if idempotency else "-", DAY_MS]
+    script_keys = [*keys.post_and_lists(post), keys.sealing(keys.partition_of_post(post))]
+    args = [db.clock, post, author, text, LATEST_COMMENTS, idempotency.digest if idempotency else "-", DAY_MS, seal_at]
     if idempotency:
         script_keys.append(keys.once(keys.partition_of_post(post), author, idempotency.scoped_key))
     if limit:
@@ -47,28 +60,37 @@ async def add(
     return Comment(comment_id, author, text), bool(repeated)
 
 
-async def delete(db: Redis, author: str, post: str, comment: str) -> None:
-    """Delete a comment of `author`. Raises NoPost, NoComment, and Forbidden where somebody else wrote it."""
+async def delete(db: Redis, segments: Segments, author: str, post: str, comment: str) -> None:
+    """Delete a comment of `author`.
+
+    Raises NoPost, NoComment, Forbidden where somebody else wrote it, and Unavailable where it is in the store, or where
+    the store has what the feed is to show instead, and the store is away.
+    """
     keys.comment_ms(comment)
-    await db.call("delete_comment", keys.post_and_lists(post), db.clock, post, comment, author, LATEST_COMMENTS)
+    script_keys = [*keys.post_and_lists(post), keys.sealing(keys.partition_of_post(post))]
+    await _remove(db, segments, "delete_comment", script_keys, post, comment, author)
 
 
-async def hide(db: Redis, post: Inspected, comment: str) -> bool:
+async def hide(db: Redis, segments: Segments, post: Inspected, comment: str) -> bool:
     """Take a comment away from its post and keep a copy, for an operator. The post may be hidden.
 
-    Returns whether it was shown before. Raises NoPost, NoComment.
+    Returns whether it was shown before. Raises NoPost, NoComment, Unavailable.
     """
     keys.comment_ms(comment)
-    return bool(await db.call("hide_comment", _all_keys(post), db.clock, post.id, comment, LATEST_COMMENTS))
+    return bool(await _remove(db, segments, "hide_comment", _all_keys(post), post.id, comment))
 
 
-async def unhide(db: Redis, post: Inspected, comment: str) -> str:
+async def unhide(db: Redis, segments: Segments, post: Inspected, comment: str) -> str:
     """Add a hidden comment to its post again, as the newest one. Returns the id that it has now.
 
-    The same call again returns the same id. Raises NoPost, NoComment.
+    The same call again returns the same id. Raises NoPost, NoComment, Unavailable.
     """
     keys.comment_ms(comment)
-    return await db.call("unhide_comment", _all_keys(post), db.clock, post.id, comment, LATEST_COMMENTS)
+    script_keys = [post.key(), *keys.post_and_lists(post.id)[1:], keys.kept(post.id)]
+    try:
+        return await db.call("unhide_comment", script_keys, db.clock, post.id, comment, LATEST_COMMENTS)
+    except NoComment:
+        return (await read(db, segments, post.id, comment, post.hidden)).id  # in the store, and not hidden
 
 
 async def kept(db: Redis, post: str) -> dict[str, Comment | str]:
@@ -78,36 +100,95 @@ async def kept(db: Redis, post: str) -> dict[str, Comment | str]:
     return {key: Comment(key, *orjson.loads(value)) if value.startswith("[") else value for key, value in found}
 
 
-async def remove(db: Redis, post: Inspected, comment: Comment) -> None:
-    """Delete a comment for an operator, hidden or not. The post may be hidden too. Raises NoPost, NoComment."""
-    await db.call(
-        "delete_comment", _all_keys(post), db.clock, post.id, comment.id, comment.author, LATEST_COMMENTS
-    )
+async def remove(db: Redis, segments: Segments, post: Inspected, comment: Comment) -> None:
+    """Delete a comment for an operator, hidden or not. The post may be hidden too.
+
+    Raises NoPost, NoComment, Unavailable.
+    """
+    await _remove(db, segments, "delete_comment", _all_keys(post), post.id, comment.id, comment.author)
 
 
 def _all_keys(post: Inspected) -> list[str]:
     """The keys of a post, hidden or not, of its lists, and of its hidden comments."""
-    return [post.key(), *keys.post_and_lists(post.id)[1:], keys.kept(post.id)]
+    sealing = keys.sealing(keys.partition_of_post(post.id))
+    return [post.key(), *keys.post_and_lists(post.id)[1:], sealing, keys.kept(post.id)]
 
 
-async def read(db: Redis, post: str, comment: str, hidden: bool = False) -> Comment:
-    """One comment. `hidden` says that the post is hidden. Raises NoPost, NoComment."""
+async def _remove(
+    db: Redis, segments: Segments, script: str, script_keys: list[str], post: str, comment: str, *user: str
+) -> int:
+    """Call a script that removes a comment, until it needs nothing more from the store. Returns its last reply."""
+    seen: tuple[str, ...] = ("", "", "", "")  # nothing of the store
+    for _ in range(TRIES):
+        args = (db.clock, post, comment, *user, LATEST_COMMENTS, COMPACT_MS, *seen)
+        reply = await db.call(script, script_keys, *args)
+        if isinstance(reply, int):
+            return reply
+        own, newest, erased = reply
+        rows = await _read(segments, post, own) if own else []
+        row = next((row[1:] for row in rows if row.id == comment), ())
+        if own and not row:
+            raise NoComment("no such comment")
+        refill = await _sealed(segments, post, newest, [*erased, comment], "", LATEST_COMMENTS)
+        refilled = orjson.dumps([tuple(comment) for comment in refill])
+        seen = own, orjson.dumps(row).decode(), newest[0], refilled.decode()
+    raise Unreachable("the comments of this post were moved meanwhile; try again")
+
+
+async def read(db: Redis, segments: Segments, post: str, comment: str, hidden: bool = False) -> Comment:
+    """One comment. `hidden` says that the post is hidden. Raises NoPost, NoComment, Unavailable."""
     keys.comment_ms(comment)
     # `page` returns the comments older than an id. This comment, if it exists, is the newest one before the next id.
     ms, _, sequence = comment.partition("-")
     above = f"{ms}-{int(sequence) + 1}"
-    newest = await page(db, post, 1, above, hidden)
+    newest = await page(db, segments, post, 1, above, hidden)
     if not newest.comments or newest.comments[0].id != comment:
         raise NoComment("no such comment")
     return newest.comments[0]
 
 
-async def page(db: Redis, post: str, limit: int, before: str = "", hidden: bool = False) -> Page:
+async def page(
+    db: Redis, segments: Segments, post: str, limit: int, before: str = "", hidden: bool = False
+) -> Page:
     """Up to `limit` comments, newest first: the newest of all, or those older than the comment id `before`.
 
     A comment with the id `before` need not exist. The page also ends when its texts have PAGE_BYTES. `hidden` says that
-    the post is hidden: only an operator reads its comments then. Raises NoPost.
+    the post is hidden: only an operator reads its comments then. Raises NoPost, and Unavailable where a part of the
+    page is in the store, and the store is away.
     """
-    script_keys = [keys.hidden(post) if hidden else keys.post(post), keys.comments(post)]
-    more, rows = await db.call("comments_page", script_keys, before, limit, PAGE_BYTES)
-    return Page([Comment(*row) for row in rows], bool(more))
+    script_keys = [keys.hidden(post) if hidden else keys.post(post), *keys.post_and_lists(post)[1:4]]
+    more, rows, *sealed = await db.call("comments_page", script_keys, before, limit, PAGE_BYTES)
+    found = [Comment(*row) for row in rows]
+    if not sealed:
+        return Page(found, bool(more))
+    found += await _sealed(segments, post, *sealed, before, limit + 1 - len(found))
+    size = 0
+    for end, row in enumerate(found):
+        if end == limit or size >= PAGE_BYTES:
+            return Page(found[:end], True)
+        size += len(row.author.encode()) + len(row.text.encode())
+    return Page(found, False)
+
+
+async def _sealed(
+    segments: Segments, post: str, entries: Sequence[str], erased: Iterable[str], before: str, limit: int
+) -> list[Comment]:
+    """Up to `limit` comments from the segments of `entries`, newest first, older than the id `before` and not `erased`.
+
+    The entries are newest first, as the script `comments_page` returns them: the first one may suffice. The others are
+    read at the same time.
+    """
+    gone, found = set(erased), []
+    for group in (entries[:1], entries[1:]):
+        for rows in await asyncio.gather(*(_read(segments, post, entry) for entry in group)):
+            end = bisect_left(rows, keys.order(before), key=lambda row: keys.order(row.id)) if before else None
+            found += [row for row in rows[:end][::-1] if row.id not in gone]
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+async def _read(segments: Segments, post: str, entry: str) -> Sequence[Comment]:
+    """The comments of a segment, oldest first, by its entry in `segments`."""
+    name = entry.split(" ")[2]
+    return [] if name == keys.NO_SEGMENT else await segments.read(post, name)

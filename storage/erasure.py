@@ -31,6 +31,7 @@ from storage.objects import NotFound, ObjectStore
 from storage.outbox import MayName, recheck_at
 from storage.posts import Inspected, inspect
 from storage.progress import Progress
+from storage.segments import Segments
 from storage.users import Found, FoundComment, FoundUpload, Wanted, walk
 
 NAMES = "other keys with the name"
@@ -51,7 +52,13 @@ def _digest(user: str) -> str:
 
 
 async def erase(
-    db: Redis, objects: ObjectStore, user: str, backup_reach_ms: int, progress: Progress, remove: bool
+    db: Redis,
+    objects: ObjectStore,
+    segments: Segments,
+    user: str,
+    backup_reach_ms: int,
+    progress: Progress,
+    remove: bool,
 ) -> Counter[str]:
     """Find all that a user has. With `remove` also record the erasure, and remove it. Returns how much it was.
 
@@ -66,11 +73,11 @@ async def erase(
 
     if remove:
         await record()
-    return await _erase(db, objects, wanted, backup_reach_ms, progress, record if remove else None)
+    return await _erase(db, objects, segments, wanted, backup_reach_ms, progress, record if remove else None)
 
 
 async def erase_again(
-    db: Redis, objects: ObjectStore, backup_reach_ms: int, progress: Progress, remove: bool
+    db: Redis, objects: ObjectStore, segments: Segments, backup_reach_ms: int, progress: Progress, remove: bool
 ) -> tuple[int, Counter[str]]:
     """Like `erase`, for all users on record. For after a restore. Returns how many users are on record, too.
 
@@ -86,12 +93,14 @@ async def erase_again(
         for one in recorded:
             await _record(objects, one._replace(last=now_ms(db)))
 
-    return len(erased), await _erase(db, objects, wanted, backup_reach_ms, progress, record if remove else None)
+    counts = await _erase(db, objects, segments, wanted, backup_reach_ms, progress, record if remove else None)
+    return len(erased), counts
 
 
 async def _erase(
     db: Redis,
     objects: ObjectStore,
+    segments: Segments,
     wanted: Wanted,
     backup_reach_ms: int,
     progress: Progress,
@@ -100,7 +109,7 @@ async def _erase(
     """Count what is `wanted`. With `record` also remove it: `record` is called before the first thing and after all."""
     counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
     seen: set[object] = set()  # the walk may meet the same thing twice
-    async for found in walk(db, wanted, progress):
+    async for found in walk(db, segments, wanted, progress):
         kind, name = _kind(found)
         if name in seen:
             continue
@@ -109,7 +118,7 @@ async def _erase(
         if record:
             if counts.total() == 1:
                 await record()
-            await _remove(db, objects, found, backup_reach_ms)
+            await _remove(db, objects, segments, found, backup_reach_ms)
     if record and counts.total():
         await record()
     return counts
@@ -126,7 +135,9 @@ def _kind(found: Found) -> tuple[str, object]:
     return NAMES, found
 
 
-async def _remove(db: Redis, objects: ObjectStore, found: Found, backup_reach_ms: int) -> None:
+async def _remove(
+    db: Redis, objects: ObjectStore, segments: Segments, found: Found, backup_reach_ms: int
+) -> None:
     """Remove one thing. It may be gone by now, or be hidden or unhidden since it was found."""
     if isinstance(found, (Inspected, FoundComment)):
         post = found.id if isinstance(found, Inspected) else found.post
@@ -136,7 +147,7 @@ async def _remove(db: Redis, objects: ObjectStore, found: Found, backup_reach_ms
                 if isinstance(found, Inspected):
                     await moderation.delete_post(db, objects, row, backup_reach_ms)
                 else:
-                    await comments.remove(db, row, found.comment)
+                    await comments.remove(db, segments, row, found.comment)
                 return
             except (NoPost, NoComment):
                 continue
@@ -148,7 +159,7 @@ async def _remove(db: Redis, objects: ObjectStore, found: Found, backup_reach_ms
             except NoUpload:  # it became a post meanwhile
                 with suppress(NoPost):
                     row = await inspect(db, (await uploads.inspect(db, found.id, names=False)).post or "")
-                    await _remove(db, objects, row, backup_reach_ms)
+                    await _remove(db, objects, segments, row, backup_reach_ms)
         await db.call("forget_owner", [keys.upload(found.id)], found.upload.owner)
     elif found.member is None:
         await db.call("drop_key", [found.key])

@@ -45,6 +45,7 @@ from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
 from storage.posts import Inspected
 from storage.progress import Progress
+from storage.segments import Segments
 from storage.times import format_ms
 from storage.users import FoundComment, FoundUpload, walk
 
@@ -57,7 +58,9 @@ class Busy(Exception):
     """The folder of parts is in use: by another export, for another user, or by somebody else on this machine."""
 
 
-async def export(db: Redis, objects: ObjectStore, user: str, target: Path, progress: Progress) -> dict[str, object]:
+async def export(
+    db: Redis, objects: ObjectStore, segments: Segments, user: str, target: Path, progress: Progress
+) -> dict[str, object]:
     """Write all that a user has into the zip `target`. Returns what is in its `user.json`.
 
     Raises Busy, FileExistsError where `target` exists, OSError of this machine's disk, Unreachable, Unavailable.
@@ -69,7 +72,7 @@ async def export(db: Redis, objects: ObjectStore, user: str, target: Path, progr
     with _locked(parts, user):
         if not target.exists():
             if not (parts / "rows").exists():
-                await _collect(db, user, parts, progress)
+                await _collect(db, segments, user, parts, progress)
             missing = await _fetch(db, objects, parts, progress)
             about = orjson.loads((parts / "rows" / "user.json").read_bytes())
             about["posts_without_original"] = missing
@@ -111,7 +114,7 @@ def _locked(parts: Path, user: str) -> Iterator[None]:
         yield
 
 
-async def _collect(db: Redis, user: str, parts: Path, progress: Progress) -> None:
+async def _collect(db: Redis, segments: Segments, user: str, parts: Path, progress: Progress) -> None:
     """Walk over all keys and write the user's rows. The walk may meet a row twice, and writes it once."""
     draft = parts / "rows.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -128,7 +131,7 @@ async def _collect(db: Redis, user: str, parts: Path, progress: Progress) -> Non
                 counts[name] += 1
                 rows[name].write(orjson.dumps(row) + b"\n")
 
-        async for found in walk(db, lambda author, _: author == user, progress):
+        async for found in walk(db, segments, lambda author, _: author == user, progress):
             if isinstance(found, Inspected):
                 write("posts", found.id, _post(found))
             elif isinstance(found, FoundComment):

@@ -116,6 +116,16 @@ def comment_ms(comment: str) -> int:
     return int(parts[1])
 
 
+def order(comment: str) -> tuple[int, int]:
+    """What comments are ordered by. The id must be valid.
+
+    >>> order("1795459382641-9") < order("1795459382641-10")
+    True
+    """
+    ms, _, sequence = comment.partition("-")
+    return int(ms), int(sequence)
+
+
 # Redis keys. A `…_prefix` is for scripts that read ids in Redis and append them.
 
 
@@ -167,6 +177,34 @@ def latest(post_id: str) -> str:
     return f"latest:{{{partition_of_post(post_id)}}}:{post_id}"
 
 
+def segments(post_id: str) -> str:
+    return f"segments:{{{partition_of_post(post_id)}}}:{post_id}"
+
+
+def segments_prefix(partition: int) -> str:
+    return f"segments:{{{partition}}}:"
+
+
+def erased(post_id: str) -> str:
+    return f"erased:{{{partition_of_post(post_id)}}}:{post_id}"
+
+
+def erased_prefix(partition: int) -> str:
+    return f"erased:{{{partition}}}:"
+
+
+def sealing(partition: int) -> str:
+    return f"sealing:{{{partition}}}"
+
+
+def quiet(partition: int) -> str:
+    return f"quiet:{{{partition}}}"
+
+
+def retired(partition: int) -> str:
+    return f"retired:{{{partition}}}"
+
+
 def hidden(post_id: str) -> str:
     return f"hidden:{{{partition_of_post(post_id)}}}:{post_id}"
 
@@ -182,12 +220,15 @@ def kept(post_id: str) -> str:
 def post_and_lists(post_id: str) -> list[str]:
     """The keys with which KEYS of several scripts begin: the post, its comments, and the lists of its partition.
 
-    In this order: post, comments, latest, feed, changes, gone. Raises NoPost where `post_id` is not a post id.
+    In this order: post, comments, segments, erased, latest, feed, changes, gone. Raises NoPost where `post_id` is not
+    the id of a post.
     """
     partition = partition_of_post(post_id)
     return [
         post(post_id),
         comments(post_id),
+        segments(post_id),
+        erased(post_id),
         latest(post_id),
         feed(partition),
         changes(partition),
@@ -274,7 +315,7 @@ def parts(key: str) -> tuple[str, int | None, str]:
 def well_formed(key: str) -> bool:
     """Whether a function of this module can have built this key."""
     kind, partition, name = parts(key)
-    if kind in ("post", "hidden", "comments", "latest", "kept", "upload", "chunks"):
+    if kind in ("post", "hidden", "comments", "segments", "erased", "latest", "kept", "upload", "chunks"):
         match = ID.fullmatch(name)
         of_upload = kind in ("upload", "chunks")
         return bool(match) and bool(match[1]) == of_upload and key == f"{kind}:{{{match[3]}}}:{name}"
@@ -338,6 +379,9 @@ def image(post_id: str) -> str:
 
 def erasure(user_digest: str) -> str:
     return f"erasures/{user_digest}"
+
+
+NO_SEGMENT = "-"  # in the place of a name, where all comments of a segment were erased
 
 
 def segment(post_id: str, name: str) -> str:

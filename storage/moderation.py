@@ -10,14 +10,15 @@ from storage.errors import NoComment
 from storage.objects import NotFound, ObjectStore, Unavailable
 from storage.outbox import make_again
 from storage.posts import Inspected, inspect
+from storage.segments import Segments
 from storage.times import format_ms
 
 
-async def show(db: Redis, objects: ObjectStore, post: str, comment: str = "") -> dict[str, object]:
+async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, comment: str = "") -> dict[str, object]:
     """All that is known of a post or of one of its comments, hidden or not. Raises NoPost, NoComment, Unavailable."""
     row = await inspect(db, post)
     if comment:
-        return await _show_comment(db, row, comment)
+        return await _show_comment(db, segments, row, comment)
     kept = await comments.kept(db, post)
     known = dict(row.fields)
     names = [row.key(), keys.comments(post), keys.latest(post), *([keys.kept(post)] if kept else [])]
@@ -29,6 +30,8 @@ async def show(db: Redis, objects: ObjectStore, post: str, comment: str = "") ->
         "created_at": format_ms(keys.created_ms(post)),
         "caption": known.pop("caption", None),
         "comment_count": row.comment_count,
+        "comments_in_redis": row.hot_count,
+        "erased_comments": row.erased_count,
         "hidden_comments": [key for key, value in kept.items() if not isinstance(value, str)],
         "score_in_feed": row.score,
         "last_change": row.revision,
@@ -46,8 +49,8 @@ async def _object(objects: ObjectStore, name: str) -> dict[str, object]:
         return {"object": name, "bytes": None}
 
 
-async def _show_comment(db: Redis, row: Inspected, comment: str) -> dict[str, object]:
-    found, hidden = await _find(db, row, comment)
+async def _show_comment(db: Redis, segments: Segments, row: Inspected, comment: str) -> dict[str, object]:
+    found, hidden = await _find(db, segments, row, comment)
     return {
         "post": row.id,
         "comment": found.id,
@@ -59,10 +62,10 @@ async def _show_comment(db: Redis, row: Inspected, comment: str) -> dict[str, ob
     }
 
 
-async def _find(db: Redis, row: Inspected, comment: str) -> tuple[Comment, bool]:
+async def _find(db: Redis, segments: Segments, row: Inspected, comment: str) -> tuple[Comment, bool]:
     """A comment, and whether it is hidden. Raises NoComment."""
     try:
-        return await comments.read(db, row.id, comment, row.hidden), False
+        return await comments.read(db, segments, row.id, comment, row.hidden), False
     except NoComment:
         kept = (await comments.kept(db, row.id)).get(comment)
         if isinstance(kept, str):
@@ -72,10 +75,10 @@ async def _find(db: Redis, row: Inspected, comment: str) -> tuple[Comment, bool]
         return kept, True
 
 
-async def hide(db: Redis, objects: ObjectStore, post: str, comment: str = "") -> str:
+async def hide(db: Redis, objects: ObjectStore, segments: Segments, post: str, comment: str = "") -> str:
     """Hide a post or a comment. Returns a sentence for the operator. Raises NoPost, NoComment, Unavailable."""
     if comment:
-        changed = await comments.hide(db, await inspect(db, post), comment)
+        changed = await comments.hide(db, segments, await inspect(db, post), comment)
         return "the comment is hidden" if changed else "the comment was hidden before"
     changed = await posts.hide(db, post)
     try:
@@ -86,23 +89,25 @@ async def hide(db: Redis, objects: ObjectStore, post: str, comment: str = "") ->
     return "the post is hidden" if changed else "the post was hidden before"
 
 
-async def unhide(db: Redis, post: str, comment: str = "") -> str:
+async def unhide(db: Redis, segments: Segments, post: str, comment: str = "") -> str:
     """Show a hidden post or comment again. Returns a sentence for the operator. Raises NoPost, NoComment."""
     if comment:
-        return f"the comment is shown as {post}/{await comments.unhide(db, await inspect(db, post), comment)}"
+        return f"the comment is shown as {post}/{await comments.unhide(db, segments, await inspect(db, post), comment)}"
     changed = await posts.unhide(db, post)
     return "the post is shown again; a worker makes its picture" if changed else "the post was not hidden"
 
 
-async def delete(db: Redis, objects: ObjectStore, post: str, comment: str, backup_reach_ms: int) -> str:
+async def delete(
+    db: Redis, objects: ObjectStore, segments: Segments, post: str, comment: str, backup_reach_ms: int
+) -> str:
     """Delete a post in any status or a comment, as its author would. Returns a sentence for the operator.
 
     Raises NoPost, NoComment.
     """
     row = await inspect(db, post)
     if comment:
-        found, _ = await _find(db, row, comment)
-        await comments.remove(db, row, found)
+        found, _ = await _find(db, segments, row, comment)
+        await comments.remove(db, segments, row, found)
         return "the comment is deleted"
     await delete_post(db, objects, row, backup_reach_ms)
     return "the post is deleted; its original is erased when no backup names it any more"

@@ -77,6 +77,8 @@ class Inspected(NamedTuple):
     id: str
     hidden: bool
     comment_count: int
+    hot_count: int  # comments in Redis; the others are in segments in the store
+    erased_count: int  # comments that were deleted and are still in a segment
     kept_count: int  # comments that were hidden, with those that were unhidden again
     score: int | None  # in the feed
     revision: int | None  # in the changes
@@ -188,7 +190,7 @@ async def replayed(db: Redis, author: str, partitions: int, idempotency: keys.Id
 
 async def read(db: Redis, post: str) -> Post:
     """A post of any status. Raises NoPost."""
-    return post_from_row(await db.call("read_post", [keys.post(post), keys.comments(post), keys.latest(post)], post))
+    return post_from_row(await db.call("read_post", keys.post_and_lists(post)[:5], post))
 
 
 async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:
@@ -273,6 +275,8 @@ async def _user_page(db: Redis, partition: int, user: str, statuses: Iterable[st
         keys.post_prefix(partition),
         keys.latest_prefix(partition),
         keys.comments_prefix(partition),
+        keys.segments_prefix(partition),
+        keys.erased_prefix(partition),
     )
 
 
@@ -323,11 +327,11 @@ def feed_names(group: tuple[int, ...]) -> list[str]:
 
 async def inspect(db: Redis, post: str) -> Inspected:
     """All that Redis knows of a post, hidden or not, for an operator. Raises NoPost."""
-    script_keys = _keys_with_hidden(post, keys.comments(post), keys.kept(post))
-    hidden, comments, kept, *times, fields = await db.call("show_post", script_keys, post)
+    script_keys = _keys_with_hidden(post, *_comment_keys(post), keys.kept(post))
+    hidden, comments, hot, erased, kept, *times, fields = await db.call("show_post", script_keys, post)
     numbers = [None if value is None else int(float(value)) for value in times]
     pairs = dict(zip(fields[::2], fields[1::2], strict=True))
-    return Inspected(post, bool(hidden), comments, kept, *numbers, pairs)
+    return Inspected(post, bool(hidden), comments, hot, erased, kept, *numbers, pairs)
 
 
 async def hide(db: Redis, post: str) -> bool:
@@ -344,13 +348,17 @@ async def unhide(db: Redis, post: str) -> bool:
 
     Returns whether it was hidden before. Raises NoPost.
     """
-    return bool(await db.call("unhide_post", _keys_with_hidden(post, keys.comments(post)), db.clock, post))
+    return bool(await db.call("unhide_post", _keys_with_hidden(post, *_comment_keys(post)), db.clock, post))
 
 
 def _keys_with_hidden(post: str, *others: str) -> list[str]:
     """The keys of a post, shown and hidden, then `others`, then the lists of its partition that may have it."""
-    named, _, _, *lists = keys.post_and_lists(post)
-    return [named, keys.hidden(post), *others, *lists, keys.due(keys.partition_of_post(post))]
+    named, *_, feed, changes, gone = keys.post_and_lists(post)
+    return [named, keys.hidden(post), *others, feed, changes, gone, keys.due(keys.partition_of_post(post))]
+
+
+def _comment_keys(post: str) -> list[str]:
+    return [keys.comments(post), keys.segments(post), keys.erased(post)]
 
 
 async def delete(
@@ -378,10 +386,12 @@ async def delete(
         [
             keys.hidden(post) if hidden else named,
             *lists,
+            keys.sealing(partition),
             keys.due(partition),
             keys.making(partition, author),
             keys.kept(post),
             keys.leaves(partition),
+            keys.retired(partition),
         ],
         db.clock,
         post,

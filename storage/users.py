@@ -14,11 +14,11 @@ from redis.exceptions import ResponseError
 
 from storage import comments, keys, uploads
 from storage.check import Report, scan, well_formed_keys
-from storage.comments import Comment
 from storage.db.client import Redis
 from storage.errors import NoPost
 from storage.posts import Inspected, inspect
 from storage.progress import Progress
+from storage.segments import Comment, Segments
 from storage.uploads import Upload
 
 COMMENTS = 100  # comments that one script reads: 0.2 ms of Redis' time, or 2 ms if all are as long as allowed
@@ -50,7 +50,7 @@ class FoundName(NamedTuple):
 Found = Inspected | FoundComment | FoundUpload | FoundName
 
 
-async def walk(db: Redis, wanted: Wanted, progress: Progress) -> AsyncIterator[Found]:
+async def walk(db: Redis, segments: Segments, wanted: Wanted, progress: Progress) -> AsyncIterator[Found]:
     """Everything that is `wanted`. Something that is created, hidden or unhidden meanwhile may be missing.
 
     The same thing may come twice (Redis, "SCAN", "Scan guarantees"). What is malformed is skipped: `check` reports it.
@@ -59,7 +59,7 @@ async def walk(db: Redis, wanted: Wanted, progress: Progress) -> AsyncIterator[F
     async for names in scan(db):
         known = well_formed_keys(names, Report())
         for start in range(0, len(known), TOGETHER):
-            works = [_look(db, key, wanted) for key in known[start : start + TOGETHER]]
+            works = [_look(db, segments, key, wanted) for key in known[start : start + TOGETHER]]
             for items, more in await asyncio.gather(*works):
                 found += len(items)
                 for item in items:
@@ -77,18 +77,21 @@ async def _nothing() -> AsyncIterator[Found]:
     yield
 
 
-async def _look(db: Redis, key: str, wanted: Wanted) -> tuple[list[Found], AsyncIterator[Found] | None]:
+async def _look(
+    db: Redis, segments: Segments, key: str, wanted: Wanted
+) -> tuple[list[Found], AsyncIterator[Found] | None]:
     """What a key has for `walk`, and the rest of it where that is long."""
     kind, partition, name = keys.parts(key)
     try:
         if kind in ("post", "hidden"):
             row = await inspect(db, name)
-            return [row] if wanted(row.fields.get("author", ""), keys.created_ms(name)) else [], None
-        if kind == "comments":
-            row = await inspect(db, name)
-            page = await comments.page(db, name, COMMENTS, hidden=row.hidden)
-            rest = _comments(db, name, wanted, page.comments[-1].id) if page.more else None
-            return _choose(name, page.comments, wanted), rest
+            found: list[Found] = [row] if wanted(row.fields.get("author", ""), keys.created_ms(name)) else []
+            try:
+                page = await comments.page(db, segments, name, COMMENTS, hidden=row.hidden)
+            except ResponseError:  # its stream is malformed
+                return found, None
+            rest = _comments(db, segments, name, wanted, page.comments[-1].id) if page.more else None
+            return found + _choose(name, page.comments, wanted), rest
         if kind == "kept":
             rows = [row for row in (await comments.kept(db, name)).values() if not isinstance(row, str)]
             return [found._replace(hidden=True) for found in _choose(name, rows, wanted)], None
@@ -116,13 +119,13 @@ async def _became(db: Redis, upload: Upload, wanted: Wanted) -> list[Found]:
     return []
 
 
-async def _comments(db: Redis, post: str, wanted: Wanted, before: str) -> AsyncIterator[Found]:
+async def _comments(db: Redis, segments: Segments, post: str, wanted: Wanted, before: str) -> AsyncIterator[Found]:
     """The comments of a post that are older than `before`."""
     more = True
     while more:
         try:
             row = await inspect(db, post)
-            page = await comments.page(db, post, COMMENTS, before, row.hidden)
+            page = await comments.page(db, segments, post, COMMENTS, before, row.hidden)
         except (NoPost, ResponseError):  # it was deleted meanwhile, or it is malformed
             return
         for found in _choose(post, page.comments, wanted):

@@ -6,7 +6,11 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipelin
 
 from storage import comments, keys, outbox, posts, uploads
 from storage.db.client import Redis
+from storage.segments import Segments
 from storage.settings import CHUNKS, DAY_MS
+
+# For tests in which all comments are in Redis: there is no store, and to read a segment fails.
+NO_SEGMENTS = Segments(None)
 
 
 async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10) -> str:

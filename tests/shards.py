@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clusters import ClusterNode, ClusterServer
-from making import publish
+from making import NO_SEGMENTS, publish
 from parts import PROGRAMS, make_settings, shipping
 
 from storage import check, comments, posts
@@ -98,7 +98,7 @@ class History:
                 one.answered = time.time()
                 if number % 5 == 0:
                     one.deleting = time.time()
-                    await comments.delete(db, "bob", post, comment)
+                    await comments.delete(db, NO_SEGMENTS, "bob", post, comment)
                     one.deleted = time.time()
             except (Unreachable, Unknown):
                 self.unknown += 1
@@ -185,9 +185,9 @@ async def read_feed(db: Redis) -> dict[str, list[str]]:
 
 
 async def texts(db: Redis, post: str) -> list[str]:
-    page = await comments.page(db, post, 100)
+    page = await comments.page(db, NO_SEGMENTS, post, 100)
     found = page.comments
     while page.more:
-        page = await comments.page(db, post, 100, found[-1].id)
+        page = await comments.page(db, NO_SEGMENTS, post, 100, found[-1].id)
         found += page.comments
     return [row.text for row in found]

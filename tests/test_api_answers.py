@@ -13,7 +13,7 @@ import brotli
 import httpx
 import pytest
 from conftest import run_with_db
-from making import jpeg, make_post, make_processing
+from making import NO_SEGMENTS, jpeg, make_post, make_processing
 from wire import dial, exchange, head, hear
 
 from api.headers import matches_etag, preferred_coding, preferred_wait
@@ -51,7 +51,7 @@ def pages(serving):
             made.append(post)
         await serving.open_store().put(f"images/{made[0]}.jpg", jpeg(600, 600))
         commented = (await posts.feed(db, 1, 1)).posts[0].id
-        comment = (await comments.page(db, commented, 1)).comments[0].id
+        comment = (await comments.page(db, NO_SEGMENTS, commented, 1)).comments[0].id
         return made[0], commented, comment
 
     post, commented, comment = run_with_db(serving.server, fill)

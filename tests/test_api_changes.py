@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 from conftest import connect
-from making import make_post, make_processing
+from making import NO_SEGMENTS, make_post, make_processing
 
 from storage import changes, comments, keys, outbox, posts
 from storage.errors import Outdated
@@ -54,7 +54,7 @@ async def test_the_first_page_links_to_its_changes_and_so_does_its_304(db, clien
     hidden = following.json()["items"][0]["id"]
     assert hidden not in [item["id"] for item in first.json()["items"]]
     comment, _ = await comments.add(db, "alice", hidden, "x")
-    await comments.delete(db, "alice", hidden, comment.id)
+    await comments.delete(db, NO_SEGMENTS, "alice", hidden, comment.id)
     known = await client.get("/v1/posts?limit=2", headers={"If-None-Match": first.headers["etag"]})
     assert known.status_code == 304 and changes_link(known) != changes_link(first)
 

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 from conftest import NOBODY, connect
-from making import jpeg, make_post, make_processing
+from making import NO_SEGMENTS, jpeg, make_post, make_processing
 from state import unchanged
 from uploading import begin
 from wire import FORM, Line, exchange, form, head, request
@@ -486,8 +486,8 @@ async def test_a_cursor_stays_valid_when_its_post_moves_or_is_deleted(furnished)
         for _ in range(3):
             await comments.add(db, "alice", b, "moves up")
         assert await following() == rest
-        for comment in (await comments.page(db, b, 100)).comments:
-            await comments.delete(db, "alice", b, comment.id)
+        for comment in (await comments.page(db, NO_SEGMENTS, b, 100)).comments:
+            await comments.delete(db, NO_SEGMENTS, "alice", b, comment.id)
         assert await following() == [c, furnished.post, b, d]
         for post in (b, a, c, d):
             assert (await line.ask("DELETE", f"/v1/posts/{post}")).status == 204

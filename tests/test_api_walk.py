@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from conftest import connect, running_site
-from making import make_post
+from making import NO_SEGMENTS, make_post
 from wire import Line
 
 from storage import comments, errors
@@ -41,7 +41,7 @@ async def change(db, store, moving: list[str], partitions: int, changed: Counter
                 comment, _ = await comments.add(db, "carol", post, "moves")
                 added.setdefault(post, []).append(comment.id)
             elif what < 0.95 and added.get(post):
-                await comments.delete(db, "carol", post, added[post].pop())
+                await comments.delete(db, NO_SEGMENTS, "carol", post, added[post].pop())
             elif what < 0.97:
                 author = (await storage_posts.read(db, post)).author
                 await storage_posts.delete(db, store, author, post)
@@ -159,7 +159,7 @@ async def test_a_walk_through_long_comments_returns_each_exactly_once_while_othe
                 walked += [(item["id"], item["text"]) for item in answer.json()["items"]]
                 cursor = answer.json()["next"] and f"&cursor={answer.json()['next']}"
                 await comments.add(db, "carol", post, "newer")
-                await comments.delete(db, "bob", post, walked[-1][0])  # the comment of the cursor
+                await comments.delete(db, NO_SEGMENTS, "bob", post, walked[-1][0])  # the comment of the cursor
                 left = [comment for comment in left if comment.id != walked[-1][0]]
             ids = {comment.id for comment in left}
             assert [row for row in walked if row[0] in ids] == [

@@ -41,7 +41,7 @@ DISTRIBUTION_MODULES = {"pillow": "PIL", "pyjwt": "jwt", "pyyaml": "yaml", "tusp
 
 # Commands that only read. Every other command counts as a write: a script that uses a new one fails until it is here.
 READS = re.compile(
-    "DBSIZE|EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HLEN|HMGET|HVALS|INFO|LINDEX|LLEN|LRANGE|SCAN|XINFO|XLEN|XRANGE|XREVRANGE|"
+    "DBSIZE|EXISTS|TTL|TIME|TYPE|GET|HGET|HGETALL|HKEYS|HLEN|HMGET|HVALS|INFO|LINDEX|LLEN|LRANGE|SCAN|SCARD|SISMEMBER|SMEMBERS|XINFO|XLEN|XRANGE|XREVRANGE|"
     "ZCARD|ZCOUNT|ZRANGE|ZRANGEBYSCORE|ZREVRANGE|ZREVRANGEBYLEX|ZREVRANGEBYSCORE|ZREVRANK|ZSCAN|ZSCORE"
 )
 TEXT = {"", ".py", ".lua", ".md", ".js", ".sql", ".sh", ".conf", ".yml", ".cfg"}
@@ -77,7 +77,7 @@ def rows(page: str, heading: str = "") -> list[list[str]]:
 
 # The functions of lua/shared.lua: name -> parameters and body
 FUNCTIONS = dict(re.findall(r"^local function (\w+)(\(.*?^end)$", SHARED.read_text(), re.MULTILINE | re.DOTALL))
-WRITERS = {"add_entry", "remove_comment", "take"}  # those that write
+WRITERS = {"add_entry", "append_comment", "remove_comment", "take"}  # those that write
 
 
 def writes(body: str) -> list[int]:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 from conftest import NOBODY, ROOT, connect
-from making import make_post, make_processing, make_upload
+from making import NO_SEGMENTS, make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import check, comments, errors, keys, outbox, posts, retry, uploads
+from storage import check, comments, errors, keys, outbox, posts, retry, sealing, uploads
 from storage.backup.retain import KeptBackups
 from storage.db.client import SCRIPTS, Redis
 from storage.keys import IdempotencyKey
@@ -71,7 +71,7 @@ class Recorder:
     """Takes the place of storage's client. It runs scripts that read, and raises the first call of one that writes."""
 
     def __init__(self, db: Redis):
-        self.db, self.clock = db, db.clock
+        self.db, self.clock, self.cluster = db, db.clock, db.cluster
 
     async def call(self, name, *rest):
         if SCRIPTS[name].reads:
@@ -90,6 +90,8 @@ class Scene(NamedTuple):
     hidden: str  # post
     hidden_comment: str  # of `ready`
     finished: str  # upload of carol
+    quiet: str  # a post that has not changed for a day, and is to be sealed
+    sealed: str  # a post with a segment of one comment, which is erased
 
 
 async def scene(db) -> Scene:
@@ -105,10 +107,47 @@ async def scene(db) -> Scene:
     hidden = await make_post(db, "dave")
     await posts.hide(db, hidden)
     hidden_comment, _ = await comments.add(db, "bob", ready, "second")
-    await comments.hide(db, await posts.inspect(db, ready), hidden_comment.id)
+    await comments.hide(db, NO_SEGMENTS, await posts.inspect(db, ready), hidden_comment.id)
     failed = await make_processing(db, "alice")
     await outbox.fail(db, failed, 0, outbox.EXHAUSTED, "five attempts failed")
-    return Scene(ready, processing, failed, comment.id, upload, image, due, hidden, hidden_comment.id, finished)
+    quiet, sealed = await make_post(db, "alice"), await make_post(db, "alice")
+    db.clock = NOW - DAY_MS
+    for post in (quiet, sealed):
+        await comments.add(db, "bob", post, "old", seal_at=1)
+    db.clock = NOW
+    await seal(db, sealed)
+    _, tail, *_ = await db.call("read_sealing", *sealing_args(db, sealed))
+    erased = tail.split()[0]
+    script_keys = [*keys.post_and_lists(sealed), keys.sealing(0)]
+    args = (sealed, erased, "bob", LATEST_COMMENTS, 0, tail, '["bob","old"]', tail, "[]")
+    await db.call("delete_comment", script_keys, db.clock, *args)
+    return Scene(
+        ready, processing, failed, comment.id, upload, image, due, hidden, hidden_comment.id, finished, quiet, sealed
+    )
+
+
+def sealing_args(db, post: str) -> tuple:
+    """Keys and arguments of read_sealing."""
+    named = [keys.comments(post), keys.segments(post), keys.erased(post), keys.changes(0), keys.epoch(0)]
+    return named, db.clock, post, 20, -1000, 256, 1000, db.cluster  # the newest revision may be later than the clock
+
+
+async def seal(db, post: str):
+    """Seals a comment in a segment that is not in the store."""
+    timeline, tail, (comment, *_), _ = await db.call("read_sealing", *sealing_args(db, post))
+    script_keys = [keys.comments(post), keys.segments(post), keys.epoch(0)]
+    await db.call("seal_comments", script_keys, timeline, tail, comment, comment, 1, "name", db.cluster)
+
+
+async def compact(db, post: str):
+    entries, erased = await sealing.read_segments(db, post)
+    script_keys = [keys.segments(post), keys.erased(post), keys.retired(0)]
+    await db.call("compact_segment", script_keys, db.clock, post, entries[0], "-", DAY_MS, *erased)
+
+
+async def end_sealing(db, at: Scene):
+    script_keys = [keys.sealing(0), keys.erased(at.sealed)]
+    await db.call("end_sealing", script_keys, db.clock, at.sealed, NOW - DAY_MS, HOUR_MS)
 
 
 class Empty:
@@ -138,6 +177,8 @@ async def check_post(db, at: Scene):
     script_keys = [
         keys.post(at.processing),
         keys.comments(at.processing),
+        keys.segments(at.processing),
+        keys.erased(at.processing),
         keys.latest(at.processing),
         keys.feed(0),
         keys.changes(0),
@@ -162,11 +203,11 @@ async def check_uploads(db, at: Scene):
 
 
 async def hide_comment(db, at: Scene):
-    await comments.hide(db, await posts.inspect(db, at.ready), at.comment)
+    await comments.hide(db, NO_SEGMENTS, await posts.inspect(db, at.ready), at.comment)
 
 
 async def unhide_comment(db, at: Scene):
-    await comments.unhide(db, await posts.inspect(db, at.ready), at.hidden_comment)
+    await comments.unhide(db, NO_SEGMENTS, await posts.inspect(db, at.ready), at.hidden_comment)
 
 
 # For each script that writes, a call that writes with it.
@@ -178,7 +219,7 @@ WRITES = {
     "forget_owner": lambda db, at: db.call("forget_owner", [keys.upload(at.finished)], "carol"),
     "drop_key": lambda db, at: db.call("drop_key", [keys.latest(at.ready)]),
     "add_comment": lambda db, at: comments.add(db, "bob", at.ready, "more", ONCE),
-    "delete_comment": lambda db, at: comments.delete(db, "bob", at.ready, at.comment),
+    "delete_comment": lambda db, at: comments.delete(db, NO_SEGMENTS, "bob", at.ready, at.comment),
     "delete_post": lambda db, at: posts.delete(db, EMPTY, "alice", at.processing),
     "create_upload": lambda db, at: uploads.create(db, "alice", 1, 1000, "filename YQ==", ONCE),
     "append_chunk": chunk,
@@ -198,6 +239,11 @@ WRITES = {
     "index_post": index_post,
     "drop_member": lambda db, at: db.call("drop_member", [keys.feed(0)], at.ready),
     "begin_epoch": lambda db, at: db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name"),
+    "find_quiet": lambda db, at: sealing.find_quiet(db, 0, -1000),
+    "lease_entries": lambda db, at: sealing.lease(db, 0),
+    "seal_comments": lambda db, at: seal(db, at.quiet),
+    "compact_segment": lambda db, at: compact(db, at.sealed),
+    "end_sealing": end_sealing,
     "fail_post": lambda db, at: outbox.fail(db, at.processing, 0, "damaged", "it is damaged"),
 }
 
@@ -275,7 +321,7 @@ async def test_a_post_is_not_deleted_if_it_has_changed_since_the_client_read_it(
     seen.append((await posts.read(db, post)).seen())
     await comments.add(db, "bob", post, "second")
     seen.append((await posts.read(db, post)).seen())
-    await comments.delete(db, "bob", post, first.id)
+    await comments.delete(db, NO_SEGMENTS, "bob", post, first.id)
     assert len(set(seen)) == 4
     for one in seen:
         await refused(server, db, errors.Precondition, posts.delete(db, store, "alice", post, seen=one))
@@ -305,12 +351,12 @@ async def test_only_a_ready_post_takes_comments(server, db, store):
 async def test_only_its_author_deletes_a_comment_and_only_once(server, db):
     post = await make_post(db, "alice")
     comment = (await comments.add(db, "bob", post, "a"))[0].id
-    await refused(server, db, errors.Forbidden, comments.delete(db, "alice", post, comment))
-    await refused(server, db, errors.NoComment, comments.delete(db, "bob", post, "1-0"))
-    await refused(server, db, errors.NoPost, comments.delete(db, "bob", NOBODY, comment))
-    await comments.delete(db, "bob", post, comment)
-    await refused(server, db, errors.NoComment, comments.delete(db, "bob", post, comment))
-    await refused(server, db, errors.NoComment, comments.read(db, post, comment))
+    await refused(server, db, errors.Forbidden, comments.delete(db, NO_SEGMENTS, "alice", post, comment))
+    await refused(server, db, errors.NoComment, comments.delete(db, NO_SEGMENTS, "bob", post, "1-0"))
+    await refused(server, db, errors.NoPost, comments.delete(db, NO_SEGMENTS, "bob", NOBODY, comment))
+    await comments.delete(db, NO_SEGMENTS, "bob", post, comment)
+    await refused(server, db, errors.NoComment, comments.delete(db, NO_SEGMENTS, "bob", post, comment))
+    await refused(server, db, errors.NoComment, comments.read(db, NO_SEGMENTS, post, comment))
 
 
 async def test_comments_keep_their_order_in_one_millisecond_and_if_the_clock_goes_back(server, db):
@@ -319,21 +365,21 @@ async def test_comments_keep_their_order_in_one_millisecond_and_if_the_clock_goe
     for clock in (NOW, NOW, NOW - 5000, NOW, NOW + 1, NOW - 1):
         db.clock = clock
         added.append((await comments.add(db, "bob", post, str(len(added))))[0].id)
-    await comments.delete(db, "bob", post, added[-1])
+    await comments.delete(db, NO_SEGMENTS, "bob", post, added[-1])
     db.clock = NOW
     added[-1:] = [(await comments.add(db, "bob", post, "after a deletion"))[0].id]
     assert len(set(added)) == len(added)
-    assert [comment.id for comment in (await comments.page(db, post, 100)).comments] == added[::-1]
+    assert [comment.id for comment in (await comments.page(db, NO_SEGMENTS, post, 100)).comments] == added[::-1]
     for comment in added:
-        await comments.delete(db, "bob", post, comment)
+        await comments.delete(db, NO_SEGMENTS, "bob", post, comment)
     db.clock = NOW - 9000
     assert (await comments.add(db, "bob", post, "the stream was empty"))[0].id not in added
 
 
 async def test_what_does_not_exist_cannot_be_read(server, db):
     await refused(server, db, errors.NoPost, posts.read(db, NOBODY))
-    await refused(server, db, errors.NoPost, comments.page(db, NOBODY, 1))
-    await refused(server, db, errors.NoPost, comments.read(db, NOBODY, "1-0"))
+    await refused(server, db, errors.NoPost, comments.page(db, NO_SEGMENTS, NOBODY, 1))
+    await refused(server, db, errors.NoPost, comments.read(db, NO_SEGMENTS, NOBODY, "1-0"))
     await refused(server, db, errors.NoUpload, uploads.read(db, "alice", "u" + NOBODY))
     assert not (await posts.feed(db, 3, 10)).posts
 
@@ -346,7 +392,7 @@ async def test_an_idempotency_key_has_one_effect_for_a_day_even_if_its_comment_w
         assert await comments.add(db, "bob", post, "a", ONCE) == (first, True)
     await refused(server, db, errors.Reused, comments.add(db, "bob", post, "b", OTHER))
     assert not (await comments.add(db, "carol", post, "a", ONCE))[1]
-    await comments.delete(db, "bob", post, first.id)
+    await comments.delete(db, NO_SEGMENTS, "bob", post, first.id)
     with unchanged(server.client):
         assert (await comments.add(db, "bob", post, "a", ONCE))[0].id == first.id
     once = keys.once(0, "bob", ONCE.scoped_key)

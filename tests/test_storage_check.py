@@ -226,8 +226,9 @@ async def test_a_key_of_a_wrong_type_is_reported_and_other_partitions_are_repair
     partition = keys.partition_of_post(post)
     key = {
         **{name: f"{name}:{{{partition}}}" for name in ("feed", "changes", "gone", "due", "turns", "leaves")},
-        **{name: f"{name}:{{{partition}}}" for name in ("epoch", "restored")},
+        **{name: f"{name}:{{{partition}}}" for name in ("epoch", "restored", "sealing", "quiet", "retired")},
         **{name: f"{name}:{{{partition}}}:{post}" for name in ("post", "hidden", "comments", "latest", "kept")},
+        **{name: f"{name}:{{{partition}}}:{post}" for name in ("segments", "erased")},
         **{name: f"{name}:{{0}}:{upload}" for name in ("upload", "chunks")},
         "uploads": keys.uploads(0, "carol"),
         "making": keys.making(0, "waiting"),

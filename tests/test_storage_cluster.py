@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from clusters import ClusterServer
 from conftest import until
-from making import make_post
+from making import NO_SEGMENTS, make_post
 from proxy import Proxy
 
 from storage import changes, comments, keys, posts
@@ -79,7 +79,7 @@ async def test_a_client_with_one_address_and_an_old_map_follows_moved(cluster, d
     wrong = next(node for node in one._nodes.values() if node is not one._owners[slot_of(keys.post(post))])
     one._owners = dict.fromkeys(range(16384), wrong)
     await comments.add(one, "bob", post, "is redirected")
-    assert len((await comments.page(one, post, 9)).comments) == 2
+    assert len((await comments.page(one, NO_SEGMENTS, post, 9)).comments) == 2
     await one.close()
 
 
@@ -91,7 +91,7 @@ async def test_a_client_that_waits_for_replicas_and_takes_a_replica_for_the_prim
     for number, node in enumerate(replicas):
         client._owners = {slot: client.node(f"127.0.0.1:{node.port}")}
         await comments.add(client, "bob", post, str(number))
-    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["2", "1", "0"]
+    assert [row.text for row in (await comments.page(db, NO_SEGMENTS, post, 9)).comments] == ["2", "1", "0"]
     await client.close()
 
 
@@ -101,7 +101,7 @@ async def test_a_write_that_too_few_replicas_have_is_unknown_and_a_refusal_or_a_
     strict = Cluster(cluster.url, replicas=2)
     with pytest.raises(Unknown, match="only 1 replicas have it, of 2"):
         await comments.add(strict, "bob", post, "is there")
-    assert [row.text for row in (await comments.page(strict, post, 9)).comments] == ["is there"]
+    assert [row.text for row in (await comments.page(strict, NO_SEGMENTS, post, 9)).comments] == ["is there"]
     with pytest.raises(NoPost):
         await comments.add(strict, "bob", keys.new_post_id(0), "lost")
     await strict.close()
@@ -190,10 +190,10 @@ async def test_calls_follow_a_slot_whose_keys_have_moved_and_happen_once(cluster
     moving.move(*source.client.cluster("GETKEYSINSLOT", moving.slot, 10_000))
     for text in ("1", "2"):
         await comments.add(db, "bob", post, text)
-    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["2", "1", "0"]
-    newest = (await comments.page(db, post, 1)).comments[0].id
+    assert [row.text for row in (await comments.page(db, NO_SEGMENTS, post, 9)).comments] == ["2", "1", "0"]
+    newest = (await comments.page(db, NO_SEGMENTS, post, 1)).comments[0].id
     with pytest.raises(Forbidden):
-        await comments.delete(db, "eve", post, newest)
+        await comments.delete(db, NO_SEGMENTS, "eve", post, newest)
     late = asyncio.get_running_loop().create_future()
     named = [keys.post(post), keys.comments(post)]
     db.call_late("comments_page", named[0], lambda: (named, ["", 9, 9]), lambda *reply: late.set_result(reply))
@@ -217,7 +217,7 @@ async def test_a_call_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(cl
     await asyncio.to_thread(until, lambda: refused(source, "TRYAGAIN") > tried)
     await asyncio.to_thread(moving.finish)
     await adding
-    assert [row.text for row in (await comments.page(db, post, 9)).comments] == ["waits"]
+    assert [row.text for row in (await comments.page(db, NO_SEGMENTS, post, 9)).comments] == ["waits"]
 
 
 async def test_a_script_that_stopped_at_a_key_that_has_moved_is_unknown_and_a_read_is_not(cluster, db):
@@ -271,11 +271,11 @@ async def test_a_write_whose_reply_was_lost_is_unknown_and_not_repeated_and_a_re
         expected = [f"{when} {how}" for how in ("fin", "rst", "silence") for when in ("lost by", "after")]
         for how in ("fin", "rst"):
             proxy.lose(how=how)
-            found = (await comments.page(client, post, 9)).comments
+            found = (await comments.page(client, NO_SEGMENTS, post, 9)).comments
             assert proxy.lost.is_set() and [row.text for row in found] == [*reversed(expected), "0"]
         proxy.lose(how="silence")
         with pytest.raises(Unreachable):  # its time is over, too
-            await comments.page(client, post, 9)
+            await comments.page(client, NO_SEGMENTS, post, 9)
         await client.close()
 
 
@@ -290,7 +290,7 @@ async def test_after_a_lost_reply_the_next_call_goes_to_the_node_that_has_the_sl
         with pytest.raises(Unknown):
             await comments.add(client, "bob", post, "lost")
         added, _ = await comments.add(client, "bob", post, "1")
-    assert (await comments.read(client, post, added.id)).text == "1"
+    assert (await comments.read(client, NO_SEGMENTS, post, added.id)).text == "1"
     await client.close()
 
 
@@ -346,7 +346,8 @@ async def test_after_a_primary_is_lost_no_answered_write_is_lost_and_the_other_s
         lost = shard[victim.port]
         others = [outcome for _, post, outcome in done if post not in lost]
         assert all("-" in outcome for outcome in others), "the other shards answered all the time"
-        kept = {post: {row.id for row in (await comments.page(db, post, 100_000)).comments} for post in lost}
+        pages = {post: await comments.page(db, NO_SEGMENTS, post, 100_000) for post in lost}
+        kept = {post: {row.id for row in page.comments} for post, page in pages.items()}
         answered = [(post, outcome) for _, post, outcome in done if post in lost and "-" in outcome]
         assert all(outcome in kept[post] for post, outcome in answered)
         assert "-" in [outcome for _, post, outcome in done if post in lost][-1], "and this one answers again"

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import pytest
 from conftest import ROOT, Site, run_with_db, until
-from making import make_upload, publish
+from making import NO_SEGMENTS, make_upload, publish
 from state import contents, unchanged
 from uploading import picture
 
@@ -44,17 +44,17 @@ async def furnish(db, store, partitions: int) -> dict[str, object]:
     for author in (USER, "alice"):
         ready, hidden, other = [await publish(db, store, author, 1, partitions) for _ in range(3)]
         waiting, upload = await make_waiting(db, store, author, partitions)
-        await moderation.hide(db, store, hidden)
+        await moderation.hide(db, store, NO_SEGMENTS, hidden)
         made[author] = {"ready": ready, "hidden": hidden, "other": other, "waiting": waiting, "upload": upload}
     theirs, hers = made[USER], made["alice"]
     for post in (hers["ready"], theirs["ready"]):
         for number in range(users.COMMENTS + 5):
             await comments.add(db, USER if number % 50 == 0 else "bob", post, f"{number} é\n")
     kept, _ = await comments.add(db, USER, hers["ready"], "kept")
-    await moderation.hide(db, store, hers["ready"], kept.id)
-    await moderation.unhide(db, hers["hidden"])
+    await moderation.hide(db, store, NO_SEGMENTS, hers["ready"], kept.id)
+    await moderation.unhide(db, NO_SEGMENTS, hers["hidden"])
     await comments.add(db, USER, hers["hidden"], "on a hidden post")
-    await moderation.hide(db, store, hers["hidden"])
+    await moderation.hide(db, store, NO_SEGMENTS, hers["hidden"])
     once = keys.IdempotencyKey("POST /v1/uploads a-key", "-")
     for author in (USER, "alice"):
         made[author]["open"], _ = await uploads.create(db, author, partitions, 2000, "filename YQ==", once)
@@ -97,7 +97,7 @@ async def test_an_export_holds_all_of_a_user_and_nothing_of_others(server, db, s
     made = (await furnish(db, store, partitions))[USER]
     target = tmp_path / "carol.zip"
     with unchanged(server.client, tmp_path / "store"):
-        await export.export(db, store, USER, target, quiet)
+        await export.export(db, store, NO_SEGMENTS, USER, target, quiet)
     about, rows, originals = read_zip(target)
     assert (about["user"], about["posts"], about["comments"], about["uploads"]) == (USER, 4, 8, 1)
     assert about["posts_without_original"] == []
@@ -120,15 +120,15 @@ async def test_an_export_never_replaces_a_file_and_never_mixes_two_users(db, sto
     target = tmp_path / "user.zip"
     target.write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        await export.export(db, store, "alice", target, quiet)
+        await export.export(db, store, NO_SEGMENTS, "alice", target, quiet)
     assert target.read_bytes() == b"mine"
     target.unlink()
     parts = tmp_path / "user.zip.parts"
     with export._locked(parts, "alice"), pytest.raises(export.Busy, match="another export works"):
-        await export.export(db, store, "alice", target, quiet)
+        await export.export(db, store, NO_SEGMENTS, "alice", target, quiet)
     with pytest.raises(export.Busy, match="another user"):
-        await export.export(db, store, "bob", target, quiet)
-    assert (await export.export(db, store, "alice", target, quiet))["posts"] == 0
+        await export.export(db, store, NO_SEGMENTS, "bob", target, quiet)
+    assert (await export.export(db, store, NO_SEGMENTS, "alice", target, quiet))["posts"] == 0
     target.unlink()
     (tmp_path / "precious").write_text("mine")
     for access in (0o777, 0o750):  # somebody else made the folder, to read the parts and to have files overwritten
@@ -137,30 +137,30 @@ async def test_an_export_never_replaces_a_file_and_never_mixes_two_users(db, sto
         for name in ("lock", "user"):
             (parts / name).symlink_to(tmp_path / "precious")
         with pytest.raises(export.Busy, match="only you"):
-            await export.export(db, store, "alice", target, quiet)
+            await export.export(db, store, NO_SEGMENTS, "alice", target, quiet)
         assert (tmp_path / "precious").read_text() == "mine"
         shutil.rmtree(parts)
     (tmp_path / "private").mkdir(mode=0o700)
     parts.symlink_to(tmp_path / "private")
     with pytest.raises(export.Busy, match="only you"):
-        await export.export(db, store, "alice", target, quiet)
+        await export.export(db, store, NO_SEGMENTS, "alice", target, quiet)
 
 
 async def test_an_export_that_was_killed_when_the_zip_had_its_name_is_continued(db, store, tmp_path, quiet):
     await publish(db, store, "alice", 1)
     target, parts = tmp_path / "a.zip", tmp_path / "a.zip.parts"
-    about = await export.export(db, store, "alice", target, quiet)
+    about = await export.export(db, store, NO_SEGMENTS, "alice", target, quiet)
     parts.mkdir(mode=0o700)
     os.link(target, parts / "archive.zip")
     (parts / "originals").mkdir()  # the removal of the parts was broken off
-    assert await export.export(db, store, "alice", target, quiet) == about
+    assert await export.export(db, store, NO_SEGMENTS, "alice", target, quiet) == about
     assert not parts.exists() and set(read_zip(target)[2])
 
 
 async def test_an_export_says_which_originals_are_missing(db, store, tmp_path, quiet):
     kept, missing = [await publish(db, store, "alice") for _ in range(2)]
     await store.delete([keys.original(missing)])
-    about = await export.export(db, store, "alice", tmp_path / "a.zip", quiet)
+    about = await export.export(db, store, NO_SEGMENTS, "alice", tmp_path / "a.zip", quiet)
     assert about["posts_without_original"] == [missing]
     assert set(read_zip(tmp_path / "a.zip")[2]) == {kept}
 
@@ -183,11 +183,11 @@ async def test_an_export_that_breaks_anywhere_is_continued_by_the_same_call(db, 
     target = tmp_path / "a.zip"
     for calls in (0, 1, 1):
         with pytest.raises(Unavailable):
-            await export.export(db, Breaking(store, calls), "alice", target, quiet)
+            await export.export(db, Breaking(store, calls), NO_SEGMENTS, "alice", target, quiet)
         assert not target.exists()
     fetched = [path for path in (tmp_path / "a.zip.parts" / "originals").iterdir() if path.suffix != ".draft"]
     assert len(fetched) == 2, "what was fetched before stays"
-    await export.export(db, Breaking(store, 1), "alice", target, quiet)
+    await export.export(db, Breaking(store, 1), NO_SEGMENTS, "alice", target, quiet)
     assert set(read_zip(target)[2]) == set(made)
 
 
@@ -197,7 +197,7 @@ async def test_an_export_that_breaks_anywhere_is_continued_by_the_same_call(db, 
 async def test_an_erasure_without_yes_only_counts(server, db, store, tmp_path, quiet, partitions):
     await furnish(db, store, partitions)
     with unchanged(server.client, tmp_path):
-        counts = await erasure.erase(db, store, USER, REACH, quiet, remove=False)
+        counts = await erasure.erase(db, store, NO_SEGMENTS, USER, REACH, quiet, remove=False)
     assert (counts["posts"], counts["comments"], counts["open uploads"]) == (4, 8, 1)
 
 
@@ -212,7 +212,7 @@ async def test_an_erasure_leaves_nothing_of_the_user_and_all_of_the_others(serve
     before = await posts.read(db, hers["ready"])
     server.client.set(keys.rate(0, "comment", USER), NOW)
     assert traces(server, USER)
-    counts = await erasure.erase(db, store, USER, REACH, quiet, remove=True)
+    counts = await erasure.erase(db, store, NO_SEGMENTS, USER, REACH, quiet, remove=True)
     assert (counts["posts"], counts["open uploads"]) == (4, 1)
     assert 5 <= counts["comments"] <= 8, "three may have gone with the user's own post"
     assert traces(server, USER) == []
@@ -222,7 +222,7 @@ async def test_an_erasure_leaves_nothing_of_the_user_and_all_of_the_others(serve
     assert (await posts.read(db, hers["ready"])).comment_count == before.comment_count - 3
     report = await check.check(db, store)
     assert (report.lines, report.posts, report.uploads) == ([], 4, 1)
-    assert (await erasure.erase(db, store, USER, REACH, quiet, remove=True)).total() == 0
+    assert (await erasure.erase(db, store, NO_SEGMENTS, USER, REACH, quiet, remove=True)).total() == 0
     assert await stored(db, store, theirs["ready"]), "backups may name it: the outbox erases it later"
 
 
@@ -232,7 +232,7 @@ async def test_after_a_restore_the_erasure_is_repeated_and_what_is_new_stays(ser
     comment, _ = await comments.add(db, "alice", old, "old")
     image = server.client.dump(keys.post(old)), server.client.dump(keys.comments(old))
     db.clock = keys.created_ms(old) + 1000
-    await erasure.erase(db, store, "alice", REACH, quiet, remove=True)
+    await erasure.erase(db, store, NO_SEGMENTS, "alice", REACH, quiet, remove=True)
     assert [entry.name async for entry in store.list(keys.ERASURES)][0].count("alice") == 0
     server.client.restore(keys.post(old), 0, image[0])  # as a restore would bring it back
     server.client.zadd(keys.feed(0), {old: 0})
@@ -241,12 +241,12 @@ async def test_after_a_restore_the_erasure_is_repeated_and_what_is_new_stays(ser
     theirs = await publish(db, store, "bob", 0)
     newer, _ = await comments.add(db, "alice", theirs, "of a new alice")
     with unchanged(server.client):
-        found = await erasure.erase_again(db, store, REACH, quiet, remove=False)
+        found = await erasure.erase_again(db, store, NO_SEGMENTS, REACH, quiet, remove=False)
     assert (found[0], found[1]["posts"], found[1]["comments"]) == (1, 1, 0)
-    await erasure.erase_again(db, store, REACH, quiet, remove=True)
+    await erasure.erase_again(db, store, NO_SEGMENTS, REACH, quiet, remove=True)
     with pytest.raises(NoPost):
         await posts.inspect(db, old)
-    assert await comments.read(db, theirs, newer.id) == newer
+    assert await comments.read(db, NO_SEGMENTS, theirs, newer.id) == newer
 
     async def may_name(moment: int) -> bool:
         return moment < db.clock - 2 * REACH
@@ -271,7 +271,7 @@ async def test_the_record_of_an_erasure_covers_all_of_it_also_of_one_that_was_br
     db.clock, broken = NOW, False
     old = await publish(db, store, "alice")
     db.clock = keys.created_ms(old) + 1000
-    await erasure.erase(db, store, "alice", REACH, Slow(io.StringIO()), remove=True)
+    await erasure.erase(db, store, NO_SEGMENTS, "alice", REACH, Slow(io.StringIO()), remove=True)
     (record,) = await erasure.records(store)
     assert record.at == record.last == db.clock
     for broken in (True, False):  # a restore has brought alice back, and later did so again
@@ -280,7 +280,7 @@ async def test_the_record_of_an_erasure_covers_all_of_it_also_of_one_that_was_br
         await erasure._record(store, later)
         began = db.clock = db.clock + 1000
         with pytest.raises(Unavailable) if broken else nullcontext():
-            await erasure.erase_again(db, store, REACH, Slow(io.StringIO()), remove=True)
+            await erasure.erase_again(db, store, NO_SEGMENTS, REACH, Slow(io.StringIO()), remove=True)
         assert await erasure.records(store) == [later._replace(last=began if broken else db.clock)]
 
 
@@ -291,11 +291,11 @@ async def test_an_upload_that_becomes_a_post_during_an_erasure_is_erased_with_it
         return user == "alice"
 
     upload = await make_upload(db, "alice")
-    (found,) = [found async for found in users.walk(db, wanted, quiet)]
+    (found,) = [found async for found in users.walk(db, NO_SEGMENTS, wanted, quiet)]
     post, _ = await posts.create(db, "alice", upload, "a moment later")
-    met, _ = await users._look(db, keys.upload(upload), wanted)
+    met, _ = await users._look(db, NO_SEGMENTS, keys.upload(upload), wanted)
     assert [row.id for row in met] == [upload, post]
-    await erasure._remove(db, store, found, REACH)
+    await erasure._remove(db, store, NO_SEGMENTS, found, REACH)
     with pytest.raises(NoPost):
         await posts.inspect(db, post)
     assert traces(server, "alice") == [keys.turns(0)], "the next lease of image work removes it"

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from making import make_post, make_processing
+from making import NO_SEGMENTS, make_post, make_processing
 
 from storage import changes, check, comments, errors, keys, outbox, posts
 from storage.objects import open_store
@@ -102,7 +102,7 @@ class Feed(RuleBasedStateMachine):
         if self.comments_of(post) is None:
             return multiple()
         row = self.run(posts.inspect(self.db, post))
-        assert [self.run(comments.hide(self.db, row, comment.id)) for _ in range(2)] == [True, False]
+        assert [self.run(comments.hide(self.db, NO_SEGMENTS, row, comment.id)) for _ in range(2)] == [True, False]
         self.comments_of(post).remove(comment)
         return added
 
@@ -113,7 +113,7 @@ class Feed(RuleBasedStateMachine):
         if self.comments_of(post) is None:
             return multiple()
         row = self.run(posts.inspect(self.db, post))
-        shown = [self.run(comments.unhide(self.db, row, comment.id)) for _ in range(2)]
+        shown = [self.run(comments.unhide(self.db, NO_SEGMENTS, row, comment.id)) for _ in range(2)]
         assert shown[0] == shown[1]
         comment = comment._replace(id=shown[0])
         self.comments_of(post).append(comment)
@@ -184,7 +184,7 @@ class Feed(RuleBasedStateMachine):
         comment, repeated = self.run(comments.add(self.db, author, post, text))
         assert not repeated
         self.model[post].append(comment)
-        assert self.run(comments.read(self.db, post, comment.id)) == comment
+        assert self.run(comments.read(self.db, NO_SEGMENTS, post, comment.id)) == comment
         return post, comment
 
     @rule(added=consumes(added_comments), user=USERS)
@@ -192,22 +192,22 @@ class Feed(RuleBasedStateMachine):
         post, comment = added
         if post not in self.model:
             with pytest.raises(errors.NoPost):
-                self.run(comments.delete(self.db, user, post, comment.id))
+                self.run(comments.delete(self.db, NO_SEGMENTS, user, post, comment.id))
             return
         if user != comment.author:
             with pytest.raises(errors.Forbidden):
-                self.run(comments.delete(self.db, user, post, comment.id))
-        self.run(comments.delete(self.db, comment.author, post, comment.id))
+                self.run(comments.delete(self.db, NO_SEGMENTS, user, post, comment.id))
+        self.run(comments.delete(self.db, NO_SEGMENTS, comment.author, post, comment.id))
         self.model[post].remove(comment)
         with pytest.raises(errors.NoComment):
-            self.run(comments.read(self.db, post, comment.id))
+            self.run(comments.read(self.db, NO_SEGMENTS, post, comment.id))
 
     @rule(limit=st.integers(1, 4), post=created_posts)
     def walk_comments(self, limit, post):
         walked, before = [], ""
         hidden = post in self.hidden
         while True:
-            page = self.run(comments.page(self.db, post, limit, before, hidden))
+            page = self.run(comments.page(self.db, NO_SEGMENTS, post, limit, before, hidden))
             walked += page.comments
             if not page.more:
                 break

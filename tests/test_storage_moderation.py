@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import NOBODY, running_site, until
-from making import jpeg, make_post, make_processing, publish
+from making import NO_SEGMENTS, jpeg, make_post, make_processing, publish
 from state import contents, unchanged
 
 from storage import __main__ as main
@@ -46,16 +46,16 @@ async def test_a_hidden_post_is_gone_for_everybody_and_nothing_of_it_is_lost(ser
     other, post = [await publish(db, store, "alice", count, partitions) for count in (1, 3)]
     feed = await posts.feed(db, partitions, 10)
     token = changes.issue(db, feed.seen)
-    read, page = await posts.read(db, post), await comments.page(db, post, 10)
-    assert await moderation.hide(db, store, post) == "the post is hidden"
+    read, page = await posts.read(db, post), await comments.page(db, NO_SEGMENTS, post, 10)
+    assert await moderation.hide(db, store, NO_SEGMENTS, post) == "the post is hidden"
     with unchanged(server.client):
-        assert await moderation.hide(db, store, post) == "the post was hidden before"
+        assert await moderation.hide(db, store, NO_SEGMENTS, post) == "the post was hidden before"
     for work in (
         posts.read(db, post),
-        comments.page(db, post, 10),
-        comments.read(db, post, page.comments[0].id),
+        comments.page(db, NO_SEGMENTS, post, 10),
+        comments.read(db, NO_SEGMENTS, post, page.comments[0].id),
         comments.add(db, "bob", post, "more"),
-        comments.delete(db, "bob", post, page.comments[0].id),
+        comments.delete(db, NO_SEGMENTS, "bob", post, page.comments[0].id),
         posts.delete(db, store, "alice", post),
     ):
         with unchanged(server.client), pytest.raises(errors.NoPost):
@@ -64,11 +64,11 @@ async def test_a_hidden_post_is_gone_for_everybody_and_nothing_of_it_is_lost(ser
     assert [row.id for row in (await posts.feed(db, partitions, 10)).posts] == [other]
     assert (await changes.since(db, partitions, 10, token)).posts == [post]
     assert (await check.check(db, store)).lines == []
-    assert await moderation.unhide(db, post) == "the post is shown again; a worker makes its picture"
+    assert await moderation.unhide(db, NO_SEGMENTS, post) == "the post is shown again; a worker makes its picture"
     with unchanged(server.client):
-        assert await moderation.unhide(db, post) == "the post was not hidden"
+        assert await moderation.unhide(db, NO_SEGMENTS, post) == "the post was not hidden"
     assert (await posts.feed(db, partitions, 10)).posts == feed.posts
-    assert (await posts.read(db, post), await comments.page(db, post, 10)) == (read, page)
+    assert (await posts.read(db, post), await comments.page(db, NO_SEGMENTS, post, 10)) == (read, page)
     assert (await changes.since(db, partitions, 10, token)).posts == [read]
     await erase_due(db, store, post)
     assert await images_to_make(db, post) == [post]
@@ -82,14 +82,14 @@ async def test_a_post_without_a_picture_is_hidden_and_comes_back_in_its_status(s
         await outbox.fail(db, post, 0, code, "it is damaged")
     token = changes.issue(db, (await posts.feed(db, 1, 1)).seen)
     read = await posts.read(db, post)
-    await moderation.hide(db, store, post)
+    await moderation.hide(db, store, NO_SEGMENTS, post)
     with pytest.raises(errors.NoPost):
         await posts.read(db, post)
     with pytest.raises(errors.NoPost):
         await outbox.publish(db, post, "thumbhash")
     assert await images_to_make(db, post) == []
     assert (await check.check(db, store)).lines == []
-    await moderation.unhide(db, post)
+    await moderation.unhide(db, NO_SEGMENTS, post)
     assert (await posts.read(db, post)) == read
     await erase_due(db, store, post)
     assert await images_to_make(db, post) == ([] if code else [post])
@@ -147,7 +147,7 @@ async def test_a_post_that_is_unhidden_while_its_picture_is_being_erased_gets_it
     await outbox.erase(db, Slow(), never, leased[0], REACH)
     assert await images_to_make(db, post) == [post]
     await outbox.publish(db, post, "thumbhash")
-    assert await moderation.hide(db, Slow(), post) == "the post is hidden"
+    assert await moderation.hide(db, Slow(), NO_SEGMENTS, post) == "the post is hidden"
     assert await images_to_make(db, post) == [post]
 
 
@@ -156,24 +156,24 @@ async def test_an_operator_deletes_a_post_in_any_status(server, db, store, parti
     shown, hidden = [await publish(db, store, "alice", 2, partitions) for _ in range(2)]
     processing, failed = [await make_processing(db, "bob", partitions) for _ in range(2)]
     await outbox.fail(db, failed, 0, "damaged", "it is damaged")
-    comment = (await comments.page(db, hidden, 1)).comments[0]
-    await moderation.hide(db, store, hidden, comment.id)
-    await moderation.hide(db, store, hidden)
+    comment = (await comments.page(db, NO_SEGMENTS, hidden, 1)).comments[0]
+    await moderation.hide(db, store, NO_SEGMENTS, hidden, comment.id)
+    await moderation.hide(db, store, NO_SEGMENTS, hidden)
     for post in (shown, hidden, processing, failed):
-        await moderation.delete(db, store, post, "", REACH)
+        await moderation.delete(db, store, NO_SEGMENTS, post, "", REACH)
         for key in (keys.post, keys.hidden, keys.comments, keys.latest, keys.kept):
             assert not server.client.exists(key(post))
         partition = keys.partition_of_post(post)
         assert server.client.zscore(keys.gone(partition), post)
         assert server.client.zscore(keys.due(partition), post)
         with unchanged(server.client), pytest.raises(errors.NoPost):
-            await moderation.delete(db, store, post, "", REACH)
+            await moderation.delete(db, store, NO_SEGMENTS, post, "", REACH)
     assert (await check.check(db, store)).posts == 0
 
 
 async def test_check_repairs_what_shows_a_hidden_post_and_it_stays_hidden(server, db, store):
     post = await publish(db, store, "alice", 3)
-    await moderation.hide(db, store, post)
+    await moderation.hide(db, store, NO_SEGMENTS, post)
     before = contents(server.client)
     for key in (keys.feed(0), keys.changes(0), keys.making(0, "alice")):
         server.client.zadd(key, {post: 1})
@@ -208,61 +208,61 @@ async def test_a_restored_hidden_post_loses_the_picture_that_it_got_in_the_timel
 
 async def test_a_hidden_comment_is_gone_and_comes_back_as_the_newest(server, db, store, partitions):
     post = await publish(db, store, "alice", 4, partitions)
-    oldest, *_, newest = (await comments.page(db, post, 10)).comments[::-1]
+    oldest, *_, newest = (await comments.page(db, NO_SEGMENTS, post, 10)).comments[::-1]
     token = changes.issue(db, (await posts.feed(db, partitions, 1)).seen)
     for comment in (newest, oldest):
-        assert await moderation.hide(db, store, post, comment.id) == "the comment is hidden"
+        assert await moderation.hide(db, store, NO_SEGMENTS, post, comment.id) == "the comment is hidden"
         with unchanged(server.client):
-            assert await moderation.hide(db, store, post, comment.id) == "the comment was hidden before"
+            assert await moderation.hide(db, store, NO_SEGMENTS, post, comment.id) == "the comment was hidden before"
         with unchanged(server.client), pytest.raises(errors.NoComment):
-            await comments.read(db, post, comment.id)
+            await comments.read(db, NO_SEGMENTS, post, comment.id)
         with unchanged(server.client), pytest.raises(errors.NoComment):
-            await comments.delete(db, comment.author, post, comment.id)
+            await comments.delete(db, NO_SEGMENTS, comment.author, post, comment.id)
     row = await posts.read(db, post)
-    page = (await comments.page(db, post, 10)).comments
+    page = (await comments.page(db, NO_SEGMENTS, post, 10)).comments
     assert row.comment_count == len(page) == 2 and row.latest == tuple(page)
     assert (await changes.since(db, partitions, 10, token)).posts == [row]
     assert (await check.check(db, store)).lines == []
     for comment in (oldest, newest):
-        shown = await moderation.unhide(db, post, comment.id)
+        shown = await moderation.unhide(db, NO_SEGMENTS, post, comment.id)
         with unchanged(server.client):
-            assert await moderation.unhide(db, post, comment.id) == shown
+            assert await moderation.unhide(db, NO_SEGMENTS, post, comment.id) == shown
         new = shown.rpartition("/")[2]
         assert (await posts.read(db, post)).latest[0] == (new, comment.author, comment.text)
-        assert (await comments.read(db, post, new)).text == comment.text
+        assert (await comments.read(db, NO_SEGMENTS, post, new)).text == comment.text
         with unchanged(server.client), pytest.raises(errors.NoComment, match=f"shown again as {new}"):
-            await moderation.hide(db, store, post, comment.id)
+            await moderation.hide(db, store, NO_SEGMENTS, post, comment.id)
     assert (await posts.read(db, post)).comment_count == 4
     assert (await check.check(db, store)).lines == []
 
 
 async def test_comments_of_a_hidden_post_are_hidden_shown_and_deleted_without_showing_the_post(server, db, store):
     post = await publish(db, store, "alice", 3)
-    first, second, third = (await comments.page(db, post, 10)).comments[::-1]
-    await moderation.hide(db, store, post)
-    await moderation.hide(db, store, post, first.id)
-    await moderation.hide(db, store, post, third.id)
-    await moderation.unhide(db, post, first.id)
-    await moderation.delete(db, store, post, second.id, REACH)
-    await moderation.delete(db, store, post, third.id, REACH)
+    first, second, third = (await comments.page(db, NO_SEGMENTS, post, 10)).comments[::-1]
+    await moderation.hide(db, store, NO_SEGMENTS, post)
+    await moderation.hide(db, store, NO_SEGMENTS, post, first.id)
+    await moderation.hide(db, store, NO_SEGMENTS, post, third.id)
+    await moderation.unhide(db, NO_SEGMENTS, post, first.id)
+    await moderation.delete(db, store, NO_SEGMENTS, post, second.id, REACH)
+    await moderation.delete(db, store, NO_SEGMENTS, post, third.id, REACH)
     assert not server.client.exists(keys.feed(0), keys.changes(0))
     assert (await check.check(db, store)).lines == []
-    await moderation.unhide(db, post)
+    await moderation.unhide(db, NO_SEGMENTS, post)
     row = await posts.read(db, post)
     assert (row.comment_count, [text for _, _, text in row.latest]) == (1, [first.text])
     for comment in (second, third):
         with unchanged(server.client), pytest.raises(errors.NoComment):
-            await moderation.delete(db, store, post, comment.id, REACH)
+            await moderation.delete(db, store, NO_SEGMENTS, post, comment.id, REACH)
 
 
 async def test_a_clock_that_went_back_does_not_keep_a_comment_hidden(db, store):
     db.clock = NOW
     post = await publish(db, store, "alice", 2)
-    newest, oldest = (await comments.page(db, post, 10)).comments
-    await moderation.hide(db, store, post, oldest.id)
+    newest, oldest = (await comments.page(db, NO_SEGMENTS, post, 10)).comments
+    await moderation.hide(db, store, NO_SEGMENTS, post, oldest.id)
     db.clock = NOW - 5000
-    shown = (await moderation.unhide(db, post, oldest.id)).rpartition("/")[2]
-    assert [row.id for row in (await comments.page(db, post, 10)).comments] == [shown, newest.id]
+    shown = (await moderation.unhide(db, NO_SEGMENTS, post, oldest.id)).rpartition("/")[2]
+    assert [row.id for row in (await comments.page(db, NO_SEGMENTS, post, 10)).comments] == [shown, newest.id]
 
 
 # Commands

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from making import jpeg
+from making import NO_SEGMENTS, jpeg
 from parts import (
     PROGRAMS,
     redis_on,
@@ -396,7 +396,7 @@ async def test_a_restore_brings_back_an_erased_user_says_so_and_keeps_hidden_wha
         await posts.hide(db, hidden)
         good = await next_second()
         await posts.unhide(db, hidden)
-        await erasure.erase(db, objects, "alice", reach, quiet, remove=True)
+        await erasure.erase(db, objects, NO_SEGMENTS, "alice", reach, quiet, remove=True)
         await db.close()
         await shipped(shipper)
     to = tmp_path / "to"
@@ -407,7 +407,7 @@ async def test_a_restore_brings_back_an_erased_user_says_so_and_keeps_hidden_wha
         db = Redis(url(client))
         assert (await posts.inspect(db, hidden)).hidden
         assert (await posts.read(db, erased)).author == "alice"
-        users, counts = await erasure.erase_again(db, objects, reach, quiet, remove=True)
+        users, counts = await erasure.erase_again(db, objects, NO_SEGMENTS, reach, quiet, remove=True)
         assert (users, counts["posts"]) == (1, 1)
         with pytest.raises(NoPost):
             await posts.inspect(db, erased)

@@ -14,7 +14,7 @@ from itertools import chain
 
 import pytest
 from conftest import RedisServer, Site, connect, until
-from making import make_post
+from making import NO_SEGMENTS, make_post
 from parts import until as eventually
 from proxy import Proxy
 from state import unchanged
@@ -94,7 +94,7 @@ async def test_after_a_lost_reply_no_write_is_doubled_and_no_caller_gets_a_wrong
         done.set()
         await asyncio.gather(*writers)
         after = (await comments.add(db, "bob", post, "after"))[0].id
-        assert (await comments.page(db, post, 1)).comments == [comments.Comment(after, "bob", "after")]
+        assert (await comments.page(db, NO_SEGMENTS, post, 1)).comments == [comments.Comment(after, "bob", "after")]
 
     stream = written(server, post)
     assert all(len(ids) == 1 for ids in stream.values())
@@ -263,9 +263,9 @@ async def test_a_write_that_redis_refuses_changes_nothing(server, post, reason):
             for _ in range(2):
                 with pytest.raises(errors.Unreachable):
                     await comments.add(db, "bob", post, "refused")
-            assert (await comments.page(db, post, 1)).comments == [comment]
+            assert (await comments.page(db, NO_SEGMENTS, post, 1)).comments == [comment]
         if reason == "memory is full":
-            await comments.delete(db, "bob", post, comment.id)  # allowed, because it frees memory
+            await comments.delete(db, NO_SEGMENTS, "bob", post, comment.id)  # allowed, because it frees memory
             assert (await posts.read(db, post)).comment_count == 0
     finally:
         for each in server.primaries:

@@ -99,6 +99,8 @@ WRONG = {
     "REDIS_URL": WRONG_REDIS_URLS,
     "QUEUE_URL": [*WRONG_REDIS_URLS, "redis+cluster://h1,h2"],
     "REPLICAS": ["x", "-1", "17", ""],
+    "HOT_COMMENTS": ["x", "1", "10001", ""],
+    "QUIET_DAYS": ["x", "-1", "36501", ""],
     "SEGMENT_CACHE": ["x", "-1", "", "1.5"],
     "PORT": ["x", "-1", "65536", "٣", "9" * 5000, ""],
     "LOG": ["yaml", "JSON", ""],

@@ -16,12 +16,13 @@ import redis
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
-from storage import objects, outbox, watchdog
+from storage import objects, outbox, sealing, watchdog
 from storage.backup.retain import KeptBackups
 from storage.db.client import Redis
 from storage.errors import Unknown, Unreachable
 from storage.objects import ObjectStore
-from storage.settings import Settings
+from storage.segments import Segments
+from storage.settings import DAY_MS, Settings
 
 QUEUE = "images"
 JOB = "workers.jobs.make_image"
@@ -29,6 +30,10 @@ TIMEOUT = 60  # seconds of wall clock for one attempt
 HINTS_PER_WORKER = 1  # hints that wait in the queue for each RQ worker. RQ does not count the job that is running
 PAUSE = 0.1  # seconds between two polls of the outbox; a post may wait so much longer than needed
 PAUSE_BUSY = 0.02  # the same after image work was handed out: less than an image takes, so no worker waits for a hint
+# Seconds between two polls for comments to seal, and after each segment. A segment takes 0.4 ms of Redis' time, so this
+# bounds it to 2 %, and the CPU that compressing takes to half a core.
+PAUSE_SEALING, PAUSE_SEGMENT = 1.0, 0.03
+STEPS = 64  # segments of one post, after which the next post is served
 PAUSES_AWAY = 1.0, 10.0  # seconds, shortest and longest, while a partition, the queue or the store is unreachable
 PAUSES_ENTRY = 60.0, 3600.0  # seconds, shortest and longest, for a single entry that fails
 AWAY = (Unreachable, Unknown, objects.Unavailable, redis.RedisError)
@@ -98,7 +103,7 @@ class Failures:
 
 
 async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
-    """Hands out image work, ends uploads and erases bytes, until it is cancelled.
+    """Hands out image work, ends uploads, erases bytes and seals comments, until it is cancelled.
 
     A failure delays only what failed: one entry, one partition, or the part that needs the store or the queue.
     """
@@ -109,6 +114,8 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     silent: set[int] = set()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_hand_out(db, chosen, hints, silent))
+        if chosen.quiet_days:
+            tasks.create_task(_seal(db, chosen, Segments(store, memory=0), silent))
         for partition in range(chosen.partitions):
             tasks.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms, silent))
 
@@ -168,9 +175,55 @@ async def _clean_up(
                         await outbox.postpone(db, due, int(entry_pause * 1000))
                     else:
                         failures.clear(f"cleaning up {due.id!r}")
+                await sealing.remove_retired(db, store, may_name, partition, backup_reach_ms)
                 failures.clear(name)
             except AWAY as fault:
                 if isinstance(fault, (Unreachable, Unknown)):
                     silent.add(partition)
                 pause = failures.add(name, fault, *PAUSES_AWAY)
         await asyncio.sleep(pause)
+
+
+async def _seal(db: Redis, chosen: Settings, segments: Segments, silent: set[int]) -> None:
+    """Moves old comments of all partitions that are not `silent` to the store, and takes deleted ones out of it."""
+    failures, quiet_ms = Failures(), chosen.quiet_days * DAY_MS
+    while True:
+        with watchdog.working("sealing comments"):
+            for partition in range(chosen.partitions):
+                watchdog.step()
+                name = f"sealing comments of partition {partition}"
+                if partition in silent or failures.must_wait(name):
+                    continue
+                try:
+                    while await sealing.find_quiet(db, partition, quiet_ms):
+                        await asyncio.sleep(PAUSE_SEGMENT)
+                    for due in await sealing.lease(db, partition):
+                        await _seal_post(db, chosen, segments, due, failures)
+                    failures.clear(name)
+                except AWAY as fault:
+                    failures.add(name, fault, *PAUSES_AWAY)
+        await asyncio.sleep(PAUSE_SEALING)
+
+
+async def _seal_post(
+    db: Redis, chosen: Settings, segments: Segments, due: sealing.Leased, failures: Failures
+) -> None:
+    """Seals and compacts one post. A failure of the post itself postpones it. Raises what Redis and the store raise."""
+    name = f"sealing comments of {due.id!r}"
+    try:
+        for _ in range(STEPS):
+            watchdog.step()
+            if not await sealing.step(
+                db, segments, due.id, chosen.hot_comments, chosen.quiet_days * DAY_MS, chosen.backup_reach_ms
+            ):
+                await sealing.end(db, due)
+                break
+            await asyncio.sleep(PAUSE_SEGMENT)
+        else:
+            await sealing.postpone(db, due, 0)
+        failures.clear(name)
+    except (Unreachable, Unknown):
+        raise
+    except Exception as fault:  # a post may fail for any reason, and must not stop the others
+        await segments.ping()  # raises Unavailable if the store is the reason
+        await sealing.postpone(db, due, int(failures.add(name, fault, *PAUSES_ENTRY) * 1000))

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clusters import ClusterNode, ClusterServer
-from making import publish
+from making import NO_SEGMENTS, publish
 from redis.exceptions import RedisError
 
 from storage import comments, keys, posts
@@ -211,7 +211,7 @@ class Drill:
             before, more = "", True
             while more:
                 try:
-                    page = await comments.page(self.db, post, PAGE, before)
+                    page = await comments.page(self.db, NO_SEGMENTS, post, PAGE, before)
                 except NoPost:
                     break
                 for row in page.comments:

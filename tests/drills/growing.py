@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from clusters import ClusterNode
 from conftest import RedisServer, until
-from making import make_post
+from making import NO_SEGMENTS, make_post
 from test_storage_topology import run
 
 from storage import check, comments
@@ -195,7 +195,7 @@ async def assert_all_there(db, acknowledged: list[tuple[str, str]], unknown: int
     for post, ids in wanted.items():
         found, after = [], ""
         while True:
-            page = await comments.page(db, post, 1000, after)
+            page = await comments.page(db, NO_SEGMENTS, post, 1000, after)
             found += [row.id for row in page.comments]
             if not page.more:
                 break

@@ -6,6 +6,7 @@ import random
 import time
 
 from linearizable import Id, Op, Undecided, linearizable, unseen, with_losses
+from making import NO_SEGMENTS
 
 from storage import comments, posts
 from storage.errors import NoComment, Unknown, Unreachable
@@ -41,7 +42,7 @@ class Recorder:
                 elif kind == "delete":
                     own.remove(comment)
                     try:
-                        await comments.delete(db, user, self.post, comment)
+                        await comments.delete(db, NO_SEGMENTS, user, self.post, comment)
                         self.ops.append(Op(begin, time.monotonic(), "delete", number_of(comment)))
                     except NoComment:
                         self.ops.append(Op(begin, time.monotonic(), "read", number_of(comment), False))
@@ -49,7 +50,7 @@ class Recorder:
                     await self.read_page(db)
                 elif kind == "read":
                     try:
-                        there = bool(await comments.read(db, self.post, comment))
+                        there = bool(await comments.read(db, NO_SEGMENTS, self.post, comment))
                     except NoComment:
                         there = False
                     self.ops.append(Op(begin, time.monotonic(), "read", number_of(comment), there))
@@ -70,7 +71,7 @@ class Recorder:
 
     async def read_page(self, db) -> None:
         begin = time.monotonic()
-        page = await comments.page(db, self.post, PAGE)
+        page = await comments.page(db, NO_SEGMENTS, self.post, PAGE)
         assert not page.more
         found = {row.text: number_of(row.id) for row in page.comments}
         self.seen.update(found)
