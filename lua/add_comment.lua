@@ -70,9 +70,10 @@ local revision = next_revision(now, changes, gone)
 local comment = append_comment(comments, segments, now, author, text)
 redis.call('LPUSH', latest, cjson.encode({comment, author, text}))
 redis.call('LTRIM', latest, 0, latest_count - 1)
-redis.call('ZADD', feed, count_comments(comments, segments, erased), id)
+local count, hot = count_comments(comments, segments, erased)
+redis.call('ZADD', feed, count, id)
 redis.call('ZADD', changes, revision, id)
-if seal_at > 0 and redis.call('XLEN', comments) >= seal_at then
+if seal_at > 0 and hot >= seal_at then
   redis.call('ZADD', sealing, 'NX', now, id)
 end
 if idempotency then

@@ -58,7 +58,7 @@ if not rows or (own and own ~= segment) then
 end
 redis.call('HSET', kept, comment, entry and cjson.encode({entry[2][2], entry[2][4]}) or row)
 remove_comment(comments, erased, latest, changes, id, comment, rows, revision)
-redis.call('ZADD', feed, 'XX', count_comments(comments, segments, erased), id) -- XX: a hidden post stays out of it
+redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
 if own then
   redis.call('ZADD', sealing, 'LT', now + compact_ms, id)
 end

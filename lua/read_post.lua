@@ -16,5 +16,5 @@ local row = redis.call('HMGET', post, 'author', 'caption', 'status', 'thumbhash'
 if not row[1] then
   return redis.error_reply('NOPOST no such post')
 end
-return {id, count_comments(comments, segments, erased), row[1], row[2], row[3], row[4], row[5], row[6],
+return {id, (count_comments(comments, segments, erased)), row[1], row[2], row[3], row[4], row[5], row[6],
   redis.call('LRANGE', latest, 0, -1)}

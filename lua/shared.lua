@@ -95,14 +95,15 @@ local function add_entry(leaves, leaf, entry, leaf_entries)
   redis.call('ZADD', leaf .. first, 0, entry)
 end
 
--- Returns the number of a post's comments: those in the stream and those in the store, without the deleted ones.
--- An entry of `segments` is `<last id> <through> <name>`; `through` counts the comments of this and all earlier segments.
+-- Returns the number of a post's comments: those in the stream and those in the store, without the deleted ones. The
+-- second value is how many are in the stream.
+-- An entry of `segments` is `<last id> <through> <name>`; `through` counts the comments of this and all older segments.
 local function count_comments(comments, segments, erased)
-  local tail = redis.call('LINDEX', segments, -1)
+  local hot, tail = redis.call('XLEN', comments), redis.call('LINDEX', segments, -1)
   if not tail then
-    return redis.call('XLEN', comments)
+    return hot, hot
   end
-  return redis.call('XLEN', comments) + tail:match('^%S+ (%d+)') - redis.call('SCARD', erased)
+  return hot + tail:match('^%S+ (%d+)') - redis.call('SCARD', erased), hot
 end
 
 -- Returns the place of the first segment whose last id is not below a comment's id. Returns the number of segments if

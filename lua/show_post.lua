@@ -27,6 +27,6 @@ end
 if #fields == 0 then
   return redis.error_reply('NOPOST no such post')
 end
-return {is_hidden, count_comments(comments, segments, erased), redis.call('XLEN', comments),
-  redis.call('SCARD', erased), redis.call('HLEN', kept), redis.call('ZSCORE', feed, id),
+local count, hot = count_comments(comments, segments, erased)
+return {is_hidden, count, hot, redis.call('SCARD', erased), redis.call('HLEN', kept), redis.call('ZSCORE', feed, id),
   redis.call('ZSCORE', changes, id), redis.call('ZSCORE', gone, id), redis.call('ZSCORE', due, id), fields}

@@ -45,6 +45,6 @@ local new = append_comment(comments, segments, now, author, text)
 redis.call('HSET', kept, comment, new)
 redis.call('LPUSH', latest, cjson.encode({new, author, text}))
 redis.call('LTRIM', latest, 0, latest_count - 1)
-redis.call('ZADD', feed, 'XX', count_comments(comments, segments, erased), id) -- XX: a hidden post stays out of it
+redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
 redis.call('ZADD', changes, 'XX', revision, id)
 return new

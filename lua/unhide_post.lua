@@ -35,7 +35,7 @@ redis.call('RENAME', hidden, post)
 redis.call('HDEL', post, 'hidden_at')
 redis.call('ZADD', due, now, id)
 if status == 'ready' then
-  redis.call('ZADD', feed, count_comments(comments, segments, erased), id)
+  redis.call('ZADD', feed, (count_comments(comments, segments, erased)), id)
   redis.call('ZADD', changes, revision, id)
   redis.call('ZREM', gone, id)
 end
