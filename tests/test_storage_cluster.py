@@ -11,12 +11,13 @@ from conftest import until
 from making import NO_SEGMENTS, make_post
 from proxy import Proxy
 
-from storage import changes, comments, keys, posts
+from storage import changes, comments, keys, posts, sealing
 from storage.db.client import DEADLINE
 from storage.db.cluster import SLOTS, Cluster, slot_of
 from storage.errors import Forbidden, NoPost, Outdated, Unknown, Unreachable
 from storage.objects import open_store
-from storage.settings import LEAF_ENTRIES
+from storage.segments import Segments
+from storage.settings import DAY_MS, LEAF_ENTRIES
 
 PARTITIONS = 16
 
@@ -182,25 +183,30 @@ def refused(node, word: str) -> int:
 
 async def test_calls_follow_a_slot_whose_keys_have_moved_and_happen_once(cluster, db, tmp_path):
     post, other = [await make_post(db, "alice", PARTITIONS) for _ in range(2)]
+    segments = Segments(open_store(tmp_path.as_uri()))
     await posts.delete(db, open_store(tmp_path.as_uri()), "alice", other)
-    await comments.add(db, "bob", post, "0")  # now each key that a comment names is there
+    sealed = [(await comments.add(db, "bob", post, text))[0].id for text in ("deleted", "sealed")]
+    assert await sealing.step(db, segments, post, 0, -1000, DAY_MS)
+    await comments.add(db, "bob", post, "0")
+    await comments.delete(db, segments, "bob", post, sealed[0])  # now each key that a comment names is there
     source = await primary_of(cluster, db, post)
     moving = Moving(cluster, source, post)
     asked = refused(source, "ASK")
     moving.move(*source.client.cluster("GETKEYSINSLOT", moving.slot, 10_000))
     for text in ("1", "2"):
         await comments.add(db, "bob", post, text)
-    assert [row.text for row in (await comments.page(db, NO_SEGMENTS, post, 9)).comments] == ["2", "1", "0"]
+    page = await comments.page(db, segments, post, 9)
+    assert [row.text for row in page.comments] == ["2", "1", "0", "sealed"]
     newest = (await comments.page(db, NO_SEGMENTS, post, 1)).comments[0].id
     with pytest.raises(Forbidden):
         await comments.delete(db, NO_SEGMENTS, "eve", post, newest)
     late = asyncio.get_running_loop().create_future()
-    named = [keys.post(post), keys.comments(post)]
+    named = keys.post_and_lists(post)[:4]
     db.call_late("comments_page", named[0], lambda: (named, ["", 9, 9]), lambda *reply: late.set_result(reply))
     assert len((await late)[0][1]) == 3
     assert refused(source, "ASK") - asked >= 5, "each call was redirected"
     moving.finish()
-    assert (await posts.read(db, post)).comment_count == 3
+    assert (await posts.read(db, post)).comment_count == 4
 
 
 async def test_a_call_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(cluster, db):

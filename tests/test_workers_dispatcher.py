@@ -10,7 +10,7 @@ from making import jpeg, make_post, make_processing, png
 from parts import make_settings
 from parts import until as eventually
 
-from storage import keys, objects, outbox, posts, uploads
+from storage import comments, keys, objects, outbox, posts, uploads
 from workers import dispatcher
 
 
@@ -194,3 +194,42 @@ async def test_a_store_that_is_unreachable_does_not_delay_image_work(real_server
         client.zadd(keys.due(0), {upload: 1})
         await eventually(lambda: not client.exists(keys.chunks(upload)), "the end of the upload")
         assert len(messages(caplog, "cleaning up")) == 1
+
+
+async def test_comments_are_sealed_only_while_no_process_of_another_version_calls_scripts(
+    real_server, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(dispatcher, "PAUSES_OTHERS", (0.1, 0.1))
+    client = real_server.client
+    old = client.connection_pool.make_connection()
+    old.connect()
+    old.send_command("EVAL", "return 1", 0)
+    old.read_response()
+    async with dispatching(real_server, tmp_path) as (db, store):
+        post = await make_post(db, users_of(0)[0], PARTITIONS)
+        await comments.add(db, "bob", post, "old enough")
+        client.zadd(keys.changes(0), {post: 1})
+        await eventually(lambda: messages(caplog, "while others call scripts"), "the other process")
+        await check_that_other_work_goes_on(real_server, db, store, 0)
+        assert client.xlen(keys.comments(post)) == 1
+        old.disconnect()
+        await eventually(lambda: client.exists(keys.segments(post)), "the segment")
+        assert len(messages(caplog, "while others call scripts")) == 1
+
+
+@pytest.mark.parametrize("member", ["garbage", "", "../../etc", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-x"])
+async def test_a_malformed_member_of_sealing_and_a_damaged_segment_are_postponed_and_stop_nothing_else(
+    real_server, tmp_path, caplog, member
+):
+    client = real_server.client
+    async with dispatching(real_server, tmp_path) as (db, store):
+        post, damaged = [await make_post(db, users_of(0)[0], PARTITIONS) for _ in range(2)]
+        client.rpush(keys.segments(damaged), "5-1 2 1.missing")
+        client.sadd(keys.erased(damaged), "5-1")
+        await comments.add(db, "bob", post, "old enough")
+        client.zadd(keys.changes(0), {post: 1})
+        client.zadd(keys.sealing(0), {member: 1, damaged: 2})
+        await eventually(lambda: client.exists(keys.segments(post)), "the segment of another post")
+        for failed in (member, damaged):
+            await eventually(lambda failed=failed: messages(caplog, repr(failed)), "its failure")
+            assert client.zscore(keys.sealing(0), failed) > client.time()[0] * 1000

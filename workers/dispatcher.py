@@ -35,6 +35,7 @@ PAUSE_BUSY = 0.02  # the same after image work was handed out: less than an imag
 PAUSE_SEALING, PAUSE_SEGMENT = 1.0, 0.03
 STEPS = 64  # segments of one post, after which the next post is served
 PAUSES_AWAY = 1.0, 10.0  # seconds, shortest and longest, while a partition, the queue or the store is unreachable
+PAUSES_OTHERS = 1.0, 60.0  # the same while a process of another version may be running
 PAUSES_ENTRY = 60.0, 3600.0  # seconds, shortest and longest, for a single entry that fails
 AWAY = (Unreachable, Unknown, objects.Unavailable, redis.RedisError)
 
@@ -189,7 +190,8 @@ async def _seal(db: Redis, chosen: Settings, segments: Segments, silent: set[int
     failures, quiet_ms = Failures(), chosen.quiet_days * DAY_MS
     while True:
         with watchdog.working("sealing comments"):
-            for partition in range(chosen.partitions):
+            alone = await _is_alone(db, failures)
+            for partition in range(chosen.partitions) if alone else ():
                 watchdog.step()
                 name = f"sealing comments of partition {partition}"
                 if partition in silent or failures.must_wait(name):
@@ -203,6 +205,23 @@ async def _seal(db: Redis, chosen: Settings, segments: Segments, silent: set[int
                 except AWAY as fault:
                     failures.add(name, fault, *PAUSES_AWAY)
         await asyncio.sleep(PAUSE_SEALING)
+
+
+async def _is_alone(db: Redis, failures: Failures) -> bool:
+    """Whether no process of another version calls scripts: an older one does not know of comments in the store."""
+    name = "looking for processes of other versions"
+    if failures.must_wait(name):
+        return False
+    try:
+        others = [address for server in await db.primaries() for address in await server.others()]
+        if not others:
+            failures.clear(name)
+            return True
+        fault: Exception = RuntimeError(f"no comments are sealed while others call scripts: {', '.join(others[:5])}")
+    except (Unreachable, redis.RedisError) as error:
+        fault = error
+    failures.add(name, fault, *PAUSES_OTHERS)
+    return False
 
 
 async def _seal_post(

@@ -15,6 +15,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,13 @@ REPLIED = (ResponseError, BusyLoadingError, AuthenticationError)
 # primary, …
 NOT_NOW = ("OOM", "MISCONF", "LOADING", "READONLY", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
 
+
+# The name of each connection, as CLIENT LIST shows it. The number is that of the data's format. Processes of another
+# format, or from before connections had names, must not write beside this one.
+CLIENT_NAME = "imagegram-2"
+NAMING: bytes = hiredis.pack_command(("CLIENT", "SETNAME", CLIENT_NAME))  # type: ignore[arg-type]
+# The last command of a connection that may belong to such a process. RQ's connections send others.
+SCRIPT_CALLS = ("evalsha", "eval", "wait")
 
 Collect = Callable[[], tuple[list[str], list[Any]]]  # returns the keys and the arguments of a call
 Done = Callable[[Any, Exception | None], None]  # gets the reply, or else the error
@@ -162,7 +170,7 @@ class Channel:
         """Send the waiting commands as one pipeline, and read their replies after those of the pipeline before."""
         connection = self._connection
         batch = []
-        sent = False
+        new = sent = False
         try:
             async with asyncio.timeout(DEADLINE):
                 async with self._sending:
@@ -174,7 +182,10 @@ class Channel:
                         await connection.disconnect(nowait=True)  # Redis closed it while it was idle
                     if not connection.is_connected:
                         await connection.connect()  # type: ignore[no-untyped-call]
+                        new = True
                     commands = [packed if isinstance(packed, bytes) else packed() for packed, _ in batch]
+                    if new:
+                        commands.insert(0, NAMING)
                     if self._replicas:
                         commands.append(self._barrier)
                     sent = True
@@ -186,6 +197,9 @@ class Channel:
                     # not used here. They took a twentieth of the time of reading a post.
                     parser = connection._parser
                     replies = []
+                    if new:
+                        with suppress(ResponseError):  # this user may not name its connection
+                            await parser.read_response()  # type: ignore[attr-defined]
                     for _, answer in batch:
                         try:
                             reply = await parser.read_response()  # type: ignore[attr-defined]
@@ -352,6 +366,18 @@ class Redis:
         except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
         return dict(line.split(":", 1) for line in reply.splitlines() if ":" in line)
+
+    async def others(self) -> list[str]:
+        """The addresses of clients that may be processes of another version: they call scripts and have another name.
+
+        Raises Unreachable where Redis does not answer, or refuses CLIENT LIST to this user.
+        """
+        try:
+            reply = await self._reads.ask("CLIENT", "LIST", "TYPE", "NORMAL")
+        except REPLIED as error:
+            raise Unreachable(f"Redis refuses: {error}") from None
+        clients = [dict(field.split("=", 1) for field in line.split(" ")) for line in reply.splitlines()]
+        return [one["addr"] for one in clients if one["name"] != CLIENT_NAME and one["cmd"] in SCRIPT_CALLS]
 
     async def primaries(self) -> list["Redis"]:
         """The servers that hold the data, for a walk over all keys."""
