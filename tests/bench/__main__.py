@@ -33,7 +33,7 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
                 rows += more
             plots.memory(by_server, pictures / "memory.png")
         case "segments":
-            rows = segments.measure()
+            rows = segments.measure(seconds)
         case "transfers":
             rows = transfers.measure(rounds)
         case "shipping":

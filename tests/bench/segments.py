@@ -5,22 +5,29 @@ the texts are made up, as the comments of 10,000 posts with Zipf's distribution 
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import random
 import tempfile
 import time
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, median
 
 import yaml
 
-from storage import keys
+from storage import keys, sealing
+from storage.db.cluster import connect
 from storage.objects import Folder
 from storage.segments import INLINE_BYTES, Comment, Segments, decode, encode
-from storage.settings import SEGMENT_COMMENTS
+from storage.settings import HOT_COMMENTS, SEGMENT_COMMENTS
+from tests.bench import fill
+from tests.bench.drive import Load
+from tests.bench.parts import Api, Redis
 from tests.bench.table import Row
 
 SEGMENTS = 100  # that are made of each kind of text
@@ -30,6 +37,7 @@ FIRST_MS = 1_795_459_382_641
 # Without the shortest lines the mean is that of the forecast, 62 bytes. Bytes in UTF-8.
 SHORTEST = 18
 TARGET = 40  # bytes a comment, of English
+ROUNDS = 3  # of pages, in turns
 
 
 def folder(package: str) -> Path:
@@ -115,17 +123,15 @@ def times(rows: list[Comment]) -> list[Row]:
     assert len(data) <= INLINE_BYTES
 
     async def read(memory: int) -> tuple[float, int]:
-        """ms of a read, and the bytes that are cached."""
+        """ms to read 20 comments, and the bytes that are cached."""
         with tempfile.TemporaryDirectory(prefix="ig-") as place:
             segments = Segments(Folder(Path(place)), memory)
             await segments.put(post, name, rows)
-            for _ in range(50):
-                await segments.read(post, name)
             rounds = []
-            for _ in range(5):
+            for _ in range(6):
                 began = time.process_time()
                 for _ in range(200):
-                    await segments.read(post, name)
+                    (await segments.read(post, name))[100:120]
                 rounds.append((time.process_time() - began) * 5)
             return median(rounds), segments.held
 
@@ -133,13 +139,61 @@ def times(rows: list[Comment]) -> list[Row]:
     return [
         Row("encode 256 comments, CPU", cpu_ms(lambda: encode(post, rows), 4), unit="ms"),
         Row("decode 256 comments, CPU", cpu_ms(lambda: decode(post, data), 100), 1.0, most=True, unit="ms"),
-        Row("read from a folder store, not in the cache, CPU", asyncio.run(read(0))[0], unit="ms"),
-        Row("read from memory, CPU", cached, unit="ms"),
+        Row("read 20 of them from a folder store, CPU", asyncio.run(read(0))[0], unit="ms"),
+        Row("read 20 of them from memory, CPU", cached, unit="ms"),
         Row("memory of a cached segment", held / 1024, unit="KiB"),
     ]
 
 
-def measure() -> list[Row]:
+def used(api: Api, redis: Redis) -> float:
+    """Seconds of CPU that the API and Redis have used."""
+    fields = Path(f"/proc/{api.pids()[0]}/stat").read_text().rpartition(")")[2].split()
+    cpu = redis.client.info("cpu")
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK") + cpu["used_cpu_user"] + cpu["used_cpu_sys"]
+
+
+async def seal(redis: Redis, store: Path, ids: list[str], rows: list[list[Comment]]) -> None:
+    """Gives each post the comments of a segment and 20 more, and seals all but these."""
+    db, segments = connect(redis.url), Segments(Folder(store))
+    for post, comments in zip(ids, rows, strict=True):
+        pipe = redis.client.pipeline(transaction=False)
+        more = [Comment(f"{FIRST_MS * 2 + number}-0", "alice", fill.TEXT) for number in range(HOT_COMMENTS)]
+        for row in comments + more:
+            pipe.xadd(keys.comments(post), {"author": row.author, "text": row.text}, row.id)
+        pipe.execute()
+        assert await sealing.step(db, segments, post, HOT_COMMENTS, 2**53, 0)
+    await db.close()
+
+
+def pages(rows: list[list[Comment]], seconds: float) -> list[Row]:
+    """The CPU time of a page of 20 old comments, of the API and Redis together, divided by that of a first page."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ig-")))
+        redis = stack.enter_context(contextlib.closing(Redis()))
+        ids = fill.fill(redis, [0] * len(rows))
+        asyncio.run(seal(redis, folder / "store", ids, rows))
+        paths = [f"/v1/posts/{post}/comments?limit=20" for post in ids]
+        cursors = [urlsafe_b64encode(comments[150].id.encode()).decode().rstrip("=") for comments in rows]
+        old = [f"{path}&cursor={cursor}" for path, cursor in zip(paths, cursors, strict=True)]
+        for what, memory in (("from memory", 16), ("from the folder store", 0)):
+            api = stack.enter_context(contextlib.closing(Api(redis, folder, segment_cache=memory)))
+            loads = {"first": Load(api.url, paths), "old": Load(api.url, old)}
+            took: dict[str, list[float]] = {name: [] for name in loads}
+            for name, load in [*loads.items()] * ROUNDS:
+                load.run(1)
+                before = used(api, redis)
+                run = load.run(seconds)
+                assert not run.errors
+                took[name].append((used(api, redis) - before) / run.rate / int(seconds) * 1e6)
+            first, cold = median(took["first"]), median(took["old"])
+            note = f"{cold:.0f} and {first:.0f} µs of the API and Redis"
+            found.append(Row(f"page of old comments {what} ÷ first page, CPU", cold / first, 2.5, most=True, note=note))
+    return found
+
+
+def measure(seconds: float) -> list[Row]:
     english = chat()
     words = sorted({word for line in english for word in line.lower().split() if word.isalpha() and word.isascii()})
     segments = list(made(english, words))
@@ -149,4 +203,4 @@ def measure() -> list[Row]:
         sizes("Japanese", list(made(dialogues("japanese"), words))),
         sizes("Persian, in Arabic script", list(made(dialogues("persian"), words))),
     ]
-    return rows + times(segments[0])
+    return rows + times(segments[0]) + pages(segments, seconds)
