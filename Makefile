@@ -74,7 +74,7 @@ dashboard: ## draw the dashboard of deploy/observe/ while people use a new site:
 	@.ci/setup test
 	PYTHONPATH=tests $(python) -m tests.load.dashboard
 
-bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; half an hour
+bench: ## all figures of docs/performance.md, beside bare Sanic and a peer; forty minutes
 	@.ci/setup bench
 	$(python) -m tests.bench
 

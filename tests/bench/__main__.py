@@ -7,17 +7,31 @@ import argparse
 import time
 from pathlib import Path
 
-from tests.bench import costs, forecast, growth, plots, requests, segments, shards, shipping, table, transfers, waiting
+from tests.bench import (
+    costs,
+    forecast,
+    growth,
+    plots,
+    requests,
+    rewrite,
+    segments,
+    shards,
+    shipping,
+    table,
+    transfers,
+    waiting,
+)
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = ("requests", "growth", "memory", "segments", "transfers", "shipping", "waiting", "shards", "costs", "forecast")
+PARTS = ("requests", "growth", "memory", "segments", "transfers", "shipping", "waiting", "shards", "costs")
+PARTS += ("rewrite", "forecast")
 FORECAST = 300  # seconds of each load
 QUICK_SIZES = (1000, 10_000)  # posts
 
 
-def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[table.Row]:
-    """Measures one part and draws its picture. Returns the rows of its table."""
+def measure(part: str, options: argparse.Namespace, pictures: Path) -> str:
+    """Measures one part and draws its picture. Returns its table."""
     rounds, seconds = options.rounds, options.seconds
     match part:
         case "requests":
@@ -44,10 +58,12 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> list[tabl
             rows = shards.measure(rounds, seconds, options.server)
         case "costs":
             rows = costs.measure()
+        case "rewrite":
+            return rewrite.measure(options.server, rewrite.SIZES[:1] if options.quick else rewrite.SIZES)
         case "forecast":
             rows, results = forecast.measure(10 if options.quick else FORECAST)
             plots.forecast(results, forecast.TARGET, pictures / "forecast.png")
-    return rows
+    return table.markdown(rows)
 
 
 def insert(part: str, text: str) -> None:
@@ -63,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement of a round")
     parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part; may be repeated")
     parser.add_argument("--only", default="", help="measure only the requests whose name contains this")
-    parser.add_argument("--server", choices=("valkey", "redis"), default="valkey", help="of the part shards")
+    parser.add_argument("--server", choices=("valkey", "redis"), default="valkey", help="of shards and rewrite")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 1, 2
@@ -71,7 +87,7 @@ def main() -> None:
     pictures = Path(__file__).with_name("out") if trial else PAGE.with_suffix("")
     for part in options.part or PARTS:
         began = time.monotonic()
-        text = table.markdown(measure(part, options, pictures))
+        text = measure(part, options, pictures)
         print(f"{part}, {time.monotonic() - began:.0f} s\n\n{text}", flush=True)
         if not trial:
             insert(part, text)
