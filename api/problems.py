@@ -18,7 +18,7 @@ from api.access import template
 from api.answers import ProblemResponse
 from api.headers import request_id
 from api.protocol import EncodedBody
-from storage import errors, objects
+from storage import errors, objects, segments
 
 # Every answer below /v1/uploads has it in a header. That includes errors of the router, which know no blueprint.
 TUS_VERSION = "1.0.0"
@@ -74,6 +74,7 @@ OUTAGES = {
     errors.Unknown: "the database's answer was lost: the write may have happened",
     objects.Unavailable: "the store of images cannot be reached",
     objects.Full: "the store of images has no room",
+    segments.Unreadable: "some of these comments cannot be read from the store",
 }
 LOG_PAUSE = 1.0  # seconds between two log lines about outages: an outage may fail a thousand requests a second
 WHERE = {errors.Empty: {"pointer": "#/upload"}, errors.Reused: {"header": "Idempotency-Key"}}

@@ -144,7 +144,7 @@ end
 -- Returns what `latest` holds once `comment` is removed, newest first. Returns nil where the store must be read first.
 -- `hot` says that the comment is in the stream. `tail` and `refill` are what the caller has read in the store: the newest
 -- entry of `segments`, and a JSON array of the newest comments there, newest first. They count only if `tail` is still
--- the newest entry.
+-- the newest entry. The second value is what is known without the store.
 local function newest_without(comments, segments, erased, comment, hot, latest_count, tail, refill)
   local rows = {}
   for _, entry in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count + 1)) do
@@ -163,7 +163,7 @@ local function newest_without(comments, segments, erased, comment, hot, latest_c
       rows[#rows + 1], missing = cjson.encode(row), missing - 1
     end
   end
-  return missing <= 0 and rows or nil
+  return missing <= 0 and rows or nil, rows
 end
 
 -- Adds a comment to its post's stream. Returns its id, which is greater than every id that the post's comments ever had.

@@ -5,11 +5,13 @@ Each flaw in a report begins with the number of its invariant:
 | number | invariant |
 |---|---|
 | 1 | The feed contains exactly the ready posts. A post's score is the number of its comments. |
-| 2 | `latest` holds the newest comments of the post's stream. |
+| 2 | `latest` holds the newest comments of the post. |
 | 3 | Every post is ready, failed, or in `making` with its author in `turns`. |
 | 3 | A ready post has its original. It has its JPEG, unless it is in `making`. |
 | 3 | A hidden post is in no list, has no JPEG, and has its original if it was ready. |
+| 3 | Each segment that a post names is stored, and has the comments that its entry says. |
 | 5 | The chunks of an open upload have as many bytes as its offset says. |
+| 7 | No segment that a post names is to be removed. |
 | 0 | No invariant: for example, an open upload is in `due`, and its bytes are reserved in `uploads`. |
 | 0 | The list of a user's posts (`leaves`, `leaf`) contains exactly the posts of this user. |
 
@@ -25,9 +27,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import orjson
 from redis.exceptions import ResponseError
 
-from storage import keys, uploads
+from storage import keys, sealing, segments, uploads
 from storage.db.client import BATCH, Redis
 from storage.errors import NoUpload
 from storage.formats import LONGEST_MAGIC, sniff
@@ -48,6 +51,7 @@ TYPES = {
     "comments": "stream",
     "erased": "set",
 }
+SEGMENTS_TOGETHER = 16  # segments of a post that are read at the same time. Each has about 256 KiB of text at most
 MAX_LINES = 20  # flaws that a report describes; the others are only counted
 
 
@@ -57,6 +61,8 @@ class Report:
 
     posts: int = 0
     comments: int = 0
+    hot_comments: int = 0  # of `comments`: they are in Redis, the others in segments in the store
+    erased_comments: int = 0  # besides `comments`: they were deleted and are still in a segment
     uploads: int = 0
     flaws: int = 0  # that were not repaired
     repaired: int = 0
@@ -73,7 +79,9 @@ class Report:
             self.lines.append(f"{subject}: {flaw}{' (repaired)' if repaired else ''}")
 
     def __str__(self) -> str:
-        counts = f"{self.posts} posts, {self.comments} comments, {self.uploads} open uploads"
+        sealed = self.comments - self.hot_comments
+        places = f"{self.hot_comments} in Redis, {sealed} in the store, {self.erased_comments} erased"
+        counts = f"{self.posts} posts, {self.comments} comments ({places}), {self.uploads} open uploads"
         return f"{counts}: {self.flaws} flaws remain, {self.repaired} were repaired"
 
 
@@ -93,7 +101,7 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
         for name in well_formed_keys(names, report):
             kind, partition, rest = keys.parts(name)
             report.partitions.add(partition)
-            if kind in ("post", "hidden", "comments", "latest", "kept"):
+            if kind in ("post", "hidden", "comments", "segments", "erased", "latest", "kept"):
                 judged = _check_post(db, objects, rest, report, repair, deep, count=kind in ("post", "hidden"))
                 work.append(_isolate(rest, report, judged))
             elif kind == "upload":
@@ -102,7 +110,9 @@ async def check(db: Redis, objects: ObjectStore, repair: bool = False, deep: boo
                 work.append(_isolate(name, report, _check_reservations(db, partition, rest, "", report, repair)))
             elif kind == "leaf":
                 work.append(_isolate(name, report, _check_leaf(db, partition, rest, report, repair)))
-            elif kind in ("feed", "changes", "gone", "due", "making", "leaves"):
+            elif kind == "quiet":
+                work.append(_isolate(name, report, _check_quiet(db, name, report, repair)))
+            elif kind in ("feed", "changes", "gone", "due", "making", "leaves", "sealing", "retired"):
                 work.append(_isolate(name, report, _check_members(db, objects, name, report, repair)))
         await asyncio.gather(*work)
     return report
@@ -150,6 +160,8 @@ async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Rep
             parts = keys.ID.fullmatch(member)
             if kind == "leaves":
                 valid = keys.well_formed(keys.leaf(partition, member))
+            elif kind == "retired":
+                valid = await _check_retired(db, partition, member, report, repair)
             else:
                 valid = parts and int(parts[3]) == partition and (kind == "due" or not parts[1])
             if valid:
@@ -163,6 +175,34 @@ async def _check_members(db: Redis, objects: ObjectStore, name: str, report: Rep
 
 async def _drop(db: Redis, zset: str, member: str) -> bool:
     return bool(await db.call("drop_member", [zset], member.encode("utf-8", EXACTLY)))
+
+
+async def _check_retired(db: Redis, partition: int, member: str, report: Report, repair: bool) -> bool:
+    """Check that no post names the segments that a member of `retired` stands for. Returns whether it is well-formed.
+
+    A segment that is removed, and its post, never come back. So two reads at different times are enough. The segment
+    may be missing: after a restore the member is there again.
+    """
+    post, slash, name = member.partition("/")
+    if not slash or (name and not keys.SEGMENT_NAME.fullmatch(name)):
+        return False
+    if not keys.well_formed(keys.segments(post)) or keys.partition_of_post(post) != partition:
+        return False
+    entries, _ = await sealing.read_segments(db, post)
+    if any(not name or entry.endswith(f" {name}") for entry in entries):
+        dropped = repair and await _drop(db, keys.retired(partition), member)
+        report.add(member, "7 it is to be removed, and its post names it", dropped)
+    return True
+
+
+async def _check_quiet(db: Redis, name: str, report: Report, repair: bool) -> None:
+    """Check that a revision is stored. Without it, find_quiet looks at all posts again."""
+    try:
+        valid = await db.call("read_restored", [name]) >= 0
+    except (ResponseError, TypeError):
+        valid = False
+    if not valid:
+        report.add(name, "0 it is no revision", repair and bool(await db.call("drop_key", [name])))
 
 
 async def _check_leaf(db: Redis, partition: int, first: str, report: Report, repair: bool) -> None:
@@ -214,16 +254,20 @@ class Judged(NamedTuple):
     status: str | None  # None: no such post. Of a hidden post for example "hidden ready"
     author: str  # empty: no such post, or it has none
     comments: int
+    hot: int  # of the comments: they are in Redis
+    erased: int  # comments that were deleted and are still in a segment
+    segments: int
     waits: bool  # whether its image is to be made
     flaws: list[str]
 
 
-async def _call_check_post(db: Redis, post: str, repair: bool) -> Judged:
+async def _call_check_post(db: Redis, post: str, repair: bool, stored: tuple[str, str] = ("", "")) -> Judged:
+    """Call the script. `stored` is what `_newest_stored` has read."""
     partition = keys.partition_of_post(post)
-    script_keys = [*keys.post_and_lists(post), keys.turns(partition), keys.hidden(post)]
-    args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition))
-    status, author, comments, waits, *flaws = await db.call("check_post", script_keys, db.clock, *args)
-    return Judged(status, author, comments, bool(waits), flaws)
+    script_keys = [*keys.post_and_lists(post), keys.turns(partition), keys.hidden(post), keys.sealing(partition)]
+    args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition), *stored)
+    reply = await db.call("check_post", script_keys, db.clock, *args)
+    return Judged(*reply[:6], bool(reply[6]), reply[7:])
 
 
 async def _check_post(
@@ -234,10 +278,13 @@ async def _check_post(
     `count` is true for its own key. The check of that key reports the post's flaws, so each is reported once. If that
     key is missing, the first check of another name reports it.
     """
-    status, author, comments, waits, flaws = await _call_check_post(db, post, repair=False)
+    judged = await _call_check_post(db, post, repair=False)
+    status, author, waits, flaws = judged.status, judged.author, judged.waits, judged.flaws
     if count:
         report.posts += 1
-        report.comments += comments
+        report.comments += judged.comments
+        report.hot_comments += judged.hot
+        report.erased_comments += judged.erased
         if author:
             await _check_listed(db, post, status or "", author, report, repair)
     elif status:
@@ -246,9 +293,13 @@ async def _check_post(
         if post in report.missing_posts:
             return
         report.missing_posts.add(post)
+    stored = ("", "")
+    if judged.segments and (deep or (flaws and repair)):
+        stored = await _newest_stored(db, objects, post)
+        flaws = (await _call_check_post(db, post, False, stored)).flaws
     if flaws and repair:
-        flaws = (await _call_check_post(db, post, repair=True)).flaws
-        remaining = (await _call_check_post(db, post, repair=False)).flaws
+        flaws = (await _call_check_post(db, post, True, stored)).flaws
+        remaining = (await _call_check_post(db, post, False, stored)).flaws
     else:
         remaining = flaws
     for flaw in flaws:
@@ -259,6 +310,8 @@ async def _check_post(
         report.add(post, "3 it is hidden and its JPEG is stored", repair)
     if status not in ("ready", "hidden ready"):
         return
+    if judged.segments:
+        await _check_segments(db, objects, post, report, deep)
     for name, role in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
         if role == "JPEG" and (waits or status != "ready"):
             continue
@@ -267,6 +320,86 @@ async def _check_post(
             continue
         queued = role == "JPEG" and repair and await make_again(db, post)
         report.add(post, f"3 its {role} {fault}", bool(queued))
+
+
+async def _newest_stored(db: Redis, objects: ObjectStore, post: str) -> tuple[str, str]:
+    """The newest entry in a post's `segments`, and as JSON the newest comments in its segments, newest first.
+
+    Both are empty where a segment that has them is missing or damaged.
+    """
+    entries, erased = await sealing.read_segments(db, post)
+    found: list[segments.Comment] = []
+    for entry in reversed(entries):
+        if len(found) >= LATEST_COMMENTS:
+            break
+        try:
+            name = sealing.Entry.parse(entry).name
+            if name != keys.NO_SEGMENT:
+                rows = segments.decode(post, await objects.get(keys.segment(post, name)))
+                found += [row for row in reversed(rows) if row.id not in erased]
+        except (NotFound, ValueError):  # Damaged is a ValueError, too
+            return "", ""
+    return entries[-1] if entries else "", orjson.dumps([tuple(row) for row in found[:LATEST_COMMENTS]]).decode()
+
+
+async def _check_segments(db: Redis, objects: ObjectStore, post: str, report: Report, deep: bool) -> None:
+    """Check the segments of a post and its erased comments. With `deep` also read each segment.
+
+    They may be replaced meanwhile. So a flaw counts only if the same entry is still there afterwards.
+    """
+    entries, erased = await sealing.read_segments(db, post)
+    parsed = [sealing.Entry("0-0", 0, keys.NO_SEGMENT)]
+    for entry in entries:
+        try:
+            parsed.append(sealing.Entry.parse(entry))
+        except ValueError:
+            report.add(post, f"3 an entry of its segments is malformed: {entry}", False)
+            return
+    missing = set(erased)  # the erased comments that are in no segment
+    flaws: list[tuple[str, str]] = []  # what is flawed, an entry or an erased comment, and its flaw
+    for start in range(0, len(entries), SEGMENTS_TOGETHER):
+        pairs = list(itertools.pairwise(parsed[start : start + SEGMENTS_TOGETHER + 1]))
+        found = await asyncio.gather(*(_segment_flaw(objects, post, *pair, missing, deep) for pair in pairs))
+        flaws += [
+            (entry, f"3 its segment {pair[1].name} {flaw}")
+            for entry, pair, flaw in zip(entries[start:], pairs, found, strict=False)
+            if flaw
+        ]
+    if not deep:
+        missing = {comment for comment in erased if keys.order(comment) > keys.order(parsed[-1].last)}
+    flaws += [(comment, f"3 its erased comment {comment} is in no segment") for comment in sorted(missing)]
+    if flaws:
+        entries, erased = await sealing.read_segments(db, post)
+        for flawed, flaw in flaws:
+            if flawed in entries or flawed in erased:
+                report.add(post, flaw, False)
+
+
+async def _segment_flaw(
+    objects: ObjectStore, post: str, before: sealing.Entry, entry: sealing.Entry, missing: set[str], deep: bool
+) -> str:
+    """What is wrong with a segment. Empty: nothing. `before` is the entry of the next older one.
+
+    With `deep` it reads the segment, and takes its comments out of `missing`.
+    """
+    count = entry.through - before.through
+    if keys.order(entry.last) <= keys.order(before.last) or (count < 1) != (entry.name == keys.NO_SEGMENT) or count < 0:
+        return "is not in order with the older ones"
+    if entry.name == keys.NO_SEGMENT:
+        return ""
+    try:
+        if not deep:
+            return "" if await objects.size(keys.segment(post, entry.name)) else "is empty"
+        rows = segments.decode(post, await objects.get(keys.segment(post, entry.name)))
+    except NotFound:
+        return "is missing"
+    except segments.Damaged as error:
+        return f"is damaged: {error}"
+    missing.difference_update(row.id for row in rows)
+    if len(rows) != count:
+        return f"has {len(rows)} comments, not {count}"
+    inside = keys.order(before.last) < keys.order(rows[0].id) and keys.order(rows[-1].id) <= keys.order(entry.last)
+    return "" if inside else "has comments of another segment"
 
 
 async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -> str:

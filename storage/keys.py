@@ -29,6 +29,7 @@ ID = re.compile(r"(u?)([0-7][0-9A-HJKMNP-TV-Z]{25})-(0|[1-9][0-9]{0,4})")
 KEY = re.compile(r"([a-z]+):\{([0-9]{1,5})\}(?::(.*))?", re.DOTALL)
 ENTRY = re.compile(rf"[0-9a-f]{{16}} (?!u){ID.pattern}")
 COMMENT_ID = re.compile(r"([1-9][0-9]{0,14})-(0|[1-9][0-9]{0,9})")
+SEGMENT_NAME = re.compile(r"[1-9][0-9]{0,14}\.[0-9a-f]{16}")
 
 
 def partition_of_user(user: str, partitions: int) -> int:

@@ -142,6 +142,10 @@ def _ascend(rows: Sequence[Comment]) -> bool:
     return all(map(lt, numbers, numbers[1:]))
 
 
+class Unreadable(Unavailable):
+    """One segment is missing or damaged. Others may be read."""
+
+
 class Segments:
     """Reads segments through caches, and stores them.
 
@@ -182,7 +186,7 @@ class Segments:
     async def read(self, post: str, name: str) -> Rows:
         """The comments of a segment, oldest first. Readers of one segment at the same time share one read of the store.
 
-        Raises Unavailable, also where the segment is missing or damaged.
+        Raises Unavailable, and Unreadable where only this segment is missing or damaged.
         """
         key = keys.segment(post, name)
         if lines := self._lines.get(key):
@@ -210,9 +214,10 @@ class Segments:
             data = await self._objects.get(key)
             rows = await self._check(post, key, data)
         except NotFound as error:
-            raise Unavailable(f"{key} is missing: run imagegram-storage check") from error
+            await self.ping()  # raises Unavailable where the whole store is missing
+            raise Unreadable(f"{key} is missing: run imagegram-storage check") from error
         except Damaged as error:
-            raise Unavailable(f"{key} is damaged: run imagegram-storage check. {error}") from error
+            raise Unreadable(f"{key} is damaged: run imagegram-storage check. {error}") from error
         if self._folder:
             await asyncio.to_thread(self._folder.add, key, data)
         return rows

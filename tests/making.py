@@ -4,7 +4,7 @@ import io
 
 from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
-from storage import comments, keys, outbox, posts, uploads
+from storage import comments, keys, outbox, posts, sealing, uploads
 from storage.db.client import Redis
 from storage.segments import Segments
 from storage.settings import CHUNKS, DAY_MS
@@ -44,6 +44,16 @@ async def publish(db, store, author: str, comment_count: int = 0, partitions: in
     for number in range(comment_count):
         await comments.add(db, "bob", post, f"{number} / \\ \" é")
     return post
+
+
+async def seal(db, store, post: str, hot: int = 0) -> None:
+    """Moves all comments of a post to the store but the newest `hot`, and takes the deleted ones out of its segments.
+
+    It is done at once, as if the post had not changed for long.
+    """
+    quiet_ms = DAY_MS if hot else -DAY_MS
+    while await sealing.step(db, Segments(store), post, hot, quiet_ms, 31 * DAY_MS):
+        pass
 
 
 def jpeg(width: int = 640, height: int = 480, colour: str = "teal") -> bytes:

@@ -10,7 +10,17 @@ from making import NO_SEGMENTS, make_post, make_processing, make_upload
 from redis.exceptions import ResponseError
 from state import contents, unchanged
 
-from storage import check, comments, errors, keys, outbox, posts, retry, sealing, uploads
+from storage import (
+    check,
+    comments,
+    errors,
+    keys,
+    outbox,
+    posts,
+    retry,
+    sealing,
+    uploads,
+)
 from storage.backup.retain import KeptBackups
 from storage.db.client import SCRIPTS, Redis
 from storage.keys import IdempotencyKey
@@ -185,8 +195,10 @@ async def check_post(db, at: Scene):
         keys.gone(0),
         f"{keys.turns(0)}:other",
         keys.hidden(at.processing),
+        keys.sealing(0),
     ]
-    await db.call("check_post", script_keys, db.clock, at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0))
+    args = (at.processing, LATEST_COMMENTS, 1, keys.making_prefix(0), "", "")
+    await db.call("check_post", script_keys, db.clock, *args)
 
 
 async def index_post(db, at: Scene):

@@ -20,7 +20,7 @@ from parts import s3_url
 
 from storage import keys, segments
 from storage.objects import Folder, Unavailable, open_store
-from storage.segments import CacheFolder, Comment, Damaged, Segments, decode, encode, open_segments
+from storage.segments import CacheFolder, Comment, Damaged, Segments, Unreadable, decode, encode, open_segments
 from storage.settings import MIB, load
 
 POST = "01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"
@@ -208,7 +208,7 @@ async def test_an_error_reaches_each_reader_and_is_not_kept(store, caplog):
     name = keys.segment_name(rows[0].id)
     cache = Segments(store)
     failed = await asyncio.gather(*(cache.read(POST, name) for _ in range(3)), return_exceptions=True)
-    assert [type(error) for error in failed] == [Unavailable] * 3 and store.reads == 1
+    assert [type(error) for error in failed] == [Unreadable] * 3 and store.reads == 1
     await cache.put(POST, name, rows)
     assert list(await cache.read(POST, name)) == rows
     assert not caplog.records
@@ -219,7 +219,7 @@ async def test_a_segment_that_is_missing_or_damaged_is_unavailable_and_the_messa
     name = keys.segment_name("1795459382641-0")
     if data:
         await store.put(keys.segment(POST, name), data)
-    with pytest.raises(Unavailable, match=f"comments/{POST}/{name} is (missing|damaged): run imagegram-storage check"):
+    with pytest.raises(Unreadable, match=f"comments/{POST}/{name} is (missing|damaged): run imagegram-storage check"):
         await Segments(store).read(POST, name)
 
 
