@@ -1,18 +1,31 @@
 #!lua flags=no-writes
--- Tells whether a post's objects are still needed or scheduled for erasure.
--- KEYS[1] post    post:{p}:<id>    hash
--- KEYS[2] hidden  hidden:{p}:<id>  hash
--- KEYS[3] gone    gone:{p}         zset
--- KEYS[4] due     due:{p}          zset
--- ARGV[1] id      post id
--- Returns 1 if the post is in one of the four keys, else 0
+-- Tells which of a post's objects are still needed or scheduled for removal.
+-- KEYS[1] post      post:{p}:<id>      hash
+-- KEYS[2] hidden    hidden:{p}:<id>    hash
+-- KEYS[3] gone      gone:{p}           zset
+-- KEYS[4] due       due:{p}            zset
+-- KEYS[5] segments  segments:{p}:<id>  list
+-- KEYS[6] retired   retired:{p}        zset
+-- ARGV[1] id       post id
+-- ARGV[2…] stored  names of segments in the store
+-- Returns {1 if the original and the JPEG are or else 0, the names of those segments that are, …}
 -- Refuses nothing
 --
--- A deleted post is in `due` until its original is erased. It may be in `gone` for longer.
-local post, hidden, gone, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local id = ARGV[1]
+-- A deleted post is in `due` until its original is erased. It may be in `gone` for longer. Its segments are in `retired`.
+local post, hidden, gone, due, segments, retired = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local id, stored = ARGV[1], {unpack(ARGV, 2)}
 
-if redis.call('EXISTS', post, hidden) > 0 or redis.call('ZSCORE', gone, id) or redis.call('ZSCORE', due, id) then
-  return 1
+local known = redis.call('EXISTS', post, hidden) > 0 or redis.call('ZSCORE', gone, id) or redis.call('ZSCORE', due, id)
+local owned = {known and 1 or 0}
+local all_retired, named = redis.call('ZSCORE', retired, id .. '/'), {}
+if stored[1] then
+  for _, entry in ipairs(redis.call('LRANGE', segments, 0, -1)) do
+    named[entry:match('%S+$')] = true
+  end
 end
-return 0
+for _, name in ipairs(stored) do
+  if all_retired or named[name] or redis.call('ZSCORE', retired, id .. '/' .. name) then
+    owned[#owned + 1] = name
+  end
+end
+return owned

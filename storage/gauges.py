@@ -37,7 +37,7 @@ async def work(db: Redis, partitions: int) -> list[Reading]:
     calls = (
         db.call(
             "read_work",
-            [keys.due(partition), keys.turns(partition)],
+            [keys.due(partition), keys.turns(partition), keys.sealing(partition)],
             db.clock,
             LEASE_MS,
             DAY_MS,
@@ -48,12 +48,14 @@ async def work(db: Redis, partitions: int) -> list[Reading]:
         for partition in range(partitions)
     )
     rows = await _answers(calls)
-    due, oldest_ms, users, oldest_image_ms, uploads = zip(*rows, strict=True)
+    due, oldest_ms, users, oldest_image_ms, uploads, posts, oldest_post_ms = zip(*rows, strict=True)
     return [
         (WAITING, ("cleanup",), sum(due)),
         (OLDEST, ("cleanup",), max(oldest_ms) / 1000),
         (WAITING, ("images",), sum(users)),
         (OLDEST, ("images",), max(oldest_image_ms) / 1000),
+        (WAITING, ("comments",), sum(posts)),
+        (OLDEST, ("comments",), max(oldest_post_ms) / 1000),
         (OPEN_UPLOADS, (), sum(uploads)),
     ]
 

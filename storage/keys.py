@@ -400,7 +400,7 @@ def segment_name(first: str) -> str:
 
 IMAGES, ORIGINALS, ERASURES = "images/", "originals/", "erasures/"
 SEGMENTS = "comments/"
-OBJECTS = ("chunks/", IMAGES, ORIGINALS)  # the folders of all objects that belong to a post or an upload
+OBJECTS = ("chunks/", IMAGES, ORIGINALS, SEGMENTS)  # the folders of all objects that belong to a post or an upload
 
 
 def owner(name: str) -> str:

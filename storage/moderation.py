@@ -3,7 +3,9 @@
 An id is the one of a post, or of a comment as `POST/COMMENT`. Every command may be repeated.
 """
 
-from storage import comments, keys, posts
+from bisect import bisect_left
+
+from storage import comments, keys, posts, sealing
 from storage.comments import Comment
 from storage.db.client import Redis
 from storage.errors import NoComment
@@ -13,6 +15,8 @@ from storage.posts import Inspected, inspect
 from storage.segments import Segments
 from storage.times import format_ms
 
+SHOWN_SEGMENTS = 20  # of a post, the newest
+
 
 async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, comment: str = "") -> dict[str, object]:
     """All that is known of a post or of one of its comments, hidden or not. Raises NoPost, NoComment, Unavailable."""
@@ -21,7 +25,9 @@ async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, c
         return await _show_comment(db, segments, row, comment)
     kept = await comments.kept(db, post)
     known = dict(row.fields)
+    entries, erased = await sealing.read_segments(db, post)
     names = [row.key(), keys.comments(post), keys.latest(post), *([keys.kept(post)] if kept else [])]
+    names += [*([keys.segments(post)] if entries else []), *([keys.erased(post)] if erased else [])]
     return {
         "post": post,
         "status": known.pop("status", None),
@@ -31,7 +37,10 @@ async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, c
         "caption": known.pop("caption", None),
         "comment_count": row.comment_count,
         "comments_in_redis": row.hot_count,
+        "comments_in_store": row.comment_count - row.hot_count,
         "erased_comments": row.erased_count,
+        "segments": len(entries),
+        "newest_segments": _newest_segments(post, entries),
         "hidden_comments": [key for key, value in kept.items() if not isinstance(value, str)],
         "score_in_feed": row.score,
         "last_change": row.revision,
@@ -40,6 +49,19 @@ async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, c
         "other_fields": known,
         "keys": names,
     }
+
+
+def _newest_segments(post: str, entries: list[str]) -> list[dict[str, object]]:
+    """The newest segments and how many comments each has, with the erased ones. The newest is first."""
+    parsed = [sealing.Entry("", 0, keys.NO_SEGMENT), *map(sealing.Entry.parse, entries)]
+    return [
+        {"comments": entry.through - older.through, "object": _segment(post, entry)}
+        for older, entry in zip(parsed[-2::-1], parsed[:0:-1], strict=True)
+    ][:SHOWN_SEGMENTS]
+
+
+def _segment(post: str, entry: sealing.Entry) -> str | None:
+    return None if entry.name == keys.NO_SEGMENT else keys.segment(post, entry.name)
 
 
 async def _object(objects: ObjectStore, name: str) -> dict[str, object]:
@@ -51,6 +73,10 @@ async def _object(objects: ObjectStore, name: str) -> dict[str, object]:
 
 async def _show_comment(db: Redis, segments: Segments, row: Inspected, comment: str) -> dict[str, object]:
     found, hidden = await _find(db, segments, row, comment)
+    entries, _ = await sealing.read_segments(db, row.id)
+    parsed = [sealing.Entry.parse(entry) for entry in entries]
+    place = bisect_left(parsed, keys.order(comment), key=lambda entry: keys.order(entry.last))
+    sealed = not hidden and place < len(parsed)
     return {
         "post": row.id,
         "comment": found.id,
@@ -58,7 +84,8 @@ async def _show_comment(db: Redis, segments: Segments, row: Inspected, comment: 
         "author": found.author,
         "created_at": format_ms(keys.comment_ms(found.id)),
         "text": found.text,
-        "keys": [keys.kept(row.id) if hidden else keys.comments(row.id)],
+        "object": _segment(row.id, parsed[place]) if sealed else None,
+        "keys": [keys.kept(row.id) if hidden else (keys.segments if sealed else keys.comments)(row.id)],
     }
 
 
@@ -124,6 +151,8 @@ def render(known: dict[str, object]) -> str:
     lines = []
     for name, value in known.items():
         pairs = value.items() if isinstance(value, dict) else [("", value)]
+        if isinstance(value, list) and value and isinstance(value[0], dict):  # a line for each
+            pairs = [("", list(item.values())) for item in value]
         for inner, part in pairs:
             items = part if isinstance(part, list) else [part]
             text = " ".join("-" if item is None else printable(str(item)) for item in items) or "-"

@@ -1,7 +1,7 @@
 """Finds objects that belong to no post and no upload (orphans), and removes them.
 
-Orphans come from two causes. A process was killed after it had stored a chunk and before it had added the chunk to the
-upload. Or a restore left out the posts that the objects belong to.
+Orphans come from two causes. A process was killed after it had stored a chunk or a segment and before a script had
+added it to the upload or the post. Or a restore left out the posts or segments that the objects belong to.
 
 An operator runs the sweep by hand. It does not run by itself, because before Redis is restored every object looks like
 an orphan. For the same reason a sweep removes nothing if most objects are orphans.
@@ -33,7 +33,7 @@ class Report:
     seen: int = 0  # objects older than a day
     orphans: int = 0  # objects that belong to nothing and that no kept backup can name
     size: int = 0  # bytes of the orphans
-    waiting: int = 0  # originals and chunks that belong to nothing, but that a kept backup may name
+    waiting: int = 0  # originals, chunks and segments that belong to nothing, but that a kept backup may name
     names: list[str] = field(default_factory=list)  # of the first MAX_NAMES orphans
 
     def __str__(self) -> str:
@@ -49,8 +49,8 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach
     post is already as old as the oldest kept backup. The last backup that names the post is then kept for as long
     again, and that backup may be restored too.
 
-    Originals and chunks that are older than the last restore also wait until no kept backup began before that restore.
-    Backups are kept for longer than set while `verify` fails.
+    Originals, chunks and segments that are older than the last restore also wait until no kept backup began before that
+    restore. Backups are kept for longer than set while `verify` fails.
 
     Raises Mistaken where most objects are orphans and `remove` was requested, Unreachable, Unavailable.
     """
@@ -63,8 +63,10 @@ async def sweep(db: Redis, objects: ObjectStore, may_name: MayName, backup_reach
     restored: dict[int, int] = {}
     async for batch in _batches(objects, time.time() - DAY):
         report.seen += len(batch)
-        owners = {keys.owner(entry.name) for entry in batch}
-        owned = set().union(*await asyncio.gather(*(_owned(db, owner) for owner in owners)))
+        stored: dict[str, list[str]] = {}
+        for entry in batch:
+            stored.setdefault(keys.owner(entry.name), []).append(entry.name)
+        owned = set().union(*await asyncio.gather(*(_owned(db, owner, names) for owner, names in stored.items())))
         unowned = [entry for entry in batch if entry.name not in owned]
         orphans = [
             entry for entry in unowned if not await _backup_may_name(db, may_name, restored, entry, backup_reach_ms)
@@ -103,7 +105,7 @@ async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[En
     batch = []
     for folder in keys.OBJECTS:
         async for entry in objects.list(folder):
-            if entry.modified < before and keys.ID.fullmatch(keys.owner(entry.name)):
+            if entry.modified < before and _is_ours(entry.name):
                 batch.append(entry)
             if len(batch) == BATCH:
                 yield batch
@@ -111,11 +113,21 @@ async def _batches(objects: ObjectStore, before: float) -> AsyncIterator[list[En
     yield batch
 
 
-async def _owned(db: Redis, owner: str) -> set[str]:
-    """The names of the objects that belong to a post or an upload, given its id."""
+def _is_ours(name: str) -> bool:
+    """Whether this software may have created an object with this name, in the folders of OBJECTS."""
+    parts = keys.ID.fullmatch(keys.owner(name))
+    if not name.startswith(keys.SEGMENTS):
+        return bool(parts)
+    return bool(parts and not parts[1] and keys.SEGMENT_NAME.fullmatch(name.split("/", 2)[-1]))
+
+
+async def _owned(db: Redis, owner: str, stored: list[str]) -> set[str]:
+    """The names of the objects that belong to a post or an upload, given its id. Of its segments those in `stored`."""
     if keys.ID.fullmatch(owner)[1]:
         return {keys.chunk(owner, name) for name in (await uploads.inspect(db, owner)).chunks}
     partition = keys.partition_of_post(owner)
-    script_keys = [keys.post(owner), keys.hidden(owner), keys.gone(partition), keys.due(partition)]
-    known = await db.call("is_owned", script_keys, owner)
-    return {keys.original(owner), keys.image(owner)} if known else set()
+    lists = [keys.gone(partition), keys.due(partition), keys.segments(owner), keys.retired(partition)]
+    names = [name.split("/")[2] for name in stored if name.startswith(keys.SEGMENTS)]
+    known, *segments = await db.call("is_owned", [keys.post(owner), keys.hidden(owner), *lists], owner, *names)
+    images = {keys.original(owner), keys.image(owner)} if known else set()
+    return images.union(keys.segment(owner, name) for name in segments)

@@ -23,7 +23,7 @@ from scraping import Scrape
 from uploading import BODY, begin, offset, patch_head, picture
 from wire import Line, dial, exchange, head, hear, request
 
-from storage import metrics, uploads
+from storage import keys, metrics, uploads
 from storage.settings import DAY_MS
 
 REQUESTS, SECONDS = "imagegram_requests_total", "imagegram_request_duration_seconds"
@@ -171,6 +171,7 @@ async def test_open_uploads_and_work_that_waits_are_read_from_redis(serving, emp
         await make_processing(db, "carol")
         dropped, _ = await uploads.create(db, "carol", 1, 500)
         await uploads.drop(db, "carol", dropped)
+        serving.server.client.zadd(keys.sealing(0), {NOBODY: db.clock})
 
     await asyncio.to_thread(run_with_db, serving.server, leave_work)
     scrape = Scrape(serving.url)
@@ -180,6 +181,8 @@ async def test_open_uploads_and_work_that_waits_are_read_from_redis(serving, emp
     assert 3600 <= scrape("imagegram_work_oldest_seconds", queue="images") < 3660
     assert scrape("imagegram_work_waiting", queue="cleanup") == 1
     assert 3540 <= scrape("imagegram_work_oldest_seconds", queue="cleanup") < 3600
+    assert scrape("imagegram_work_waiting", queue="comments") == 1
+    assert 3600 <= scrape("imagegram_work_oldest_seconds", queue="comments") < 3660
     infos = [client.info("memory") for client in serving.server.primaries]
     assert 0.5 < scrape("imagegram_redis_memory_bytes") / sum(info["used_memory"] for info in infos) < 2
     limits = [info["maxmemory"] or info["total_system_memory"] for info in infos]

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 from conftest import NOBODY, running_site, until
-from making import NO_SEGMENTS, jpeg, make_post, make_processing, publish
+from making import NO_SEGMENTS, jpeg, make_post, make_processing, publish, seal
 from state import contents, unchanged
 
 from storage import __main__ as main
-from storage import changes, check, comments, errors, keys, moderation, outbox, posts
+from storage import changes, check, comments, errors, keys, moderation, outbox, posts, sealing
+from storage.segments import Segments
 from storage.settings import DAY_MS, LEASE_MS
 
 NOW = 1_763_971_200_000  # ms since 1970
@@ -118,8 +119,9 @@ async def test_the_picture_of_a_hidden_post_is_erased_until_no_job_can_store_it_
     await erase_due(db, store, post)
     assert (await check.check(db, store)).lines == [], "its original is stored"
     partition = keys.partition_of_post(post)
-    script_keys = [keys.post(post), keys.hidden(post), keys.gone(partition), keys.due(partition)]
-    assert await db.call("is_owned", script_keys, post), "a sweep does not take its original"
+    lists = [keys.gone(partition), keys.due(partition), keys.segments(post), keys.retired(partition)]
+    owned = await db.call("is_owned", [keys.post(post), keys.hidden(post), *lists], post)
+    assert owned == [1], "a sweep does not take its original"
 
 
 async def test_a_post_that_is_unhidden_while_its_picture_is_being_erased_gets_it_again(server, db, store):
@@ -184,7 +186,7 @@ async def test_check_repairs_what_shows_a_hidden_post_and_it_stays_hidden(server
         "0 it is among the changes and hidden (repaired)",
         "0 its image is to be made and it is hidden (repaired)",
         "1 it is in the feed and hidden (repaired)",
-        "2 its latest comments are not the newest of its stream (repaired)",
+        "2 its latest comments are not its newest ones (repaired)",
         "3 it is hidden and its JPEG is stored (repaired)",
     ]
     assert contents(server.client) == before
@@ -253,6 +255,30 @@ async def test_comments_of_a_hidden_post_are_hidden_shown_and_deleted_without_sh
     for comment in (second, third):
         with unchanged(server.client), pytest.raises(errors.NoComment):
             await moderation.delete(db, store, NO_SEGMENTS, post, comment.id, REACH)
+
+
+async def test_an_operator_sees_where_the_comments_of_a_post_are(server, db, store, monkeypatch):
+    monkeypatch.setattr(sealing, "SEGMENT_COMMENTS", 2)
+    segments, post = Segments(store), await publish(db, store, "alice", 45)
+    oldest, older = (await comments.page(db, segments, post, 50)).comments[:-3:-1]
+    await seal(db, store, post, hot=1)
+    hot = (await comments.page(db, segments, post, 1)).comments[0]
+    await comments.delete(db, segments, "bob", post, oldest.id)
+    known = await moderation.show(db, store, segments, post)
+    counts = {"comment_count": 44, "comments_in_redis": 1, "comments_in_store": 43, "erased_comments": 1}
+    assert known.items() >= {**counts, "segments": 22}.items()
+    newest = [entry.split(" ")[2] for entry in server.client.lrange(keys.segments(post), -20, -1)[::-1]]
+    assert known["newest_segments"] == [{"comments": 2, "object": keys.segment(post, name)} for name in newest]
+    assert {keys.segments(post), keys.erased(post)} < set(known["keys"])
+    assert f"\nnewest_segments         2 {keys.segment(post, newest[-1])}\n" in moderation.render(known)
+    first = sealing.Entry.parse(server.client.lindex(keys.segments(post), 0)).name
+    shown = await moderation.show(db, store, segments, post, older.id)
+    assert shown["object"] == keys.segment(post, first) and shown["keys"] == [keys.segments(post)]
+    assert (await moderation.show(db, store, segments, post, hot.id))["object"] is None
+    await moderation.hide(db, store, segments, post, older.id)
+    assert (await moderation.show(db, store, segments, post, older.id))["object"] is None
+    await seal(db, store, post)
+    assert (await moderation.show(db, store, segments, post))["newest_segments"][-1]["comments"] == 2
 
 
 async def test_a_clock_that_went_back_does_not_keep_a_comment_hidden(db, store):

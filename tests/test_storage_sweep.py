@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 from conftest import NOBODY, ROOT, connect
-from making import make_post, make_processing, make_upload
+from making import make_post, make_processing, make_upload, seal
 from parts import s3_url
 from state import unchanged
 
-from storage import keys, objects, posts, settings, uploads
+from storage import comments, keys, objects, posts, sealing, settings, uploads
 from storage.backup import chain
 from storage.backup.retain import KeptBackups
 from storage.db.client import BATCH
 from storage.objects import open_store
+from storage.segments import Segments
 from storage.sweep import DAY, SAFE_COUNT, Mistaken, Report, sweep
 
 CHOSEN = settings.load({"IMAGEGRAM_KEEP_DAYS": "3"})
@@ -92,22 +93,64 @@ async def test_objects_without_an_owner_are_removed_and_no_others(server, db, st
     assert (await sweep_with(db, store, CHOSEN, remove=True)).orphans == 0
 
 
-async def test_originals_and_chunks_that_a_backup_from_before_a_restore_may_name_stay(db, store, tmp_path):
+async def test_originals_chunks_and_segments_that_a_backup_from_before_a_restore_may_name_stay(db, store, tmp_path):
     chosen = replace(CHOSEN, backup_store_url=(tmp_path / "backup").as_uri())
     backup = objects.open_store(chosen.backup_store_url)
     now = int(time.time())
     await backup.put(chain.description_name(1), chain.seal({"second": now - 20 * DAY}, b""))
-    named = keys.original(NOBODY), keys.chunk("u" + NOBODY, "0-a")
+    named = keys.original(NOBODY), keys.chunk("u" + NOBODY, "0-a"), keys.segment(NOBODY, keys.segment_name("5-0"))
     orphans = {await put(store, tmp_path, name, 12 * DAY) for name in named}
     image = await put(store, tmp_path, keys.image(NOBODY), 12 * DAY)
     db.clock = int((now - 10 * DAY) * 1000)
     await db.call("begin_epoch", [keys.epoch(0), keys.restored(0)], db.clock, "name")
     db.clock = now * 1000
     found = await sweep_with(db, store, chosen, remove=True)
-    assert (found.orphans, found.waiting, found.names) == (1, 2, [image])
+    assert (found.orphans, found.waiting, found.names) == (1, 3, [image])
     await backup.delete([chain.description_name(1)])
-    assert (await sweep_with(db, store, chosen, remove=True)).orphans == 2
+    assert (await sweep_with(db, store, chosen, remove=True)).orphans == 3
     assert not orphans & await names(store)
+
+
+@pytest.mark.parametrize("when", ["sealed", "compacted"])
+async def test_the_segment_of_a_process_that_was_killed_before_its_script_is_removed(
+    server, db, store, tmp_path, monkeypatch, when
+):
+    """Every other segment stays: of the post, replaced ones, and those of a deleted post."""
+    monkeypatch.setattr(sealing, "SEGMENT_COMMENTS", 2)
+
+    class Killed(Segments):
+        async def put(self, *args):
+            await super().put(*args)
+            raise SystemExit
+
+    async def make(count: int) -> str:
+        post = await make_post(db, "alice")
+        for number in range(count):
+            await comments.add(db, "bob", post, f"{number}")
+        return post
+
+    async def erase(post: str, place: int) -> None:
+        rows = (await comments.page(db, Segments(store), post, 20)).comments
+        await comments.delete(db, Segments(store), "bob", post, rows[place].id)
+
+    post, deleted = await make(4), await make(3)
+    for each in (post, deleted):
+        await seal(db, store, each)
+    await erase(post, -1)
+    await seal(db, store, post)
+    await posts.delete(db, store, "alice", deleted)
+    owned = await names(store)
+    assert len(owned) == 5 and server.client.zcard(keys.retired(0)) == 2
+    await (comments.add(db, "bob", post, "new") if when == "sealed" else erase(post, -2))
+    with unchanged(server.client), pytest.raises(SystemExit):
+        await sealing.step(db, Killed(store), post, 0, -1000, 1000)
+    for name in [await put(store, tmp_path, f"comments/{NOBODY}/notes.txt"), *await names(store)]:
+        os.utime(tmp_path / "store" / name, (time.time() - OLD,) * 2)
+    (orphan,) = await names(store) - owned - {f"comments/{NOBODY}/notes.txt"}
+    with unchanged(server.client):
+        found = await sweep_with(db, store, CHOSEN, remove=True)
+    assert (found.seen, found.orphans, found.names) == (6, 1, [orphan])
+    assert await names(store) == owned | {f"comments/{NOBODY}/notes.txt"}
 
 
 @pytest.fixture
@@ -122,7 +165,8 @@ async def real(embedded):
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
     count = SAFE_COUNT + 1
     for number in range(count):
-        await put(store, tmp_path, keys.image(keys.new_post_id(number % 3)))
+        post = keys.new_post_id(number % 3)
+        await put(store, tmp_path, keys.segment(post, keys.segment_name("5-0")) if number % 2 else keys.image(post))
     with unchanged(embedded.client, tmp_path), pytest.raises(Mistaken, match=f"{count} of {count} objects "):
         await sweep_with(real, store, CHOSEN, remove=True)
 
