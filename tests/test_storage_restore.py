@@ -10,10 +10,11 @@ import time
 from argparse import Namespace
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
+from types import SimpleNamespace
 
 import pytest
-from making import NO_SEGMENTS, jpeg
+from making import NO_SEGMENTS, jpeg, seal
 from parts import (
     PROGRAMS,
     redis_on,
@@ -26,9 +27,9 @@ from parts import (
 from state import files
 from uploading import picture
 
-from storage import changes, comments, erasure, keys, originals, outbox, posts, uploads
+from storage import changes, check, comments, erasure, keys, originals, outbox, posts, sealing, sweep, uploads
 from storage.__main__ import _backup
-from storage.backup import aof, chain, snapshots
+from storage.backup import aof, chain, retain, snapshots
 from storage.backup import state as shipper_state
 from storage.backup.aof import Damaged
 from storage.backup.restore import Refused, restore, running, url
@@ -38,6 +39,8 @@ from storage.db.client import Redis
 from storage.errors import Expired, NoPost, Outdated
 from storage.objects import open_store
 from storage.progress import Progress
+from storage.segments import Segments
+from storage.settings import DAY_MS
 
 # Microseconds a key. Otherwise a rewrite of so few keys begins and ends before the shipper reads the manifest again,
 # which leaves a gap in the chain.
@@ -384,6 +387,82 @@ async def test_a_restore_can_be_undone_and_redone_and_no_image_is_lost(settings,
     # Restore d returns to the second generation, which b wrote.
     done = await restore(settings, backup, tmp_path / "d" / "redis", second)
     assert done.generation == 2 and done.counts["posts"] == 2 and done.counts["flaws"] == 0
+
+
+@pytest.mark.parametrize("settings", ["redis-folder"], indirect=True)
+async def test_whatever_is_restored_and_undone_no_backup_names_a_segment_or_an_original_that_was_removed(
+    settings, backup, tmp_path, monkeypatch
+):
+    """After each step, a worker and a sweep remove what they may: when it is due at the earliest, and much later."""
+    monkeypatch.setattr(sealing, "SEGMENT_COMMENTS", 2)
+    monkeypatch.setattr(retain, "LONGEST_REWRITE_MS", 0)  # an hour would hide that a second is wrong
+    objects, reach, number = open_store(settings.store_url), settings.backup_reach_ms, count(1)
+    unneeded = []  # when something was deleted or replaced, in ms since 1970
+
+    async def clean(db) -> None:
+        unneeded.append(int(time.time() * 1000))
+        for moment in [*unneeded, unneeded[-1] + 2 * DAY_MS * next(number)]:
+            db.clock = moment + reach + 1
+            may_name = KeptBackups(backup).may_name
+            await run_outbox(db, objects, backup, db.clock, reach)
+            await sealing.remove_retired(db, objects, may_name, 0, reach)
+            monkeypatch.setattr(sweep, "time", SimpleNamespace(time=lambda: db.clock / 1000))
+            await sweep.sweep(db, objects, may_name, reach, remove=True)
+        assert (await check.check(db, objects, deep=True)).lines == []
+        db.clock = ""
+
+    async def restorable(*seconds: int) -> None:
+        for second in seconds:
+            folder, messages = tmp_path / f"try{next(number)}", []
+            done = await restore(settings, backup, folder, second, messages.append)
+            assert done.counts["flaws"] == 0, messages
+
+    async def erase_and_compact(db, post: str, place: int) -> None:
+        row = (await comments.page(db, Segments(objects), post, 20)).comments[place]
+        await comments.delete(db, Segments(objects), row.author, post, row.id)
+        await seal(db, objects, post)
+        unneeded.append(int(time.time() * 1000))
+
+    async with site(settings, settings.data, backup) as db:
+        kept, other = [await publish(db, objects, author) for author in ("alice", "eve")]
+        for post in (kept, other):
+            for text in ("second", "third", "fourth", "fifth"):
+                await comments.add(db, "bob", post, text)
+        hot = await next_second()
+        for post in (kept, other):
+            await seal(db, objects, post)
+        sealed = await next_second()
+        await erase_and_compact(db, kept, -1)
+        await posts.delete(db, objects, "eve", other, reach)
+        later = await next_second()
+        await clean(db)
+    await restorable(hot)
+    # Restore b: other comments are deleted, and the post that was kept.
+    assert (await restore(settings, backup, tmp_path / "b" / "redis", sealed)).counts["flaws"] == 0
+    async with site(settings, tmp_path / "b", backup) as db:
+        await erase_and_compact(db, kept, 1)
+        await erase_and_compact(db, other, -1)
+        b = await next_second()
+        await posts.delete(db, objects, "alice", kept, reach)
+        await clean(db)
+    await restorable(b)
+    # Restore c undoes b.
+    assert (await restore(settings, backup, tmp_path / "c" / "redis", later)).counts["flaws"] == 0
+    async with site(settings, tmp_path / "c", backup) as db:
+        await erase_and_compact(db, kept, -1)
+        c = await next_second()
+        await restorable(hot)
+        await backup.delete([chain.description_name(1)])  # retention removes the first generation
+        await clean(db)
+    await restorable(b, c)
+    async with running(settings, tmp_path / "c" / "redis") as client:
+        db = Redis(url(client))
+        await backup.delete([chain.description_name(generation) for generation in (2, 3)])
+        await posts.delete(db, objects, "alice", kept, reach)
+        await clean(db)  # no backup is left
+        await db.close()
+    left = {entry.name async for entry in objects.list()}
+    assert not {name for name in left if not name.startswith("chunks/")}
 
 
 async def test_a_restore_brings_back_an_erased_user_says_so_and_keeps_hidden_what_was_hidden(
