@@ -14,6 +14,7 @@ from tests.bench import (
     plots,
     requests,
     rewrite,
+    sealing,
     segments,
     shards,
     shipping,
@@ -24,7 +25,7 @@ from tests.bench import (
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
-PARTS = ("requests", "growth", "memory", "segments", "transfers", "shipping", "waiting", "shards", "costs")
+PARTS = ("requests", "growth", "memory", "segments", "sealing", "transfers", "shipping", "waiting", "shards", "costs")
 PARTS += ("rewrite", "forecast")
 FORECAST = 300  # seconds of each load
 QUICK_SIZES = (1000, 10_000)  # posts
@@ -48,6 +49,9 @@ def measure(part: str, options: argparse.Namespace, pictures: Path) -> str:
             plots.memory(by_server, pictures / "memory.png")
         case "segments":
             rows = segments.measure(seconds)
+        case "sealing":
+            rows, lines = sealing.measure(10 if options.quick else 60, options.quick)
+            plots.sealing(lines, pictures / "sealing.png")
         case "transfers":
             rows = transfers.measure(rounds)
         case "shipping":

@@ -61,6 +61,7 @@ def site(stack: contextlib.ExitStack, root: Path, **settings) -> tuple[Api, dict
         "feed, first page of 10": Load(api.url, [FEED]).run,
         "feed, 100 cursors at random": Load(api.url, cursors).run,
         "one post, 10,000 at random": Load(api.url, [f"/v1/posts/{post}" for post in ids]).run,
+        "20 comments of a post": Load(api.url, [f"/v1/posts/{post}/comments?limit=20" for post in ids]).run,
         "comment": Load(api.url, [f"/v1/posts/{post}/comments" for post in ids], "POST", commenter, BODY).run,
         "image of 60 kB": Load(api.url, [f"/v1/images/{post}.jpg" for post in ids]).run,
         "form of 32 MiB": upload(by_form),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from storage import keys
 from storage.db.client import script
-from storage.settings import LATEST_COMMENTS, LEAF_ENTRIES
+from storage.settings import DAY_MS, LATEST_COMMENTS, LEAF_ENTRIES
 from tests.conftest import ROOT, RedisServer
 
 AUTHOR = "user-%05d"  # 10 bytes
@@ -109,7 +109,7 @@ def listed(author: str, post: str) -> bytes:
 def commands(posts: Iterable[Row], now: int, partition: int = 0) -> Iterator[bytes]:
     """Packed commands that write the posts of a partition. `now` is in unix milliseconds."""
     feed, changes = ["ZADD", keys.feed(partition)], ["ZADD", keys.changes(partition)]
-    revision = now - 30 * 24 * 3_600_000
+    revision = now - DAY_MS  # no post is quiet
     for post in posts:
         yield pack(
             *("HSET", keys.post(post.id), "author", post.author, "caption", post.caption),

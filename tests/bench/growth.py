@@ -12,7 +12,7 @@ from statistics import median
 from storage import keys
 from storage.db.client import SCRIPTS
 from storage.posts import feed_names
-from storage.settings import DAY_MS, LATEST_COMMENTS, PAGE_BYTES
+from storage.settings import DAY_MS, HOT_COMMENTS, LATEST_COMMENTS, PAGE_BYTES, SEGMENT_COMMENTS
 from tests.bench import fill
 from tests.bench.drive import Load, in_turns, middle, ratio
 from tests.bench.parts import Api, Redis
@@ -44,8 +44,8 @@ def page(cursor: str = "") -> tuple:
 
 def comment(post: str) -> tuple:
     """The command that adds a comment, as `storage.comments` sends it."""
-    key_names = [keys.post(post), keys.comments(post), keys.latest(post), keys.feed(0), keys.changes(0), keys.gone(0)]
-    arguments = ["", post, "user-00001", fill.TEXT, LATEST_COMMENTS, "-", DAY_MS]
+    key_names = [*keys.post_and_lists(post), keys.sealing(0)]
+    arguments = ["", post, "user-00001", fill.TEXT, LATEST_COMMENTS, "-", DAY_MS, HOT_COMMENTS + SEGMENT_COMMENTS]
     return "EVALSHA", SCRIPTS["add_comment"].sha, len(key_names), *key_names, *arguments
 
 

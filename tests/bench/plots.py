@@ -146,6 +146,19 @@ def memory(by_server: dict[str, dict[int, float]], path: Path) -> None:
     _save(figure, path)
 
 
+def sealing(lines: dict[str, list[float]], path: Path) -> None:
+    """Memory against the number of comments. `lines` has `comments`, and bytes of memory by state."""
+    figure, (axes,) = _figure("Memory of Redis, posts included, 100 comments a post", 1, 1, 4.5)
+    comments = lines["comments"]
+    for style, (name, values) in zip(cycle(LINES), list(lines.items())[1:], strict=False):
+        axes.plot(comments, [value / 2**20 for value in values], label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="comments stored", ylabel="MiB")
+    _log_ticks(axes.xaxis, comments)
+    _log_ticks(axes.yaxis, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000])
+    axes.legend(fontsize=10, handlelength=3.5)
+    _save(figure, path)
+
+
 def forecast(seen: dict[str, dict], most: float, path: Path) -> None:
     """A panel for each load, with a line for each call. `seen` has by load what `tests.bench.pace` printed.
 
