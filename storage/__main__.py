@@ -225,6 +225,7 @@ async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
     counts = ", ".join(f"{about[name]} {name}" for name in export.ROWS)
     missing = len(about["posts_without_original"])
     _say(f"{arguments.file}: {counts}" + (f"; {missing} posts have no original any more" if missing else ""))
+    _end_if_unreadable(about["posts_with_unreadable_comments"])
 
 
 async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -251,6 +252,15 @@ async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:
         _say("a restore to before now brings it back: run `imagegram-storage erase --again --yes` after one")
         _say("a token that is still valid can post again: revoke it at its issuer, then run this command once more")
     await db.close()
+    _end_if_unreadable(sorted(counts.unreadable))
+
+
+def _end_if_unreadable(posts: list[str]) -> None:
+    """End with an error status if some comments of these posts are in segments that are missing or damaged."""
+    for post in posts:
+        _say(f"NOT COMPLETE: some comments of {post} cannot be read: run imagegram-storage check --deep")
+    if posts:
+        sys.exit(1)
 
 
 async def _cluster(arguments: argparse.Namespace, settings: Settings) -> None:

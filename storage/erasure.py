@@ -31,11 +31,19 @@ from storage.objects import NotFound, ObjectStore
 from storage.outbox import MayName, recheck_at
 from storage.posts import Inspected, inspect
 from storage.progress import Progress
-from storage.segments import Segments
+from storage.segments import Segments, Unreadable
 from storage.users import Found, FoundComment, FoundUpload, Wanted, walk
 
 NAMES = "other keys with the name"
 COUNTED = ("posts", "comments", "open uploads", NAMES)
+
+
+class Counts(Counter[str]):
+    """How much of each of COUNTED was found, and removed."""
+
+    def __init__(self):
+        super().__init__(dict.fromkeys(COUNTED, 0))
+        self.unreadable: set[str] = set()  # posts of which some comments could not be read or deleted
 
 
 class Erasure(NamedTuple):
@@ -59,8 +67,10 @@ async def erase(
     backup_reach_ms: int,
     progress: Progress,
     remove: bool,
-) -> Counter[str]:
+) -> Counts:
     """Find all that a user has. With `remove` also record the erasure, and remove it. Returns how much it was.
+
+    What is in a segment that is missing or damaged stays, and its post is in the result's `unreadable`.
 
     Raises Unreachable, Unknown, Unavailable; the same call again continues.
     """
@@ -78,7 +88,7 @@ async def erase(
 
 async def erase_again(
     db: Redis, objects: ObjectStore, segments: Segments, backup_reach_ms: int, progress: Progress, remove: bool
-) -> tuple[int, Counter[str]]:
+) -> tuple[int, Counts]:
     """Like `erase`, for all users on record. For after a restore. Returns how many users are on record, too.
 
     What was created after a user's erasure stays: the name may belong to somebody new.
@@ -105,11 +115,11 @@ async def _erase(
     backup_reach_ms: int,
     progress: Progress,
     record: Callable[[], Awaitable[None]] | None,
-) -> Counter[str]:
+) -> Counts:
     """Count what is `wanted`. With `record` also remove it: `record` is called before the first thing and after all."""
-    counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
+    counts = Counts()
     seen: set[object] = set()  # the walk may meet the same thing twice
-    async for found in walk(db, segments, wanted, progress):
+    async for found in walk(db, segments, wanted, progress, counts.unreadable):
         kind, name = _kind(found)
         if name in seen:
             continue
@@ -118,7 +128,11 @@ async def _erase(
         if record:
             if counts.total() == 1:
                 await record()
-            await _remove(db, objects, segments, found, backup_reach_ms)
+            try:
+                await _remove(db, objects, segments, found, backup_reach_ms)
+            except Unreadable:  # of a comment: its segment, or the one that `latest` needs
+                counts.unreadable.add(found.post)
+                counts[kind] -= 1
     if record and counts.total():
         await record()
     return counts

@@ -3,6 +3,7 @@
 | in the zip | holds |
 |---|---|
 | `user.json` | whose data this is, when it was read, how much it is, and which posts have no original any more |
+| | `posts_with_unreadable_comments`: a segment of these is missing or damaged, so comments may be missing here |
 | `posts.jsonl` | the user's posts in any status, one JSON object a line; `original` names the file |
 | `comments.jsonl` | the user's comments on any post |
 | `uploads.jsonl` | the user's open uploads, without their bytes |
@@ -122,6 +123,7 @@ async def _collect(db: Redis, segments: Segments, user: str, parts: Path, progre
     began = int(time.time() * 1000)
     counts = dict.fromkeys(ROWS, 0)
     written: set[str] = set()
+    unreadable: set[str] = set()
     with ExitStack() as stack:
         rows = {name: stack.enter_context((draft / f"{name}.jsonl").open("xb")) for name in ROWS}
 
@@ -131,7 +133,7 @@ async def _collect(db: Redis, segments: Segments, user: str, parts: Path, progre
                 counts[name] += 1
                 rows[name].write(orjson.dumps(row) + b"\n")
 
-        async for found in walk(db, segments, lambda author, _: author == user, progress):
+        async for found in walk(db, segments, lambda author, _: author == user, progress, unreadable):
             if isinstance(found, Inspected):
                 write("posts", found.id, _post(found))
             elif isinstance(found, FoundComment):
@@ -139,6 +141,7 @@ async def _collect(db: Redis, segments: Segments, user: str, parts: Path, progre
             elif isinstance(found, FoundUpload) and found.upload.expires and not found.upload.expired:
                 write("uploads", found.id, _upload(found))
     about = {"user": user, "read_at": [format_ms(began), format_ms(int(time.time() * 1000))], **counts}
+    about["posts_with_unreadable_comments"] = sorted(unreadable)
     (draft / "user.json").write_bytes(orjson.dumps(about))
     for path in [*draft.iterdir(), draft]:
         files.sync(path)

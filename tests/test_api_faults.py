@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import redis
 from conftest import NOBODY, RedisServer, Site, connect, run_with_db, running_site, until
-from making import make_post
+from making import make_post, publish, seal
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from state import unchanged
@@ -260,6 +261,25 @@ def test_when_the_store_is_full_bytes_are_refused_and_earlier_ones_stay(serving)
             assert sum(1 for _ in (serving.folder / "store").glob("chunks/*/*")) == 1
         assert send(taken).status_code == 204
     assert asyncio.run(joined(serving, serving.server, upload)) == image
+
+
+def test_a_lost_segment_makes_only_its_own_comments_unreadable(serving):
+    store = serving.open_store()
+
+    async def lose_a_segment(db):
+        post = await publish(db, store, "alice", 300)
+        await seal(db, store, post, hot=20)
+        (segment,) = [entry.name async for entry in store.list(f"comments/{post}/")]
+        await store.delete([segment])
+        return post
+
+    address = f"{serving.url}/v1/posts/{run_with_db(serving.server, lose_a_segment)}/comments"
+    first = httpx.get(address)
+    assert (first.status_code, len(first.json()["items"])) == (200, 20)
+    lost = httpx.get(address, params={"cursor": first.json()["next"], "limit": 100})
+    assert (lost.status_code, lost.json()["code"]) == (503, "unreachable")
+    assert lost.json()["detail"] == "some of these comments cannot be read from the store"
+    assert httpx.get(f"{serving.url}/v1/posts").status_code == 200
 
 
 async def test_an_upload_stops_when_free_space_runs_out_and_keeps_what_it_has(real_server, store):

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import time
 from argparse import Namespace
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -396,7 +397,7 @@ async def test_whatever_is_restored_and_undone_no_backup_names_a_segment_or_an_o
     """After each step, a worker and a sweep remove what they may: when it is due at the earliest, and much later."""
     monkeypatch.setattr(sealing, "SEGMENT_COMMENTS", 2)
     monkeypatch.setattr(retain, "LONGEST_REWRITE_MS", 0)  # an hour would hide that a second is wrong
-    objects, reach, number = open_store(settings.store_url), settings.backup_reach_ms, count(1)
+    objects, reach, number = open_store(settings.store_url), settings.backup_reach_ms, itertools.count(1)
     unneeded = []  # when something was deleted or replaced, in ms since 1970
 
     async def clean(db) -> None:
