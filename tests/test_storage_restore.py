@@ -103,9 +103,9 @@ def test_a_second_includes_all_of_its_records_and_none_of_a_later_second(tmp_pat
     data = record(b"SELECT", b"0") + b"".join(seconds)
     first = len(record(b"SELECT", b"0"))
     length = len(seconds[0])
-    for at, count, second in [(99, 0, None), (100, 1, 100), (101, 2, 101), (102, 2, 101), (103, 3, 103)]:
+    for at, whole, second in [(99, 0, None), (100, 1, 100), (101, 2, 101), (102, 2, 101), (103, 3, 103)]:
         result = walk(tmp_path, data, at)
-        assert (result.end, result.second) == (first + count * length, second)
+        assert (result.end, result.second) == (first + whole * length, second)
         assert result.later == (count < 3) and not result.torn
 
 
