@@ -106,7 +106,7 @@ def test_a_second_includes_all_of_its_records_and_none_of_a_later_second(tmp_pat
     for at, whole, second in [(99, 0, None), (100, 1, 100), (101, 2, 101), (102, 2, 101), (103, 3, 103)]:
         result = walk(tmp_path, data, at)
         assert (result.end, result.second) == (first + whole * length, second)
-        assert result.later == (count < 3) and not result.torn
+        assert result.later == (whole < 3) and not result.torn
 
 
 def test_a_value_that_looks_like_an_annotation_is_a_value(tmp_path):

@@ -18,7 +18,8 @@ HOUR, DAY, GIB = 3600, 86400, 2**30
 
 # name: value, unit, the command that prints it
 MEASURED = {
-    "comment in memory": (115, "B", "python -m tests.bench --part memory"),
+    "comment in memory, of a post that changes": (51, "B", "python -m tests.bench --part sealing"),
+    "comment in memory, of a quiet post": (5.8, "B", "python -m tests.bench --part sealing"),
     "post in memory": (504, "B", "python -m tests.bench --part memory"),
     "Idempotency-Key in memory, for a day": (148, "B", "python -m tests.bench --part memory"),
     "comment in the increments": (614, "B", "python -m tests.bench --part costs"),
@@ -39,6 +40,8 @@ MEASURED = {
     "further node of a page, CPU of the API": (100, "µs", "estimated: rates of --part shards"),
     "one post, CPU of the API": (60, "µs", "python -m tests.bench --part requests"),
     "image of 60 kB, CPU of the API": (100, "µs", "python -m tests.bench --part requests"),
+    "comment in the store": (38, "B", "python -m tests.bench --part segments"),
+    "comment, CPU of a worker": (110, "µs", "python -m tests.bench --part segments"),
     "conversion of an image": (55_000, "µs", "make bench-images"),
     "image of 3 MB, requests to S3 that write": (9, "", "python -m tests.bench --part costs"),
     "image of 3 MB, requests to S3 that read": (5, "", "python -m tests.bench --part costs"),
@@ -56,6 +59,8 @@ CORES = 64  # of the API at most, before the feed needs another design
 SNAPSHOTS = 4  # a day
 KEPT_BASES = 30 + SNAPSHOTS + 1  # one a day for a month, and those of the last day
 IMAGE, PICTURE = 3_000_000, 60_000  # bytes
+QUIET_DAYS = 30  # a post without a change has no comments in memory after this time. Here each post changes for a day
+SEGMENT = 256  # comments
 # The shares of all requests that read. The pictures are half of them, and half of these come from a CDN.
 MIX = {"picture": 0.25, "first page": 0.2, "cursor": 0.1, "post": 0.2}
 
@@ -94,7 +99,10 @@ class Site:
     def memory(self) -> float:
         """Bytes of data in all primaries."""
         keys = (self.comments + 2 * self.images) * 24 * of("Idempotency-Key in memory, for a day")
-        return self.all_comments * of("comment in memory") + self.all_posts * of("post in memory") + keys
+        recent = self.comments * 24 * min(self.days, QUIET_DAYS + 1)
+        comments = recent * of("comment in memory, of a post that changes")
+        comments += (self.all_comments - recent) * of("comment in memory, of a quiet post")
+        return comments + self.all_posts * of("post in memory") + keys
 
     def node_load(self, nodes: int) -> float:
         """The share of a core that a primary needs at the peak."""
@@ -120,7 +128,8 @@ class Site:
 
     @property
     def worker_cores(self) -> float:
-        return PEAK * self.images / HOUR * of("conversion of an image") / 1e6 / BUSY
+        work = self.images * of("conversion of an image") + self.comments * of("comment, CPU of a worker")
+        return PEAK * work / HOUR / 1e6 / BUSY
 
     @property
     def increments(self) -> float:
@@ -143,13 +152,15 @@ class Site:
 
     @property
     def stored(self) -> float:
-        """Bytes of originals and pictures."""
-        return self.all_posts * (IMAGE + PICTURE)
+        """Bytes of originals, pictures and old comments."""
+        return self.all_posts * (IMAGE + PICTURE) + self.all_comments * of("comment in the store")
 
     @property
     def store_writes(self) -> float:
-        """Requests a day. A shipper writes once a second."""
-        return self.images * 24 * of("image of 3 MB, requests to S3 that write") + COPIES * self.primaries * DAY
+        """Requests a day. A shipper writes once a second. Each post has one segment that is not full."""
+        segments = self.images + self.comments / SEGMENT
+        images = self.images * of("image of 3 MB, requests to S3 that write")
+        return 24 * (images + segments) + COPIES * self.primaries * DAY
 
     @property
     def store_reads(self) -> float:
@@ -170,6 +181,7 @@ SITES = [
     Site("after a month", 30),
     Site("after a quarter", 91),
     Site("after a year", 365),
+    Site("after ten years", 3650),
     Site("1 billion comments, 10,000 requests/s", 417, reads=10_000),
     Site("1 billion comments, 100,000 requests/s", 417, reads=100_000),
     Site("ten times the forecast, after a quarter", 91, 10_000, 1_000_000, 3000),
