@@ -72,7 +72,7 @@ STATUS = {
 OUTAGES = {
     errors.Unreachable: "the database cannot be reached: nothing has changed",
     errors.Unknown: "the database's answer was lost: the write may have happened",
-    objects.Unavailable: "the store of images cannot be reached",
+    objects.Unavailable: "the store of images and old comments cannot be reached",
     objects.Full: "the store of images has no room",
     segments.Unreadable: "some of these comments cannot be read from the store",
 }
