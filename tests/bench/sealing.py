@@ -12,6 +12,7 @@ from pathlib import Path
 
 from storage import check, keys, sealing
 from storage.db.client import Redis as Client
+from storage.errors import Unknown, Unreachable
 from storage.objects import Folder, ObjectStore
 from storage.segments import Segments
 from storage.settings import DAY_MS, HOT_COMMENTS, SEGMENT_COMMENTS
@@ -55,8 +56,10 @@ async def seal_all(url: str, segments: Segments, posts: Iterable[str], hot: int,
 
     async def work() -> None:
         for post in waiting:
-            while await sealing.step(db, segments, post, hot, quiet_ms, DAY_MS):
-                pass
+            more = True
+            while more:
+                with contextlib.suppress(Unreachable, Unknown):  # Redis is busy with a rewrite: the same step again
+                    more = await sealing.step(db, segments, post, hot, quiet_ms, DAY_MS)
 
     began = await db.info("commandstats")
     await asyncio.gather(*(work() for _ in range(TOGETHER)))
