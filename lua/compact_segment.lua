@@ -3,6 +3,8 @@
 -- KEYS[1] segments  segments:{p}:<id>  list
 -- KEYS[2] erased    erased:{p}:<id>    set
 -- KEYS[3] retired   retired:{p}        zset
+-- KEYS[4] changes   changes:{p}        zset
+-- KEYS[5] gone      gone:{p}           zset
 -- ARGV[1] now      ms since 1970; empty: Redis' clock
 -- ARGV[2] id       post id
 -- ARGV[3] entry    the segment's entry in `segments`
@@ -14,11 +16,11 @@
 --
 -- The entries of all newer segments are written again, because they count the comments of this one, too. An entry without
 -- comments stays: the ids of new comments must be greater than its last id.
-local segments, erased, retired = KEYS[1], KEYS[2], KEYS[3]
+local segments, erased, retired, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, id, entry, name, keep_ms = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local args = ARGV
 local first_id = 6
-if #KEYS ~= 3 or #args < first_id or not keep_ms then
+if #KEYS ~= 5 or #args < first_id or not keep_ms then
   return redis.error_reply('ERR wrong arguments')
 end
 
@@ -39,6 +41,7 @@ for number = first_id, #args do
   end
 end
 local newer = redis.call('LRANGE', segments, place, -1)
+local replaced_at = math.max(now, newest_revision(changes, gone)) -- the clock may have gone back
 
 local count = #args - first_id + 1
 for number, other in ipairs(newer) do
@@ -48,5 +51,5 @@ end
 for number = first_id, #args do
   redis.call('SREM', erased, args[number])
 end
-redis.call('ZADD', retired, now + keep_ms, id .. '/' .. entry:match(' (%S+)$'))
+redis.call('ZADD', retired, replaced_at + keep_ms, id .. '/' .. entry:match(' (%S+)$'))
 return count

@@ -61,7 +61,7 @@ local revision = next_revision(now, changes, gone)
 local first = redis.call('ZREVRANGEBYLEX', leaves, '[' .. entry, '-', 'LIMIT', 0, 1)[1] or '0'
 
 if redis.call('EXISTS', segments) == 1 then
-  redis.call('ZADD', retired, now + keep_ms, id .. '/')
+  redis.call('ZADD', retired, revision + keep_ms, id .. '/')
 end
 redis.call('UNLINK', post, comments, segments, erased, latest, kept)
 redis.call('ZREM', sealing, id)

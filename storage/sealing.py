@@ -133,7 +133,9 @@ async def _compact(db: Redis, segments: Segments, post: str, backup_reach_ms: in
         if left:
             await segments.put(post, name, left)
         gone = [row.id for row in rows if row.id in erased]
-        script_keys = [keys.segments(post), keys.erased(post), keys.retired(keys.partition_of_post(post))]
+        partition = keys.partition_of_post(post)
+        script_keys = [keys.segments(post), keys.erased(post), keys.retired(partition)]
+        script_keys += [keys.changes(partition), keys.gone(partition)]
         args = (db.clock, post, entry, name, backup_reach_ms, *gone)
         await _decided(db, segments, post, name, db.call("compact_segment", script_keys, *args))
         return True

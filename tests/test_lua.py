@@ -151,7 +151,7 @@ async def seal(db, post: str):
 
 async def compact(db, post: str):
     entries, erased = await sealing.read_segments(db, post)
-    script_keys = [keys.segments(post), keys.erased(post), keys.retired(0)]
+    script_keys = [keys.segments(post), keys.erased(post), keys.retired(0), keys.changes(0), keys.gone(0)]
     await db.call("compact_segment", script_keys, db.clock, post, entries[0], "-", DAY_MS, *erased)
 
 

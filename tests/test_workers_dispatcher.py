@@ -10,7 +10,9 @@ from making import jpeg, make_post, make_processing, png
 from parts import make_settings
 from parts import until as eventually
 
-from storage import comments, keys, objects, outbox, posts, uploads
+from storage import comments, keys, objects, outbox, posts, sealing, uploads
+from storage.segments import Segments
+from storage.settings import DAY_MS
 from workers import dispatcher
 
 
@@ -75,10 +77,11 @@ PARTITIONS = 2
 
 
 @asynccontextmanager
-async def dispatching(real_server, tmp_path):
+async def dispatching(real_server, tmp_path, **changes):
     """Runs the dispatcher without workers, so hints stay in the queue. Yields storage's Redis client and the store."""
     real_server.client.flushall()
-    chosen = make_settings(tmp_path, "", (tmp_path / "backup").as_uri(), partitions=PARTITIONS, converters=100)
+    changes |= {"partitions": PARTITIONS, "converters": 100}
+    chosen = make_settings(tmp_path, "", (tmp_path / "backup").as_uri(), **changes)
     db, hints = connect(real_server), dispatcher.queue(real_server.queue.url)
     task = asyncio.create_task(dispatcher.dispatch(db, chosen, hints))
     try:
@@ -233,3 +236,20 @@ async def test_a_malformed_member_of_sealing_and_a_damaged_segment_are_postponed
         for failed in (member, damaged):
             await eventually(lambda failed=failed: messages(caplog, repr(failed)), "its failure")
             assert client.zscore(keys.sealing(0), failed) > client.time()[0] * 1000
+
+
+async def test_without_quiet_days_nothing_is_sealed_and_deleted_comments_still_leave_their_segments(
+    real_server, tmp_path
+):
+    client = real_server.client
+    async with dispatching(real_server, tmp_path, quiet_days=0) as (db, store):
+        post = await make_post(db, users_of(0)[0], PARTITIONS)
+        segments = Segments(store)
+        rows = [(await comments.add(db, "bob", post, text))[0] for text in ("first", "second")]
+        assert await sealing.step(db, segments, post, 0, -1000, DAY_MS)
+        await comments.add(db, "bob", post, "third", seal_at=1)  # as a process with other settings does
+        await comments.delete(db, segments, "bob", post, rows[0].id)
+        client.zadd(keys.sealing(0), {post: 1})
+        await eventually(lambda: not client.exists(keys.erased(post)), "the compaction")
+        await eventually(lambda: not client.exists(keys.sealing(0)), "its end")
+        assert client.xlen(keys.comments(post)) == 1 and client.llen(keys.segments(post)) == 1

@@ -33,6 +33,7 @@ PAUSE_BUSY = 0.02  # the same after image work was handed out: less than an imag
 # Seconds between two polls for comments to seal, and after each segment. A segment takes 0.4 ms of Redis' time, so this
 # bounds it to 2 %, and the CPU that compressing takes to half a core.
 PAUSE_SEALING, PAUSE_SEGMENT = 1.0, 0.03
+NEVER = 2**53  # more comments than a post has, and more ms than pass
 STEPS = 64  # segments of one post, after which the next post is served
 PAUSES_AWAY = 1.0, 10.0  # seconds, shortest and longest, while a partition, the queue or the store is unreachable
 PAUSES_OTHERS = 1.0, 60.0  # the same while a process of another version may be running
@@ -115,8 +116,7 @@ async def dispatch(db: Redis, chosen: Settings, hints: Queue) -> None:
     silent: set[int] = set()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_hand_out(db, chosen, hints, silent))
-        if chosen.quiet_days:
-            tasks.create_task(_seal(db, chosen, Segments(store, memory=0), silent))
+        tasks.create_task(_seal(db, chosen, Segments(store, memory=0), silent))
         for partition in range(chosen.partitions):
             tasks.create_task(_clean_up(db, store, kept.may_name, partition, chosen.backup_reach_ms, silent))
 
@@ -187,7 +187,7 @@ async def _clean_up(
 
 async def _seal(db: Redis, chosen: Settings, segments: Segments, silent: set[int]) -> None:
     """Moves old comments of all partitions that are not `silent` to the store, and takes deleted ones out of it."""
-    failures, quiet_ms = Failures(), chosen.quiet_days * DAY_MS
+    failures = Failures()
     while True:
         with watchdog.working("sealing comments"):
             alone = await _is_alone(db, failures)
@@ -197,7 +197,7 @@ async def _seal(db: Redis, chosen: Settings, segments: Segments, silent: set[int
                 if partition in silent or failures.must_wait(name):
                     continue
                 try:
-                    while await sealing.find_quiet(db, partition, quiet_ms):
+                    while chosen.quiet_days and await sealing.find_quiet(db, partition, chosen.quiet_days * DAY_MS):
                         await asyncio.sleep(PAUSE_SEGMENT)
                     for due in await sealing.lease(db, partition):
                         await _seal_post(db, chosen, segments, due, failures)
@@ -229,12 +229,12 @@ async def _seal_post(
 ) -> None:
     """Seals and compacts one post. A failure of the post itself postpones it. Raises what Redis and the store raise."""
     name = f"sealing comments of {due.id!r}"
+    # Without quiet days nothing is sealed. Deleted comments still leave their segments.
+    limits = (chosen.hot_comments, chosen.quiet_days * DAY_MS) if chosen.quiet_days else (NEVER, NEVER)
     try:
         for _ in range(STEPS):
             watchdog.step()
-            if not await sealing.step(
-                db, segments, due.id, chosen.hot_comments, chosen.quiet_days * DAY_MS, chosen.backup_reach_ms
-            ):
+            if not await sealing.step(db, segments, due.id, *limits, chosen.backup_reach_ms):
                 await sealing.end(db, due)
                 break
             await asyncio.sleep(PAUSE_SEGMENT)
