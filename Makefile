@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose test-compose-cluster load demo bench bench-before bench-images bench-turns capacity drill drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose test-compose-cluster load demo bench bench-before bench-images bench-turns capacity drill drill-sealing drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -97,6 +97,11 @@ capacity: ## compute docs/capacity.md, its tables and its picture, from measured
 drill: ## the long durability tests, with figures; ten minutes at most; the drill of a full disk needs root
 	@.ci/setup test
 	PYTHONPATH=tests timeout 600 $(python) -m tests.drills.drill
+
+drill-sealing: ## the long form of the model test and its mutants, kills and many clients while old comments move; ten minutes
+	@.ci/setup test
+	$(python) -m pytest -s tests/drills/long_model.py
+	LONG=1 $(python) -m pytest -s $(addprefix tests/test_,storage_mutants.py storage_sealing_kills.py api_sealing_concurrency.py)
 
 drill-cluster: ## a Redis Cluster whose nodes are killed, cut off and paused, and whose slots move; ten minutes at most
 	@.ci/setup test

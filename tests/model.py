@@ -588,8 +588,10 @@ class Feed(RuleBasedStateMachine):
         """
         self.end_processes()
         post = pick(sorted(self.model), number)
-        if deletes and post and self.model[post]:
-            self.delete(post, self.model[post][-1])
+        if deletes and post:
+            for text in ("stays", "is deleted"):
+                comment = self.add("alice", post, text)
+            self.delete(post, comment)
         revisions = [row[1] for n in range(self.partitions) for row in self.zset(keys.changes(n))]
         self.advance(LEASE_MS + max(QUIET_MS, *[int(one) + QUIET_MS - self.db.clock for one in revisions], 0))
         self.work()
@@ -621,13 +623,20 @@ class Feed(RuleBasedStateMachine):
         kind=KINDS,
         reply=REPLIES,
         where=PICK,
+        fresh=st.booleans(),
         events=st.lists(st.tuples(st.sampled_from(EVENTS), PICK, PICK), min_size=1, max_size=3),
     )
-    def a_process_is_overtaken(self, number, kind, reply, where, events):
-        """Something happens between its last two calls."""
+    def a_process_is_overtaken(self, number, kind, reply, where, fresh, events):
+        """Something happens between its last two calls. With `fresh` the newest comments are in no backup."""
         self.end_processes()
         if not any(map(self.comments_of, self.all_posts())):
             return
+        post, _ = self.choose(number, 0)
+        if fresh and post in self.model:
+            if self.restores:
+                self.back_up()
+            for _ in range(SMALL_SEGMENT + HOT):
+                self.add("bob", post, "fresh")
         self.begin_process(number, kind, reply, where, far=True)
         for event, other, place in events:
             if any(self.model.values()):
@@ -641,7 +650,7 @@ class Feed(RuleBasedStateMachine):
                     case "seal":
                         self.seal(other)
                     case "restore" if self.backups:
-                        self.restore(other, place % 2, True, False)
+                        self.restore(-1 if place % 2 else other, place % 4 > 1, True, False)
         self.end_processes()
 
     def begin_process(self, number, kind, reply, where, far):
