@@ -20,19 +20,15 @@ local segments, erased, retired, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS
 local now, id, entry, name, keep_ms = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local args = ARGV
 local first_id = 6
-if #KEYS ~= 5 or #args < first_id or not keep_ms then
+if #KEYS ~= 5 or #args < first_id or not (keep_ms and entry:match('^%d+%-%d+ %d+ %S+$')) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local place
-for number, other in ipairs(redis.call('LRANGE', segments, 0, -1)) do
-  if other == entry then
-    place = number - 1
-  elseif name ~= '-' and other:match(' (%S+)$') == name then
-    return 0
-  end
+local place, current = find_segment(segments, entry:match('^%S+')) -- its last id never changes
+if name ~= '-' and current and current:match('%S+$') == name then
+  return 0
 end
-if not place then
+if current ~= entry then
   return redis.error_reply('STALE this segment was replaced')
 end
 for number = first_id, #args do
@@ -46,7 +42,16 @@ local replaced_at = math.max(now, newest_revision(changes, gone)) -- the clock m
 local count = #args - first_id + 1
 for number, other in ipairs(newer) do
   local last, through, kept = other:match('^(%S+) (%d+) (%S+)$')
-  redis.call('LSET', segments, place + number - 1, string.format('%s %d %s', last, through - count, number == 1 and name or kept))
+  newer[number] = string.format('%s %d %s', last, through - count, number == 1 and name or kept)
+end
+if place > 0 then
+  redis.call('LTRIM', segments, 0, place - 1)
+end
+for number = 1, #newer, 1000 do
+  redis.call('RPUSH', segments, unpack(newer, number, math.min(number + 999, #newer)))
+end
+if place == 0 then
+  redis.call('LTRIM', segments, #newer, -1)
 end
 for number = first_id, #args do
   redis.call('SREM', erased, args[number])

@@ -22,7 +22,7 @@
 -- ARGV[10] refill       the newest comments in the store, as JSON: [["id","author","text"],…]
 -- Returns 1 if it is deleted. Otherwise the store must be read, and then the script is called again with what was read:
 --   {the entry of the comment's segment, or empty if the comment is in the stream; the newest entries of `segments`,
---   newest first; the ids in `erased`}
+--   newest first; the ids in `erased`}. The last two are empty if `latest` is known without the store
 -- Refuses NOPOST NOCOMMENT FORBIDDEN
 local post, comments, segments, erased, latest = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local feed, changes, gone, sealing, kept = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
@@ -57,13 +57,13 @@ if copy then
   return redis.call('HDEL', kept, comment)
 end
 local rows = newest_without(comments, segments, erased, comment, entry, latest_count, tail, refill)
-if not rows or (own and own ~= segment) then
+if not rows then
   local newest = list_segments(segments, redis.call('LLEN', segments) - 1, latest_count + 1 + redis.call('SCARD', erased))
   return {own or '', newest, redis.call('SMEMBERS', erased)}
 end
-remove_comment(comments, erased, latest, changes, id, comment, rows, revision)
-redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
-if own then
-  redis.call('ZADD', sealing, 'LT', now + compact_ms, id)
+if own and own ~= segment then
+  return {own, {}, {}}
 end
+remove_comment(comments, erased, latest, changes, sealing, id, comment, rows, revision, now, compact_ms)
+redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
 return 1

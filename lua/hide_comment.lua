@@ -52,14 +52,14 @@ if not entry and copy then
   return 0
 end
 local rows = newest_without(comments, segments, erased, comment, entry, latest_count, tail, refill)
-if not rows or (own and own ~= segment) then
+if not rows then
   local newest = list_segments(segments, redis.call('LLEN', segments) - 1, latest_count + 1 + redis.call('SCARD', erased))
   return {own or '', newest, redis.call('SMEMBERS', erased)}
 end
-redis.call('HSET', kept, comment, entry and cjson.encode({entry[2][2], entry[2][4]}) or row)
-remove_comment(comments, erased, latest, changes, id, comment, rows, revision)
-redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
-if own then
-  redis.call('ZADD', sealing, 'LT', now + compact_ms, id)
+if own and own ~= segment then
+  return {own, {}, {}}
 end
+redis.call('HSET', kept, comment, entry and cjson.encode({entry[2][2], entry[2][4]}) or row)
+remove_comment(comments, erased, latest, changes, sealing, id, comment, rows, revision, now, compact_ms)
+redis.call('ZADD', feed, 'XX', (count_comments(comments, segments, erased)), id) -- XX: a hidden post stays out of it
 return 1

@@ -1,5 +1,5 @@
 #!lua flags=no-writes
--- Reads what is to be sealed and compacted of a post: its oldest comments in the stream, and its erased comments.
+-- Reads what is to be sealed of a post, its oldest comments in the stream, and whether there is something to compact.
 -- KEYS[1] comments  comments:{p}:<id>  stream
 -- KEYS[2] segments  segments:{p}:<id>  list
 -- KEYS[3] erased    erased:{p}:<id>    set
@@ -13,7 +13,7 @@
 -- ARGV[6] max_bytes     bytes of authors and texts after which a segment is full
 -- ARGV[7] cluster       1 on a Redis Cluster, otherwise empty
 -- Returns {timeline, the newest entry of `segments` or empty, {id, author, text, …} of the comments that the next segment
---   takes, oldest first, {id, …} of the erased comments}
+--   takes, oldest first, number of erased comments}
 -- Refuses nothing
 --
 -- A post that changes fills whole segments only. A hidden post is not in `changes` and counts as one that changes.
@@ -35,4 +35,4 @@ if left > 0 and (quiet or left >= limit) then
   end
 end
 local timeline = (redis.call('GET', epoch) or '0') .. replication(cluster)
-return {timeline, redis.call('LINDEX', segments, -1) or '', rows, redis.call('SMEMBERS', erased)}
+return {timeline, redis.call('LINDEX', segments, -1) or '', rows, redis.call('SCARD', erased)}

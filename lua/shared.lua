@@ -191,9 +191,12 @@ end
 
 -- Removes a comment from the stream, or marks it as erased if it is in the store. `rows` is what `latest` holds then.
 -- XX: a hidden post is not in `changes`, and stays out.
-local function remove_comment(comments, erased, latest, changes, id, comment, rows, revision)
+-- The segment is compacted after `compact_ms`, or at once if many comments are erased: pages get all of their ids.
+local function remove_comment(comments, erased, latest, changes, sealing, id, comment, rows, revision, now, compact_ms)
   if redis.call('XDEL', comments, comment) == 0 then
     redis.call('SADD', erased, comment)
+    local many = redis.call('SCARD', erased) >= 1000 -- a page then takes 0.2 ms
+    redis.call('ZADD', sealing, 'LT', many and now or now + compact_ms, id)
   end
   redis.call('DEL', latest)
   for _, row in ipairs(rows) do

@@ -131,7 +131,7 @@ async def _remove(
             raise NoComment("no such comment")
         refill = await _sealed(segments, post, newest, [*erased, comment], "", LATEST_COMMENTS)
         refilled = orjson.dumps([tuple(comment) for comment in refill])
-        seen = own, orjson.dumps(row).decode(), newest[0], refilled.decode()
+        seen = own, orjson.dumps(row).decode(), newest[0] if newest else "", refilled.decode()
     raise Unreachable("the comments of this post were moved meanwhile; try again")
 
 

@@ -129,6 +129,33 @@ async def test_a_sealed_comment_is_deleted_by_its_author_alone_and_shows_at_once
         await comments.delete(db, segments, "bob", post, f"{keys.comment_ms(added[0].id)}-7")
 
 
+async def test_a_deletion_reads_no_segment_but_the_one_of_its_comment_if_redis_has_the_latest_comments(
+    server, db, store, segments
+):
+    post = await make_post(db, "alice")
+    added = await fill(db, post, 3)
+    for _ in range(2):
+        db.clock += MONTH_MS
+        await work(db, segments, post)
+        await fill(db, post, 3)
+    entries, _ = await sealing.read_segments(db, post)
+    await segments.delete(post, sealing.Entry.parse(entries[-1]).name)
+    await comments.delete(db, segments, added[0].author, post, added[0].id)
+    assert server.client.smembers(keys.erased(post)) == {added[0].id}
+
+
+async def test_a_post_with_many_erased_comments_is_compacted_at_once(server, db, segments):
+    post = await make_post(db, "alice")
+    added = await fill(db, post, 3)
+    db.clock += MONTH_MS
+    await work(db, segments, post)
+    server.client.sadd(keys.erased(post), *[f"1-{number}" for number in range(998)])
+    await comments.delete(db, segments, added[0].author, post, added[0].id)
+    assert server.client.zscore(keys.sealing(0), post) == db.clock + COMPACT_MS
+    await comments.delete(db, segments, added[1].author, post, added[1].id)
+    assert [due.id for due in await sealing.lease(db, 0)] == [post]
+
+
 async def test_the_text_of_a_deleted_comment_leaves_the_store_and_the_old_segment_waits_for_the_backups(
     server, db, store, segments
 ):
