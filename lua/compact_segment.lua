@@ -16,6 +16,7 @@
 --
 -- The entries of all newer segments are written again, because they count the comments of this one, too. An entry without
 -- comments stays: the ids of new comments must be greater than its last id.
+-- RPUSH takes half of the time that an LSET for each entry would take. The list never becomes empty.
 local segments, erased, retired, changes, gone = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, id, entry, name, keep_ms = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local args = ARGV

@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import time
 from contextlib import asynccontextmanager
 
 import pytest
-from conftest import connect, create_post, photograph, until, wait_until_processed
+from conftest import SERVERS, RedisServer, connect, create_post, photograph, until, wait_until_processed
 from making import jpeg, make_post, make_processing, png
 from parts import make_settings
 from parts import until as eventually
 
 from storage import comments, keys, objects, outbox, posts, sealing, uploads
+from storage.db.client import Redis
 from storage.segments import Segments
 from storage.settings import DAY_MS
 from workers import dispatcher
@@ -169,6 +171,21 @@ async def test_a_malformed_member_of_due_is_postponed_and_stops_nothing_else(rea
         assert client.zscore(keys.due(0), member) > client.time()[0] * 1000
 
 
+async def test_malformed_members_of_retired_stop_nothing_else(real_server, tmp_path, caplog):
+    client = real_server.client
+    async with dispatching(real_server, tmp_path) as (db, store):
+        right = f"{await make_post(db, users_of(0)[0], PARTITIONS)}/1795459382641.5f0c2a9be41d7783"
+        await store.put(f"comments/{right}", b"old")
+        malformed = ["garbage", "", "../../etc/", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-x/"]
+        client.zadd(keys.retired(0), dict.fromkeys([*malformed, right], 1))
+        await eventually(lambda: client.zscore(keys.retired(0), right) is None, "the removal of the right one")
+        assert not [one async for one in store.list("comments/")]
+        await check_that_other_work_goes_on(real_server, db, store, 0)
+        for member in malformed:
+            assert len(messages(caplog, f"old comments {member!r} ")) == 1
+            assert client.zscore(keys.retired(0), member) > client.time()[0] * 1000
+
+
 @pytest.mark.parametrize("broken", [keys.due, keys.turns])
 async def test_a_partition_that_cannot_answer_stops_no_other(real_server, tmp_path, caplog, broken):
     client = real_server.client
@@ -218,6 +235,33 @@ async def test_comments_are_sealed_only_while_no_process_of_another_version_call
         old.disconnect()
         await eventually(lambda: client.exists(keys.segments(post)), "the segment")
         assert len(messages(caplog, "while others call scripts")) == 1
+
+
+async def test_posts_that_wait_for_sealing_follow_one_another_without_pauses(real_server, tmp_path):
+    client = real_server.client
+    async with dispatching(real_server, tmp_path) as (_, _):
+        began = time.monotonic()
+        client.zadd(keys.sealing(0), {keys.new_post_id(0): 1 for _ in range(4 * sealing.LEASE_BATCH)})
+        await eventually(lambda: not client.exists(keys.sealing(0)), "the end of the work")
+        assert time.monotonic() - began < 3 * dispatcher.PAUSE_SEALING
+
+
+@pytest.mark.one_redis
+@pytest.mark.parametrize("kind", SERVERS)
+async def test_other_versions_are_also_found_where_the_path_of_the_socket_has_spaces(kind):
+    server = RedisServer(kind)
+    server.kill()
+    server.socket = f"{server.folder.name}/my name=x data.sock"
+    server.start()
+    db = Redis(f"unix://{server.socket}")
+    try:
+        await db.call("count_keys", [])
+        assert not await db.others()
+        server.client.eval("return 1", 0)
+        assert len(await db.others()) == 1
+    finally:
+        await db.close()
+        server.close()
 
 
 @pytest.mark.parametrize("member", ["garbage", "", "../../etc", "01JD4Q7ZK5W8Y3N6R2T9V0XABC-x"])

@@ -13,6 +13,7 @@ This file makes no decisions: the scripts do. It returns rows as Redis gives the
 import asyncio
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -376,7 +377,8 @@ class Redis:
             reply = await self._reads.ask("CLIENT", "LIST", "TYPE", "NORMAL")
         except REPLIED as error:
             raise Unreachable(f"Redis refuses: {error}") from None
-        clients = [dict(field.split("=", 1) for field in line.split(" ")) for line in reply.splitlines()]
+        # The address of a socket may contain spaces, so not every word is a field.
+        clients = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in reply.splitlines()]
         return [one["addr"] for one in clients if one["name"] != CLIENT_NAME and one["cmd"] in SCRIPT_CALLS]
 
     async def primaries(self) -> list["Redis"]:
