@@ -259,6 +259,12 @@ async def test_other_versions_are_also_found_where_the_path_of_the_socket_has_sp
         assert not await db.others()
         server.client.eval("return 1", 0)
         assert len(await db.others()) == 1
+        server.client.ping()  # as an older API does that is only probed
+        async with asyncio.timeout(5):
+            while not await db.others():
+                await asyncio.sleep(0.05)
+        server.client.set("key", "value")  # as RQ does
+        assert not await db.others()
     finally:
         await db.close()
         server.close()

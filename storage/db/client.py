@@ -379,7 +379,13 @@ class Redis:
             raise Unreachable(f"Redis refuses: {error}") from None
         # The address of a socket may contain spaces, so not every word is a field.
         clients = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in reply.splitlines()]
-        return [one["addr"] for one in clients if one["name"] != CLIENT_NAME and one["cmd"] in SCRIPT_CALLS]
+        # An API that nobody uses yet only pings, for /readyz. `redis-cli ping` does not stay for a second.
+        return [
+            one["addr"]
+            for one in clients
+            if one["name"] != CLIENT_NAME
+            and (one["cmd"] in SCRIPT_CALLS or (one["cmd"] == "ping" and one["age"] != "0"))
+        ]
 
     async def primaries(self) -> list["Redis"]:
         """The servers that hold the data, for a walk over all keys."""
