@@ -11,22 +11,25 @@
 -- Refuses nothing
 --
 -- A post that changes gets a greater revision than all others. So each post is looked at once after each of its changes.
+-- If the clock has gone back, posts were looked at too early, and are looked at again.
 local changes, sealing, quiet = KEYS[1], KEYS[2], KEYS[3]
 local now, quiet_ms, limit, streams = now_ms(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 if #KEYS ~= 3 or #ARGV ~= 4 or not (quiet_ms and limit) then
   return redis.error_reply('ERR wrong arguments')
 end
 
-local since = redis.call('GET', quiet) or '0'
-local upto = string.format('%.0f', now - quiet_ms)
-local found = redis.call('ZRANGEBYSCORE', changes, '(' .. since, upto, 'WITHSCORES', 'LIMIT', 0, limit)
+local looked, upto = tonumber(redis.call('GET', quiet) or 0), now - quiet_ms
+local since = math.min(looked, upto)
+local from, to = string.format('(%.0f', since), string.format('%.0f', upto)
+local found = redis.call('ZRANGEBYSCORE', changes, from, to, 'WITHSCORES', 'LIMIT', 0, limit)
 
 for i = 1, #found, 2 do
   if redis.call('EXISTS', streams .. found[i]) == 1 then
     redis.call('ZADD', sealing, 'NX', now, found[i])
   end
 end
-if found[1] then
-  redis.call('SET', quiet, string.format('%.0f', found[#found]))
+local reached = tonumber(found[#found] or since)
+if reached ~= looked then
+  redis.call('SET', quiet, string.format('%.0f', reached))
 end
 return #found / 2

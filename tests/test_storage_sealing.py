@@ -350,3 +350,17 @@ async def test_a_hidden_comment_of_a_segment_comes_back_as_the_newest(server, db
         added.append(old._replace(id=new))
     assert await walk(db, segments, post) == added
     assert (await posts.read(db, post)).comment_count == 30
+
+
+async def test_a_post_that_was_found_quiet_by_a_clock_that_had_jumped_is_found_again(server, db, segments):
+    post = await make_post(db, "alice")
+    await fill(db, post, 3)
+    db.clock += 2 * MONTH_MS
+    assert not await sealing.find_quiet(db, 0, QUIET_MS)
+    db.clock -= 2 * MONTH_MS
+    assert await work(db, segments, post) == 0 and not server.client.exists(keys.sealing(0))
+    assert not await sealing.find_quiet(db, 0, QUIET_MS)
+    assert not server.client.exists(keys.sealing(0))
+    db.clock += MONTH_MS
+    assert not await sealing.find_quiet(db, 0, QUIET_MS)
+    assert server.client.zrange(keys.sealing(0), 0, -1) == [post] and await work(db, segments, post) == 1
