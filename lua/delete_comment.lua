@@ -19,7 +19,7 @@
 -- ARGV[7] segment       the entry of the segment that the caller has read; empty: none
 -- ARGV[8] row           the comment in that segment, as JSON: ["author","text"]
 -- ARGV[9] tail          the newest entry of `segments` when the caller has read the store; empty: it has not
--- ARGV[10] refill       the newest comments in the store, as JSON: [["id","author","text"],…]
+-- ARGV[10] refill       the newest comments in the store, as JSON: [["id","author","text"],…]; erased ones have only their id
 -- Returns 1 if it is deleted. Otherwise the store must be read, and then the script is called again with what was read:
 --   {the entry of the comment's segment, or empty if the comment is in the stream; the newest entries of `segments`,
 --   newest first; the ids in `erased`}. The last two are empty if `latest` is known without the store

@@ -143,8 +143,8 @@ end
 
 -- Returns what `latest` holds once `comment` is removed, newest first. Returns nil where the store must be read first.
 -- `hot` says that the comment is in the stream. `tail` and `refill` are what the caller has read in the store: the newest
--- entry of `segments`, and a JSON array of the newest comments there, newest first. They count only if `tail` is still
--- the newest entry. The second value is what is known without the store.
+-- entry of `segments`, and a JSON array of the newest comments there, newest first; erased ones have only their id. They
+-- count only if `tail` is still the newest entry. The second value is what is known without the store.
 local function newest_without(comments, segments, erased, comment, hot, latest_count, tail, refill)
   local rows = {}
   for _, entry in ipairs(redis.call('XREVRANGE', comments, '+', '-', 'COUNT', latest_count + 1)) do
@@ -160,6 +160,9 @@ local function newest_without(comments, segments, erased, comment, hot, latest_c
   local missing = math.min(latest_count - #rows, sealed)
   for _, row in ipairs(missing > 0 and tail == newest and cjson.decode(refill) or {}) do
     if missing > 0 and row[1] ~= comment and redis.call('SISMEMBER', erased, row[1]) == 0 then
+      if not row[2] then -- the caller took it for erased, and read it before a restore
+        break
+      end
       rows[#rows + 1], missing = cjson.encode(row), missing - 1
     end
   end

@@ -129,10 +129,25 @@ async def _remove(
         row = next((row[1:] for row in rows if row.id == comment), ())
         if own and not row:
             raise NoComment("no such comment")
-        refill = await _sealed(segments, post, newest, [*erased, comment], "", LATEST_COMMENTS)
-        refilled = orjson.dumps([tuple(comment) for comment in refill])
-        seen = own, orjson.dumps(row).decode(), newest[0] if newest else "", refilled.decode()
+        refill = orjson.dumps(await _refill(segments, post, newest, {*erased, comment}))
+        seen = own, orjson.dumps(row).decode(), newest[0] if newest else "", refill.decode()
     raise Unreachable("the comments of this post were moved meanwhile; try again")
+
+
+async def _refill(segments: Segments, post: str, entries: Sequence[str], gone: set[str]) -> list[tuple[str, ...]]:
+    """The newest comments of segments, newest first, until LATEST_COMMENTS of them are not `gone`.
+
+    Those that are gone have only their id. So the script notices if one of them is not: after a restore, for example.
+    """
+    found: list[tuple[str, ...]] = []
+    missing = LATEST_COMMENTS
+    for entry in entries:
+        for row in reversed(await _read(segments, post, entry)):
+            if not missing:
+                return found
+            found.append((row.id,) if row.id in gone else tuple(row))
+            missing -= row.id not in gone
+    return found
 
 
 async def read(db: Redis, segments: Segments, post: str, comment: str, hidden: bool = False) -> Comment:

@@ -364,3 +364,28 @@ async def test_a_post_that_was_found_quiet_by_a_clock_that_had_jumped_is_found_a
     db.clock += MONTH_MS
     assert not await sealing.find_quiet(db, 0, QUIET_MS)
     assert server.client.zrange(keys.sealing(0), 0, -1) == [post] and await work(db, segments, post) == 1
+
+
+async def test_a_deletion_that_read_the_store_before_a_restore_shows_what_the_restore_brought_back(
+    server, db, store, segments
+):
+    post = await make_post(db, "alice")
+    added = await fill(db, post, 5)
+    db.clock += MONTH_MS
+    await work(db, segments, post)
+    before = {key: server.client.dump(key) for key in server.client.keys("*")}
+    await comments.delete(db, segments, added[4].author, post, added[4].id)
+
+    class Restoring(Segments):
+        """Redis is restored while this is read."""
+
+        async def read(self, *args):
+            server.client.flushall()
+            for key, value in before.items():
+                server.client.restore(key, 0, value)
+            return await super().read(*args)
+
+    await comments.delete(db, Restoring(store), added[0].author, post, added[0].id)
+    assert await walk(db, segments, post) == added[1:]
+    shown = await posts.read(db, post)
+    assert [comments.Comment(*entry) for entry in shown.latest] == [added[4], added[3]]
