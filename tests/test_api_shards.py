@@ -87,6 +87,9 @@ def test_a_dead_shard_leaves_the_others_alive_and_comes_back(cluster, site):
     calls = [partial(lose, number) for number in range(6)] + [partial(work, partition) for partition in LIVING]
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda call: call(), calls))
+    assert clients[1].post(f"/v1/posts/{posts[1]}/comments", json={"text": "old"}).status_code == 201
+    cluster.nodes[1].client.zadd(keys.changes(1), {posts[1]: 1})
+    until(lambda: cluster.nodes[1].client.exists(keys.segments(posts[1])), what="a segment of a quiet post")
     upload = clients[1].post("/v1/uploads", headers={"Tus-Resumable": "1.0.0", "Upload-Length": "9"})
     assert upload.status_code == 201
     assert len(clients[1].get("/v1/uploads").json()["items"]) == 1

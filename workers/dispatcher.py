@@ -218,7 +218,9 @@ async def _is_alone(db: Redis, failures: Failures) -> bool:
     if failures.must_wait(name):
         return False
     try:
-        others = [address for server in await db.primaries() for address in await server.others()]
+        away = await db.ping()  # nobody writes there, and the other shards of the Cluster need not wait
+        servers = [server for server in await db.primaries() if server.place not in away]
+        others = [address for server in servers for address in await server.others()]
         if not others:
             failures.clear(name)
             return True
