@@ -151,7 +151,7 @@ async def _decided(db: Redis, segments: Segments, post: str, name: str, call: Aw
         await call
     except Stale:
         entries, _ = await read_segments(db, post)
-        if name not in (Entry.parse(entry).name for entry in entries):
+        if name not in (keys.NO_SEGMENT, *(Entry.parse(entry).name for entry in entries)):
             await segments.delete(post, name)
 
 

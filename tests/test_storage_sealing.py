@@ -389,3 +389,26 @@ async def test_a_deletion_that_read_the_store_before_a_restore_shows_what_the_re
     assert await walk(db, segments, post) == added[1:]
     shown = await posts.read(db, post)
     assert [comments.Comment(*entry) for entry in shown.latest] == [added[4], added[3]]
+
+
+async def test_two_processes_may_compact_a_segment_of_which_nothing_is_left(db, store, segments):
+    post = await make_post(db, "alice")
+    added = await fill(db, post, 2)
+    db.clock += MONTH_MS
+    await work(db, segments, post)
+    for row in added:
+        await comments.delete(db, segments, row.author, post, row.id)
+
+    class Overtaken:
+        """Another process compacts the segment before this one does."""
+
+        def __getattr__(self, name):
+            return getattr(db, name)
+
+        async def call(self, name, *args):
+            if name == "compact_segment":
+                assert await work(db, segments, post) == 1
+            return await db.call(name, *args)
+
+    assert await sealing.step(Overtaken(), segments, post, 20, QUIET_MS, REACH)
+    assert await work(db, segments, post) == 0 and await walk(db, segments, post) == []
