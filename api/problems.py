@@ -52,6 +52,7 @@ STATUS = {
     errors.Forbidden: 403,
     errors.NotReady: 409,
     errors.Failed: 409,
+    errors.Concat: 409,
     errors.Incomplete: 409,
     errors.Offset: 409,
     errors.Stale: 409,

@@ -86,6 +86,7 @@ def upload(row: OpenUpload) -> dict:
         "metadata": row.metadata,
         "created_at": timestamp(keys.created_ms(row.id)),
         "expires_at": timestamp(row.expires),
+        "concat": row.concat.partition(";")[0] or None,
     }
 
 

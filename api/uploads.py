@@ -1,5 +1,5 @@
 """Resumable uploads: tus 1.0.0 (https://tus.io/protocols/resumable-upload) with the extensions creation,
-creation-with-upload, expiration and termination.
+creation-with-upload, expiration, termination and concatenation.
 
 There are no locks, so no answer is 423: storage moves the offset by compare-and-set.
 """
@@ -19,21 +19,23 @@ from api.bodies import append
 from api.problems import TUS_VERSION as VERSION
 from api.problems import Problem, answer_to
 from storage import uploads
-from storage.errors import NoUpload, Offset, Refusal, TooLarge
+from storage.errors import Forbidden, NoUpload, Offset, Refusal, TooLarge
 from storage.objects import Unavailable
-from storage.settings import IMAGE_BYTES
+from storage.settings import IMAGE_BYTES, PARTS
 
 routes = Blueprint("uploads")
 
 CAPABILITIES = {
     "Tus-Version": VERSION,
-    "Tus-Extension": "creation,creation-with-upload,expiration,termination",
+    "Tus-Extension": "creation,creation-with-upload,expiration,termination,concatenation",
     "Tus-Max-Size": str(IMAGE_BYTES),
 }
 BODY_TYPE = "application/offset+octet-stream"
 NUMBER = re.compile(r"0|[1-9][0-9]{0,15}")
 METADATA_KEY = re.compile(r"[!-+\--~]+")  # ASCII without space and comma
 METADATA_BYTES = 4096
+PART = re.compile(r"(?:https?://[^/?#]+)?/v1/uploads/([^/?#]+)")  # an address as in Location, or made absolute
+CONCAT_BYTES = 2048  # 127 for each address. HEAD returns it beside the metadata, and proxies limit headers
 
 
 def check_version(request) -> None:
@@ -70,6 +72,21 @@ def metadata(request) -> str:
     return text
 
 
+def concatenation(request) -> tuple[str, list[str]]:
+    """Upload-Concat as it was sent, and the ids of the parts, which only a final upload has. Raises Problem 400."""
+    text = request.headers.get("upload-concat", "")
+    if text in ("", "partial"):
+        return text, []
+    kind, _, urls = text.partition(";")
+    found = [PART.fullmatch(url) for url in urls.split()]
+    malformed = len(text) > CONCAT_BYTES or not (text.isascii() and text.isprintable())  # HEAD returns it as it is
+    if malformed or kind != "final" or not 0 < len(found) <= PARTS or None in found:
+        raise Problem(400, "malformed", f"Upload-Concat must be partial, or final; and 1 to {PARTS} upload addresses")
+    if "upload-length" in request.headers:
+        raise Problem(400, "malformed", "the length of a final upload is that of its parts: send no Upload-Length")
+    return text, [url[1] for url in found]
+
+
 def expires(ms: int) -> str:
     """An HTTP date (RFC 9110, section 5.6.7) from ms since 1970."""
     return formatdate(ms // 1000, usegmt=True)
@@ -95,15 +112,20 @@ async def options(request, upload: str = ""):
 async def create(request):
     check_version(request)
     user = await limits.admit(request, "upload")
-    length, sent_metadata = number(request, "Upload-Length"), metadata(request)
+    concat, parts = concatenation(request)
+    length, sent_metadata = 0 if parts else number(request, "Upload-Length"), metadata(request)
     if reading.content_length(request) > length:
         raise TooLarge(f"the upload ends at {length}")
     ctx = request.app.ctx
     ctx.objects.check_free_space()
-    idempotency = reading.idempotency_key(request, f"{length} {sent_metadata}".encode())
-    upload, replayed = await uploads.run_to_completion(
-        uploads.create(ctx.db, user, ctx.settings.partitions, length, sent_metadata, idempotency)
-    )
+    idempotency = reading.idempotency_key(request, f"{length} {sent_metadata}{concat and ' ' + concat}".encode())
+    if parts:
+        opening = uploads.concatenate(ctx.db, ctx.objects, user, parts, concat, sent_metadata, idempotency)
+    else:
+        opening = uploads.create(
+            ctx.db, user, ctx.settings.partitions, length, sent_metadata, idempotency, partial=bool(concat)
+        )
+    upload, replayed = await uploads.run_to_completion(opening)
     headers = {"Location": f"/v1/uploads/{upload}"}
     if replayed:
         headers["Idempotent-Replayed"] = "true"
@@ -111,8 +133,8 @@ async def create(request):
         state = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
     except NoUpload:  # a repeated request: the upload has become a post, or was deleted
         return no_content(201, headers)
-    if request.headers.get("content-type") == BODY_TYPE and not replayed:
-        image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, length)
+    if request.headers.get("content-type") == BODY_TYPE and not replayed and not parts:
+        image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, length, bool(concat))
         try:
             async with limits.paid_body(request, user, length):
                 await append(request, image)
@@ -148,6 +170,8 @@ async def read(request, upload: str):
     }
     if state.metadata:
         headers["Upload-Metadata"] = state.metadata
+    if state.concat:
+        headers["Upload-Concat"] = state.concat
     return no_content(200, headers)
 
 
@@ -158,13 +182,15 @@ async def patch(request, upload: str):
     # If the client breaks off now, its bytes are already in the receive buffer and must still be committed.
     user = await uploads.run_to_completion(limits.admit(request, "upload"))
     state = await uploads.run_to_completion(uploads.read(ctx.db, user, upload))
+    if state.concat.startswith("final"):
+        raise Forbidden("a final upload takes no bytes")
     if request.headers.get("content-type") != BODY_TYPE:
         raise Problem(415, "type", f"a PATCH is sent as {BODY_TYPE}")
     if number(request, "Upload-Offset") != state.offset:
         raise Offset(f"the upload is at {state.offset}")
     if reading.content_length(request) > state.length - state.offset:
         raise TooLarge(f"the upload ends at {state.length}")
-    image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, state.length)
+    image = uploads.Appender(ctx.db, ctx.objects, upload, state.offset, state.length, state.concat == "partial")
     await uploads.run_to_completion(image.resume())
     async with limits.paid_body(request, user, state.length - state.offset):
         await append(request, image)

@@ -24,7 +24,7 @@
 -- ARGV[14] leaf_entries   how many entries a leaf may have
 -- Returns {post id, how}; how is 0: the post is new, 1: the Idempotency-Key was used for the same request before,
 --   2: the upload had already become this post
--- Refuses REUSED NOUPLOAD EXPIRED INCOMPLETE EMPTY BUSY
+-- Refuses REUSED NOUPLOAD EXPIRED CONCAT INCOMPLETE EMPTY BUSY
 --
 -- The author's place in `turns`:
 --   none           two leases ago: the author goes before users who were served within two leases. Without this head
@@ -47,7 +47,7 @@ local answer = idempotency and replay(idempotency, request)
 if answer then
   return answer
 end
-local row = redis.call('HMGET', upload, 'owner', 'offset', 'length', 'expires', 'post')
+local row = redis.call('HMGET', upload, 'owner', 'offset', 'length', 'expires', 'post', 'concat')
 local owner, offset, length, expires, existing = row[1], tonumber(row[2]), tonumber(row[3]), tonumber(row[4]), row[5]
 if owner ~= author then
   return redis.error_reply('NOUPLOAD no such upload')
@@ -55,6 +55,9 @@ end
 if not existing then
   if now >= expires then
     return redis.error_reply('EXPIRED this upload has expired')
+  end
+  if row[6] == 'partial' then
+    return redis.error_reply('CONCAT this upload is a part: concatenate the parts first')
   end
   if length and offset < length then
     return redis.error_reply('INCOMPLETE the upload is at ' .. offset .. ' of ' .. length)
@@ -81,7 +84,7 @@ if trace ~= '' then
 end
 add_entry(leaves, leaf, entry, leaf_entries)
 redis.call('HSET', upload, 'post', id, 'length', row[2]) -- the worker compares `length` with the sum of the chunks
-redis.call('HDEL', upload, 'metadata', 'expires', 'offset')
+redis.call('HDEL', upload, 'metadata', 'expires', 'offset', 'concat')
 redis.call('HDEL', uploads, upload_id)
 redis.call('ZREM', due, upload_id)
 redis.call('ZADD', making, now, id)

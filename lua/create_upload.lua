@@ -20,6 +20,7 @@
 -- ARGV[13] remember_ms    how long the Idempotency-Key is remembered
 -- ARGV[14] max_processing how many posts of a user may be processing
 -- ARGV[15] posts          prefix of this partition's post keys; a post id is appended
+-- ARGV[16] concat         partial, if the upload is to be a part of another one; otherwise empty
 -- Returns {upload id, 0}, or {upload id, 1} if the Idempotency-Key was used for the same request before
 -- Refuses REUSED TOOLARGE QUOTA BUSY
 --
@@ -33,8 +34,8 @@ local now, id, owner, reserve = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV
 local form, metadata, expiry_ms = ARGV[5], ARGV[6], tonumber(ARGV[7])
 local max_bytes, max_open, quota, prefix = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11]
 local request, remember_ms = ARGV[12], ARGV[13]
-local max_processing, posts = tonumber(ARGV[14]), ARGV[15]
-if #KEYS < 4 or #ARGV ~= 15 or (reserve or -1) < 0 or (form ~= '0' and form ~= '1')
+local max_processing, posts, concat = tonumber(ARGV[14]), ARGV[15], ARGV[16]
+if #KEYS < 4 or #ARGV ~= 16 or (reserve or -1) < 0 or (form ~= '0' and form ~= '1')
   or not (expiry_ms and max_bytes and max_open and quota and tonumber(remember_ms) and max_processing) then
   return redis.error_reply('ERR wrong arguments')
 end
@@ -82,6 +83,9 @@ end
 redis.call('HSET', upload, 'owner', owner, 'offset', 0, 'expires', now + expiry_ms)
 if form == '0' then
   redis.call('HSET', upload, 'length', reserve, 'metadata', metadata)
+end
+if concat ~= '' then
+  redis.call('HSET', upload, 'concat', concat)
 end
 redis.call('HSET', uploads, id, form == '1' and 'form ' .. reserve or reserve)
 redis.call('ZADD', due, now + expiry_ms, id)

@@ -3,7 +3,7 @@
 -- KEYS[1] uploads  uploads:{p}:<user>  hash: open upload -> bytes reserved
 -- ARGV[1] now     ms since 1970; empty: Redis' clock
 -- ARGV[2] prefix  of this partition's upload keys; an upload id is appended
--- Returns {{id, offset, length, metadata, expiry time in ms since 1970}, …}, in no order
+-- Returns {{id, offset, length, metadata, expiry time in ms since 1970, concat}, …}, in no order
 -- Refuses nothing
 --
 -- The user's quota bounds the list.
@@ -14,7 +14,7 @@ local open, rows = {}, redis.call('HGETALL', uploads)
 for i = 1, #rows, 2 do
   local id, reserved = rows[i], rows[i + 1]
   if not reserved:match('^form ') then
-    local row = redis.call('HMGET', prefix .. id, 'offset', 'length', 'metadata', 'expires')
+    local row = redis.call('HMGET', prefix .. id, 'offset', 'length', 'metadata', 'expires', 'concat')
     if row[2] and now < tonumber(row[4] or 0) then
       open[#open + 1] = {id, unpack(row)}
     end

@@ -73,6 +73,22 @@ local function refuse_busy(making, posts, allowed)
   end
 end
 
+-- Returns the names of an upload's chunks, in order. `chunks` of a final upload (tus, "Concatenation") has the ids of its
+-- parts instead. Their chunks stay in the parts' own lists, and their names begin with the part: `<part>/<name>`.
+local function list_chunks(chunks, chunk_prefix)
+  local names = redis.call('LRANGE', chunks, 0, -1)
+  if not (names[1] or ''):match('^u') then
+    return names
+  end
+  local all = {}
+  for _, part in ipairs(names) do
+    for _, name in ipairs(redis.call('LRANGE', chunk_prefix .. part, 0, -1)) do
+      all[#all + 1] = part .. '/' .. name
+    end
+  end
+  return all
+end
+
 -- Adds a post to the list of its author's posts. It may be there already.
 -- The lists of all users are one sequence of entries in lexical order, in leaves of at most `leaf_entries`. `leaves` has
 -- the first possible entry of each leaf, which is also the leaf's name; that of the lowest leaf is 0. A full leaf is

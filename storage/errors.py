@@ -50,6 +50,12 @@ class Offset(Refusal):
     word = "OFFSET"
 
 
+class Concat(Refusal):
+    """A part was used as a whole upload, or a whole upload as a part (tus, "Concatenation")."""
+
+    word = "CONCAT"
+
+
 class Incomplete(Refusal):
     word = "INCOMPLETE"
 

@@ -183,6 +183,7 @@ def _upload(found: FoundUpload) -> dict[str, object]:
         "offset": found.upload.offset,
         "length": found.upload.length,
         "metadata": found.upload.metadata,
+        "concat": found.upload.concat or None,
     }
 
 

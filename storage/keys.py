@@ -261,6 +261,10 @@ def chunks(upload_id: str) -> str:
     return f"chunks:{{{partition_of_upload(upload_id)}}}:{upload_id}"
 
 
+def chunks_prefix(partition: int) -> str:
+    return f"chunks:{{{partition}}}:"
+
+
 def uploads(partition: int, user: str) -> str:
     return f"uploads:{{{partition}}}:{user}"
 
@@ -359,7 +363,12 @@ def digest(data: bytes, size: int = 8) -> str:
 
 
 def chunk(upload_id: str, name: str) -> str:
-    return f"chunks/{upload_id}/{name}"
+    """The object of a chunk, given its name in the list of an upload. A chunk of a part names the part, too.
+
+    >>> chunk("u01JD4Q7ZK5W8Y3N6R2T9V0XABD-0", "u01JD4Q7ZK5W8Y3N6R2T9V0XABC-0/0-8f2c")
+    'chunks/u01JD4Q7ZK5W8Y3N6R2T9V0XABC-0/0-8f2c'
+    """
+    return f"chunks/{name}" if "/" in name else f"chunks/{upload_id}/{name}"
 
 
 def chunk_name(offset: int) -> str:

@@ -286,8 +286,8 @@ ROUND_TRIPS = _define(
 
 # Uploads and images
 UPLOADS = _counter("api worker", "imagegram_uploads_total", "What happened to uploads.", "event")
-OPENED, RESUMED, FINISHED, DROPPED, EXPIRED = map(
-    UPLOADS.series, ("opened", "resumed", "finished", "dropped", "expired")
+OPENED, RESUMED, CONCATENATED, FINISHED, DROPPED, EXPIRED = map(
+    UPLOADS.series, ("opened", "resumed", "concatenated", "finished", "dropped", "expired")
 )
 UPLOAD_BYTES = _counter("api", "imagegram_upload_bytes_total", "Bytes of images that were stored.").series()
 IMAGES = _counter("worker", "imagegram_images_total", "Attempts at images, by how they ended.", "outcome")

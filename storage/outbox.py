@@ -11,6 +11,7 @@ Due entries, in the zset `due` (`lease`, `erase`, `end_upload`):
 | open upload | it expires | it is dropped as expired; due again after GRACE_MS |
 | open upload | it took a chunk after it was leased | nothing; due again when it expires |
 | dropped or expired upload | GRACE_MS have passed | its chunks are erased |
+| part of a final upload | it was used after it was leased | nothing: its chunks are now those of the final upload |
 | upload of a post that has its original | the post is ready, has failed or was deleted | its chunks are erased |
 | upload of a post without original | the post is ready or has failed | nothing: its chunks are the only bytes |
 | upload of a deleted post without original | no kept backup names the post | its chunks are erased |
@@ -240,6 +241,9 @@ async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, entry: 
     Raises NoUpload where the entry is not the id of an upload, Unavailable, Unreachable, Unknown.
     """
     upload = await uploads.inspect(db, entry.id)
+    if upload.final:  # the clock went back: it was leased as expired, and then used while it was not
+        await _end_lease(db, entry, "")
+        return
     now = entry.lease - LEASE_MS
     # Without an original, the chunks are the post's only bytes.
     only = upload.post and not await _has_original(objects, upload.post)
@@ -250,7 +254,7 @@ async def end_upload(db: Redis, objects: ObjectStore, may_name: MayName, entry: 
         needed_ms = 0
         if only:
             needed_ms = max(now - backup_reach_ms, restored)
-        elif keys.created_ms(entry.id) <= restored:
+        elif uploads.stored_ms(entry.id, upload.chunks) <= restored:
             needed_ms = restored
         if recheck_ms := needed_ms and await recheck_at(may_name, needed_ms, now, backup_reach_ms):
             await _end_lease(db, entry, recheck_ms)

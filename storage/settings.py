@@ -46,6 +46,7 @@ HOUR_MS = 60 * 60 * 1000
 DAY_MS = 24 * 60 * 60 * 1000
 CHANGES_MS = 7 * DAY_MS  # a token of changes is valid for a week, so deletions are remembered for a week at least
 CHUNKS = 10_000  # maximum number of chunks of an upload: 10 KiB each of the largest image
+PARTS = 16  # maximum number of partial uploads that one upload is made of. Four fill a line that loses packets
 OPEN_UPLOADS = 20  # maximum number of open uploads of a user, without forms
 RESERVED_BYTES = 2 * 1024 * MIB  # maximum of a user's open uploads together, and again of the user's forms
 # The minimum that a form reserves, in bytes: it may hold as much in memory. So a user may send 512 forms at once.

@@ -18,11 +18,15 @@ The fields of `upload:{p}:<id>` in each state (docs/keys.md):
 | finished | `owner`, `post`, `length` (the sum of the chunks) | its chunks are erased once the post has its original |
 | dropped | none: the hash is gone | its chunks are erased |
 | expired | `owner`, `expires` = 0 | its chunks are erased; for a day it is refused as expired, not as unknown |
+| used | `final` | it was a part, and its chunks are now those of the upload that `final` names |
 
 `expires` is an hour after an upload was opened. Each chunk moves it to 24 hours later, or to an hour later in a form.
-After that time the upload is refused as expired at once. The outbox then drops it and leaves the fields of the last
-row. In the last three states `chunks:{p}:<id>` exists until the chunks are erased: for a post that failed, until it is
-deleted.
+After that time the upload is refused as expired at once. The outbox then drops it and leaves the fields of that row. In
+the last four states `chunks:{p}:<id>` exists until the chunks are erased: for a post that failed, until it is deleted.
+
+Partial and final uploads (tus, "Concatenation") have one more field while they are open, `concat`. A final upload is
+complete from the start. Its list of chunks has the ids of its parts, and scripts that read the list put the chunks of
+each part in its place.
 """
 
 import asyncio
@@ -37,6 +41,7 @@ from storage.errors import (
     Empty,
     Expired,
     Format,
+    Incomplete,
     NoUpload,
     Refusal,
     TooLarge,
@@ -80,6 +85,8 @@ class Upload(NamedTuple):
     metadata: str  # Upload-Metadata as the client sent it (tus, "Creation")
     expires: int  # ms since 1970; 0 where the upload is not open
     post: str | None  # the id of the post that it became
+    concat: str  # Upload-Concat as the client sent it (tus, "Concatenation"): "partial", "final;…", or empty
+    final: str | None  # the id of the final upload that this part was used for
     expired: bool
     chunks: list[str]  # their names, in order; empty where they were not requested
 
@@ -93,11 +100,13 @@ async def create(
     idempotency: keys.IdempotencyKey | None = None,
     form_bytes: int = IMAGE_BYTES,
     processing: int = PROCESSING,
+    partial: bool = False,
 ) -> tuple[str, bool]:
     """Open an upload of `length` bytes. Without `length` it is the upload of a form, and reserves `form_bytes`.
 
-    A form reserves FORM_BYTES at least and IMAGE_BYTES at most. Returns the upload's id, and whether the idempotency
-    key was used before. In that case it is the id of the upload that was opened with that key.
+    A form reserves FORM_BYTES at least and IMAGE_BYTES at most. A `partial` upload is a part for `concatenate`, and
+    becomes no post by itself. Returns the upload's id, and whether the idempotency key was used before. In that case it
+    is the id of the upload that was opened with that key.
 
     Raises Reused where the idempotency key was used for another request, TooLarge above IMAGE_BYTES, Quota where the
     owner has too many open uploads or reserved bytes (`again` says for how long), and, for a form, Busy where
@@ -131,10 +140,84 @@ async def create(
         DAY_MS,
         processing,
         keys.post_prefix(partition),
+        "partial" if partial else "",
     )
     if not repeated:
         metrics.OPENED.add()
     return upload, bool(repeated)
+
+
+async def concatenate(
+    db: Redis,
+    objects: ObjectStore,
+    owner: str,
+    parts: list[str],
+    concat: str,
+    metadata: str = "",
+    idempotency: keys.IdempotencyKey | None = None,
+) -> tuple[str, bool]:
+    """Make one complete upload of partial ones, in this order (tus, "Concatenation"). No bytes are copied.
+
+    The parts are gone then. Returns the final upload's id, and whether the idempotency key was used before. `concat` is
+    the text of Upload-Concat, which HEAD returns.
+
+    Raises NoUpload where a part does not exist, belongs to somebody else, was used or became a post, Expired, Concat
+    where it is no partial upload, Incomplete, TooLarge, Chunks, Format where the first bytes are not those of an image,
+    Reused, Unavailable.
+    """
+    partition = keys.partition_of_upload(parts[0])
+    if any(keys.partition_of_upload(part) != partition for part in parts):  # partitions were added between two parts
+        raise NoUpload("these uploads cannot be concatenated: send all parts again")
+    await _check_first_bytes(db, objects, owner, parts)
+    upload = keys.new_upload_id(partition)
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
+    if idempotency:
+        script_keys.append(keys.once(partition, owner, idempotency.scoped_key))
+    upload, repeated = await db.call(
+        "concat_uploads",
+        script_keys,
+        db.clock,
+        upload,
+        owner,
+        " ".join(parts),
+        concat,
+        metadata,
+        DAY_MS,
+        IMAGE_BYTES,
+        CHUNKS,
+        keys.upload_prefix(partition),
+        keys.chunks_prefix(partition),
+        idempotency.digest if idempotency else "-",
+        DAY_MS,
+    )
+    if not repeated:
+        metrics.OPENED.add()
+        metrics.CONCATENATED.add(len(parts))
+    return upload, bool(repeated)
+
+
+async def _check_first_bytes(db: Redis, objects: ObjectStore, owner: str, parts: list[str]) -> None:
+    """Raises Format where complete parts do not begin as an image does, and Incomplete where that cannot be told yet.
+
+    It is true for ever: the bytes of an upload do not change. A part that cannot be used is left to the script, which
+    also knows the answer to a repeated request.
+    """
+    head = b""
+    for part in parts:
+        row = await inspect(db, part)
+        if row.owner != owner or row.expired or row.post:
+            return
+        for name in row.chunks[: LONGEST_MAGIC - len(head)]:  # a chunk has a byte at least
+            try:
+                head += await objects.get(keys.chunk(part, name))
+            except NotFound:  # another request has deleted the part
+                raise NoUpload(f"no such upload: {part}") from None
+        if row.offset != row.length:
+            raise Incomplete(f"the upload {part} is at {row.offset} of {row.length}")
+        if len(head) >= LONGEST_MAGIC:
+            break
+    if not sniff(head[:LONGEST_MAGIC]):
+        raise Format("only PNG, JPEG and BMP images are accepted")
 
 
 async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
@@ -142,11 +225,26 @@ async def inspect(db: Redis, upload: str, names: bool = True) -> Upload:
 
     Raises NoUpload where `upload` is not the id of an upload. An id that is not in use gives a row whose owner is None.
     """
-    owner, offset, length, metadata, expires, post, expired, chunks = await db.call(
-        "read_upload", [keys.upload(upload), keys.chunks(upload)], db.clock, int(names)
+    partition = keys.partition_of_upload(upload)
+    owner, offset, length, metadata, expires, post, concat, final, expired, chunks = await db.call(
+        "read_upload",
+        [keys.upload(upload), keys.chunks(upload)],
+        db.clock,
+        int(names),
+        keys.chunks_prefix(partition),
     )
-    length = int(length) if length else None
-    return Upload(owner, int(offset or 0), length, metadata or "", int(expires or 0), post, bool(expired), chunks)
+    return Upload(
+        owner,
+        int(offset or 0),
+        int(length) if length else None,
+        metadata or "",
+        int(expires or 0),
+        post,
+        concat or "",
+        final,
+        bool(expired),
+        chunks,
+    )
 
 
 async def read(db: Redis, owner: str, upload: str) -> Upload:
@@ -170,6 +268,7 @@ class OpenUpload(NamedTuple):
     length: int
     metadata: str  # Upload-Metadata as the client sent it (tus, "Creation")
     expires: int  # ms since 1970
+    concat: str  # as in Upload
 
 
 async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
@@ -177,8 +276,8 @@ async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
     partition = keys.partition_of_user(owner, partitions)
     rows = await db.call("list_uploads", [keys.uploads(partition, owner)], db.clock, keys.upload_prefix(partition))
     opened = [
-        OpenUpload(upload, int(offset), int(length), metadata, int(expires))
-        for upload, offset, length, metadata, expires in rows
+        OpenUpload(upload, int(offset), int(length), metadata, int(expires), concat or "")
+        for upload, offset, length, metadata, expires, concat in rows
     ]
     return sorted(opened, reverse=True)
 
@@ -206,14 +305,14 @@ async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
 class Appender:
     """Appends received bytes to an upload, starting at its offset. It receives the next chunk while it stores others.
 
-        image = Appender(db, objects, upload, offset, length)
+        image = Appender(db, objects, upload, offset, length, partial)
         await image.resume()              # if the upload was begun by another request
         await image.write(data)           # for each piece that arrives
         await image.commit()              # or `finish`, for a form, at the end; on an error `abandon`
 
     | error | when |
     |---|---|
-    | Format | the first bytes are not those of a PNG, JPEG or BMP |
+    | Format | the first bytes are not those of a PNG, JPEG or BMP. Those of a `partial` upload may be any |
     | TooLarge | more bytes than the upload's length arrived |
     | Offset | another request has moved the offset in the meantime |
     | Chunks | the upload came in more than CHUNKS pieces |
@@ -225,7 +324,13 @@ class Appender:
     """
 
     def __init__(
-        self, db: Redis, objects: ObjectStore, upload: str, offset: int = 0, length: int | None = None
+        self,
+        db: Redis,
+        objects: ObjectStore,
+        upload: str,
+        offset: int = 0,
+        length: int | None = None,
+        partial: bool = False,
     ) -> None:
         self.upload = upload
         self.offset = offset  # bytes that are durable
@@ -243,6 +348,7 @@ class Appender:
         self._next_offset = offset  # where the next chunk begins
         self._commits: deque[asyncio.Task] = deque()  # each one waits for the one before it
         self._timer: asyncio.TimerHandle | None = None
+        self._sniffed_bytes = 0 if partial else LONGEST_MAGIC
         self._first_bytes = b""  # of the image, until they are enough for `sniff`
 
     async def resume(self) -> None:
@@ -256,7 +362,7 @@ class Appender:
             self._objects.check_free_space()
         if self.offset:
             metrics.RESUMED.add()
-        if 0 < self.offset < LONGEST_MAGIC:
+        if 0 < self.offset < self._sniffed_bytes:
             # A chunk has a byte at least, so these bytes are in the first `offset` chunks. Another request may have
             # appended more in the meantime.
             names = (await inspect(self._db, self.upload)).chunks[: self.offset]
@@ -270,7 +376,7 @@ class Appender:
         """Append bytes. It waits only if the client sends faster than the store writes."""
         if self._commits and self._commits[-1].done():
             self._commits[-1].result()  # raises the error of a chunk. Bytes after that chunk cannot be appended
-        if self._received < LONGEST_MAGIC:
+        if self._received < self._sniffed_bytes:
             self._first_bytes += data
             self._check_format(whole=False)
         self._received += len(data)
@@ -390,8 +496,16 @@ async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, reme
     Raises NoUpload, Unavailable.
     """
     chunks = await drop(db, owner, upload, remember_ms)
-    if keys.created_ms(upload) > await last_restore_ms(db, keys.partition_of_upload(upload)):
+    if stored_ms(upload, chunks) > await last_restore_ms(db, keys.partition_of_upload(upload)):
         await erase_chunks(db, objects, upload, chunks)
+
+
+def stored_ms(upload: str, chunks: list[str]) -> int:
+    """When the upload that the oldest of these chunks was sent to was created, in ms since 1970.
+
+    This is the upload itself, or the oldest of its parts. `chunks` are the names in the list of the upload.
+    """
+    return keys.created_ms(min([upload, *(name.partition("/")[0] for name in chunks if "/" in name)]))
 
 
 async def last_restore_ms(db: Redis, partition: int) -> int:
@@ -409,7 +523,8 @@ async def drop(db: Redis, owner: str, upload: str, remember_ms: int | str = "") 
     """
     partition = keys.partition_of_upload(upload)
     script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(partition, owner), keys.due(partition)]
-    chunks = await db.call("drop_upload", script_keys, db.clock, upload, GRACE_MS, remember_ms)
+    prefix = keys.chunks_prefix(partition)
+    chunks = await db.call("drop_upload", script_keys, db.clock, upload, GRACE_MS, remember_ms, prefix)
     (metrics.EXPIRED if remember_ms else metrics.DROPPED).add()
     return chunks
 
@@ -420,8 +535,10 @@ async def erase_chunks(db: Redis, objects: ObjectStore, upload: str, chunks: lis
     An upload that became a post is known for another day, so that its post can be requested again. Raises Unavailable.
     """
     await objects.delete([keys.chunk(upload, name) for name in chunks])
-    script_keys = [keys.upload(upload), keys.chunks(upload), keys.due(keys.partition_of_upload(upload))]
-    await db.call("forget_chunks", script_keys, upload, DAY_MS)
+    partition = keys.partition_of_upload(upload)
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.due(partition)]
+    prefixes = keys.upload_prefix(partition), keys.chunks_prefix(partition)
+    await db.call("forget_chunks", script_keys, upload, DAY_MS, *prefixes)
 
 
 @asynccontextmanager

@@ -95,6 +95,7 @@ class Scene(NamedTuple):
     failed: str
     comment: str
     upload: str
+    part: str  # a complete partial upload of alice
     leased: outbox.ImageWork
     due: outbox.DueEntry
     hidden: str  # post
@@ -104,11 +105,30 @@ class Scene(NamedTuple):
     sealed: str  # a post with a segment of one comment, which is erased
 
 
+async def make_part(db, size: int = 10, owner: str = "alice") -> str:
+    """Creates a complete partial upload of one chunk that has no bytes in the store. Returns its id."""
+    part, _ = await uploads.create(db, owner, 1, size, partial=True)
+    await append(db, part, 0, size, keys.chunk_name(0))
+    return part
+
+
+async def concatenate(
+    db, *parts: str, owner: str = "alice", chunks: int = CHUNKS, upload: str | None = None
+) -> tuple[str, int]:
+    """Concatenates parts, as uploads.concatenate does after it has read the first bytes."""
+    upload = upload or keys.new_upload_id(0)
+    script_keys = [keys.upload(upload), keys.chunks(upload), keys.uploads(0, owner), keys.due(0)]
+    prefixes = keys.upload_prefix(0), keys.chunks_prefix(0)
+    args = (owner, " ".join(parts), "final;…", "", DAY_MS, IMAGE_BYTES, chunks, *prefixes, "-", DAY_MS)
+    return await db.call("concat_uploads", script_keys, db.clock, upload, *args)
+
+
 async def scene(db) -> Scene:
     """Puts entries of every kind into Redis, so that each script that writes has something to change."""
     ready, processing = await make_post(db, "alice"), await make_processing(db, "alice")
     comment, _ = await comments.add(db, "bob", ready, "first")
     upload = await make_upload(db, "alice")
+    part = await make_part(db)
     image = await leased(db, processing)
     await make_processing(db, "alice")  # not leased
     due = (await outbox.lease(db, 0))[0]
@@ -132,7 +152,19 @@ async def scene(db) -> Scene:
     args = (sealed, erased, "bob", LATEST_COMMENTS, 0, tail, '["bob","old"]', tail, "[]")
     await db.call("delete_comment", script_keys, db.clock, *args)
     return Scene(
-        ready, processing, failed, comment.id, upload, image, due, hidden, hidden_comment.id, finished, quiet, sealed
+        ready,
+        processing,
+        failed,
+        comment.id,
+        upload,
+        part,
+        image,
+        due,
+        hidden,
+        hidden_comment.id,
+        finished,
+        quiet,
+        sealed,
     )
 
 
@@ -235,6 +267,7 @@ WRITES = {
     "delete_post": lambda db, at: posts.delete(db, EMPTY, "alice", at.processing),
     "create_upload": lambda db, at: uploads.create(db, "alice", 1, 1000, "filename YQ==", ONCE),
     "append_chunk": chunk,
+    "concat_uploads": lambda db, at: concatenate(db, at.part),
     "create_post": lambda db, at: posts.create(db, "alice", at.upload, "caption", ONCE),
     "drop_upload": drop,
     "forget_chunks": lambda db, at: uploads.erase_chunks(db, EMPTY, at.upload, []),
@@ -565,6 +598,29 @@ async def test_a_finished_upload_no_longer_counts_in_the_quota(server, db):
     for _ in range(OPEN_UPLOADS + 2):
         await make_processing(db, "alice")
     assert not server.client.exists(keys.uploads(0, "alice"))
+
+
+async def test_parts_become_one_upload_whose_chunks_are_forgotten_together(server, db):
+    parts = [await make_part(db, size) for size in (10, 20)]
+    foreign, whole = await make_part(db, owner="bob"), await make_upload(db, "alice")
+    names = [f"{part}/{server.client.lindex(keys.chunks(part), 0)}" for part in parts]
+    for others, error in (([foreign], errors.NoUpload), ([parts[0]], errors.NoUpload), ([whole], errors.Concat)):
+        await refused(server, db, error, concatenate(db, *parts, *others))
+    await refused(server, db, errors.Chunks, concatenate(db, *parts, chunks=1))
+    await refused(server, db, errors.Concat, posts.create(db, "alice", parts[0], ""))
+    upload, _ = await concatenate(db, *parts)
+    with unchanged(server.client):
+        assert await concatenate(db, *parts, upload=upload) == [upload, 0], "the same call again"
+    await refused(server, db, errors.NoUpload, concatenate(db, *parts))
+    await refused(server, db, errors.NoUpload, append(db, parts[0], 10, 1, "10-x"))
+    await refused(server, db, errors.TooLarge, append(db, upload, 30, 1, "30-x"))
+    row = await uploads.inspect(db, upload)
+    assert (row.offset, row.length, row.expires, row.chunks) == (30, 30, NOW + DAY_MS, names)
+    assert server.client.hgetall(keys.uploads(0, "alice"))[upload] == "30"
+    assert await uploads.drop(db, "alice", upload) == names
+    assert (await uploads.inspect(db, upload)).chunks == names, "until the objects are erased"
+    await uploads.erase_chunks(db, EMPTY, upload, [])
+    assert not [key for key in contents(server.client) if any(one in key for one in (upload, *parts))]
 
 
 async def test_an_upload_expires_a_day_after_its_last_byte_and_is_reported_as_expired_for_a_day(server, db, store):

@@ -56,7 +56,8 @@ async def owned_objects(server, db, store, tmp_path) -> set[str]:
     chunks = [keys.chunk(opened, name) for name in (await uploads.inspect(db, opened)).chunks]
     chunks += [keys.chunk(dropped, name) for name in (await uploads.inspect(db, dropped)).chunks]
     named = [keys.uploads(0, "bob"), keys.due(0)]
-    await db.call("drop_upload", [keys.upload(dropped), keys.chunks(dropped), *named], db.clock, dropped, 60_000, "")
+    named = [keys.upload(dropped), keys.chunks(dropped), *named]
+    await db.call("drop_upload", named, db.clock, dropped, 60_000, "", keys.chunks_prefix(0))
     for post in (ready, also_ready, waiting, deleted, erased):
         chunks += [keys.original(post), keys.image(post)]
     for name in chunks:

@@ -42,11 +42,13 @@ def picture(path: Path, size: int) -> str:
 
 
 def hash_stored(site: Site, url: str) -> str:
-    """The sha256 of the chunks of an upload, in order."""
-    upload = url.rsplit("/", 1)[1]
+    """The sha256 of the chunks of an upload, or of its parts, in order."""
+    upload, client = url.rsplit("/", 1)[1], site.server.client
     digest = hashlib.sha256()
-    for name in site.server.client.lrange(f"chunks:{{0}}:{upload}", 0, -1):
-        digest.update((site.folder / "store" / "chunks" / upload / name).read_bytes())
+    parts = [name for name in client.lrange(f"chunks:{{0}}:{upload}", 0, -1) if name.startswith("u")]
+    for one in parts or [upload]:
+        for name in client.lrange(f"chunks:{{0}}:{one}", 0, -1):
+            digest.update((site.folder / "store" / "chunks" / one / name).read_bytes())
     return digest.hexdigest()
 
 
@@ -70,6 +72,22 @@ def test_tus_js_client_uploads(served, tmp_path, chunk):
     with served.client("alice") as alice:
         created = alice.post("/v1/posts", json={"upload": url.rsplit("/", 1)[1], "caption": "by tus"})
     assert created.status_code == 201 and created.json()["caption"] == "by tus"
+
+
+def test_tus_js_client_sends_parts_at_the_same_time_over_a_line_that_breaks(served, line, tmp_path):
+    size = 12 * MIB
+    digest = picture(tmp_path / "photo", size)
+    line.rate = 8 * MIB
+    with ThreadPoolExecutor() as pool:
+        cutting = pool.submit(break_often, line, size, 5, ["rst", "fin"])
+        url = wait_for_url(start_tus_js(tmp_path / "photo", line.port, served.token("carol"), "0", "4"))
+        cutting.result()
+    assert hash_stored(served, url) == digest
+    with served.client("carol") as carol:
+        listed = carol.get("/v1/uploads").json()["items"]
+        assert [(item["concat"], item["offset"]) for item in listed] == [("final", size)], "no part is left over"
+        created = carol.post("/v1/posts", json={"upload": url.rsplit("/", 1)[1], "caption": "in parts"})
+    assert created.status_code == 201
 
 
 @pytest.mark.parametrize("chunk", [None, 1_000_000], ids=["whole", "in chunks"])

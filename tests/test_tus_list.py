@@ -32,7 +32,7 @@ def test_open_uploads_are_listed_with_their_offsets_newest_first(serving):
     newer = begin(serving, 7)
     begin(serving, 9, "bob")
     second, first = list_uploads(serving)
-    assert set(first) == {"id", "offset", "length", "metadata", "created_at", "expires_at"}
+    assert set(first) == {"id", "offset", "length", "metadata", "created_at", "expires_at", "concat"}
     assert (first["id"], first["offset"], first["length"], first["metadata"]) == (older, 40, 100, metadata)
     assert (second["id"], second["offset"], second["length"], second["metadata"]) == (newer, 0, 7, "")
     for item in (first, second):

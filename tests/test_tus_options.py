@@ -7,7 +7,7 @@ OFFER = """
     < 204
     < Tus-Resumable: 1.0.0
     < Tus-Version: 1.0.0
-    < Tus-Extension: creation,creation-with-upload,expiration,termination
+    < Tus-Extension: creation,creation-with-upload,expiration,termination,concatenation
     < Tus-Max-Size: 104857600
     < -Content-Length
 """

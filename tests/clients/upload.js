@@ -1,16 +1,16 @@
 // Uploads a file with tus-js-client, as an app on a bad line does it. Prints the address of the upload.
-// node upload.js FILE ENDPOINT TOKEN [CHUNK SIZE]
+// node upload.js FILE ENDPOINT TOKEN [CHUNK SIZE, or 0 for whole] [PARTS that are sent at the same time]
 const fs = require('fs')
 const tus = require('tus-js-client')
 
-const [file, endpoint, token, chunkSize] = process.argv.slice(2)
+const [file, endpoint, token, chunkSize, parts] = process.argv.slice(2)
 const STALL = 1500 // ms without progress after which an app gives up a request; the library itself waits forever
 let heard = Date.now()
 
 const upload = new tus.Upload(fs.createReadStream(file), {
   endpoint,
-  chunkSize: chunkSize ? Number(chunkSize) : Infinity,
-  uploadSize: fs.statSync(file).size,
+  chunkSize: Number(chunkSize) || Infinity,
+  ...(parts ? { parallelUploads: Number(parts) } : { uploadSize: fs.statSync(file).size }), // it refuses both together
   headers: { Authorization: `Bearer ${token}` },
   metadata: { filename: 'photo.png' },
   retryDelays: [0, 50, 100, 200, 400, 800],
