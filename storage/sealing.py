@@ -30,7 +30,7 @@ from storage.db.client import Redis
 from storage.errors import Stale, Unknown, Unreachable
 from storage.objects import ObjectStore
 from storage.outbox import MayName, recheck_at
-from storage.segments import Comment, Segments
+from storage.segments import Comment, Segments, Unreadable
 from storage.settings import COMPACT_MS, HOUR_MS, LEASE_MS, SEGMENT_BYTES, SEGMENT_COMMENTS
 
 LOOKED_POSTS = 500  # posts that one call of find_quiet looks at: 0.6 ms of Redis' time
@@ -91,7 +91,8 @@ async def step(
 
     A post that has not changed for `quiet_ms` keeps no comments in Redis, any other at least `hot_comments`.
 
-    Raises NoPost where `post` is not the id of a post, Unavailable, Full, Unreachable, Unknown.
+    Raises NoPost where `post` is not the id of a post, Unavailable, Full, Unreachable, Unknown. If a segment that is to
+    be compacted is missing or damaged, raises Unreadable when nothing else of the post is left to do.
     """
     partition = keys.partition_of_post(post)
     named = [keys.comments(post), keys.segments(post), keys.erased(post)]
@@ -106,9 +107,16 @@ async def step(
         SEGMENT_BYTES,
         db.cluster,
     )
-    if erased and await _compact(db, segments, post, backup_reach_ms):
-        return True
+    unreadable = None
+    if erased:
+        try:
+            if await _compact(db, segments, post, backup_reach_ms):
+                return True
+        except Unreadable as fault:
+            unreadable = fault
     if not flat:
+        if unreadable:
+            raise unreadable
         return False
     rows = [Comment(*row) for row in zip(*[iter(flat)] * 3, strict=True)]
     name = keys.segment_name(rows[0].id)
@@ -119,13 +127,21 @@ async def step(
 
 
 async def _compact(db: Redis, segments: Segments, post: str, backup_reach_ms: int) -> bool:
-    """Compact the oldest segment of a post that has erased comments. Returns whether there was one."""
+    """Compact the oldest segment of a post that has erased comments and can be read. Returns whether there was one.
+
+    Raises Unreadable if there was none, because a segment is missing or damaged.
+    """
     entries, erased = await read_segments(db, post)
     lasts = [keys.order(Entry.parse(entry).last) for entry in entries]
     places = {bisect_left(lasts, keys.order(comment)) for comment in erased}
+    unreadable = None
     for entry in (entries[place] for place in sorted(places) if place < len(entries)):
         replaced = Entry.parse(entry).name
-        rows = await segments.read(post, replaced) if replaced != keys.NO_SEGMENT else []
+        try:
+            rows = await segments.read(post, replaced) if replaced != keys.NO_SEGMENT else []
+        except Unreadable as fault:
+            unreadable = fault
+            continue
         left = [row for row in rows if row.id not in erased]
         if len(left) == len(rows):
             continue
@@ -139,6 +155,8 @@ async def _compact(db: Redis, segments: Segments, post: str, backup_reach_ms: in
         args = (db.clock, post, entry, name, backup_reach_ms, *gone)
         await _decided(db, segments, post, name, db.call("compact_segment", script_keys, *args))
         return True
+    if unreadable:
+        raise unreadable
     return False
 
 

@@ -9,7 +9,7 @@ from state import unchanged
 
 from storage import changes, comments, errors, keys, posts, sealing
 from storage.objects import Unavailable
-from storage.segments import Segments
+from storage.segments import Segments, Unreadable
 from storage.settings import COMPACT_MS, DAY_MS, LATEST_COMMENTS, SEGMENT_COMMENTS
 
 NOW = 1_763_971_200_000
@@ -185,6 +185,27 @@ async def test_the_text_of_a_deleted_comment_leaves_the_store_and_the_old_segmen
     assert len(left) == 3 and len(set(left) & set(old)) == 1
     assert not server.client.exists(keys.retired(0))
     assert await walk(db, Segments(store), post) == added
+
+
+async def test_the_segments_behind_a_damaged_one_are_compacted_and_new_ones_are_sealed(
+    server, db, store, segments, monkeypatch
+):
+    monkeypatch.setattr(sealing, "SEGMENT_COMMENTS", 3)
+    post = await make_post(db, "alice")
+    added = await fill(db, post, 9)
+    db.clock += MONTH_MS
+    await work(db, segments, post)
+    damaged = sealing.Entry.parse((await sealing.read_segments(db, post))[0][0])
+    for row in (added[0], added[4], added[8]):
+        await comments.delete(db, segments, row.author, post, row.id)
+    await store.put(keys.segment(post, damaged.name), b"rubbish")
+    added += await fill(db, post, 3)
+    db.clock += MONTH_MS
+    with pytest.raises(Unreadable):
+        await work(db, Segments(store), post)
+    entries, erased = await sealing.read_segments(db, post)
+    assert erased == {added[0].id} and [sealing.Entry.parse(entry).through for entry in entries] == [3, 5, 7, 10]
+    assert not server.client.exists(keys.comments(post))
 
 
 async def _names(store):
