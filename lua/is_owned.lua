@@ -13,17 +13,19 @@
 --
 -- A deleted post is in `due` until its original is erased. It may be in `gone` for longer. Its segments are in `retired`.
 local post, hidden, gone, due, segments, retired = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local id, stored = ARGV[1], {unpack(ARGV, 2)}
+local id, args = ARGV[1], ARGV
+local first_stored = 2
 
 local known = redis.call('EXISTS', post, hidden) > 0 or redis.call('ZSCORE', gone, id) or redis.call('ZSCORE', due, id)
 local owned = {known and 1 or 0}
 local all_retired, named = redis.call('ZSCORE', retired, id .. '/'), {}
-if stored[1] then
+if args[first_stored] then
   for _, entry in ipairs(redis.call('LRANGE', segments, 0, -1)) do
     named[entry:match('%S+$')] = true
   end
 end
-for _, name in ipairs(stored) do
+for number = first_stored, #args do
+  local name = args[number]
   if all_retired or named[name] or redis.call('ZSCORE', retired, id .. '/' .. name) then
     owned[#owned + 1] = name
   end

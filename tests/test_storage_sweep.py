@@ -163,6 +163,14 @@ async def real(embedded):
     await db.close()
 
 
+async def test_the_owner_of_any_number_of_segments_is_found(real, embedded):
+    post = keys.new_post_id(0)
+    embedded.client.rpush(keys.segments(post), "5-0 1 named")
+    script_keys = [keys.post(post), keys.hidden(post), keys.gone(0), keys.due(0), keys.segments(post), keys.retired(0)]
+    stored = [*map(str, range(10_000)), "named"]
+    assert await real.call("is_owned", script_keys, post, *stored) == [0, "named"]
+
+
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):
     count = SAFE_COUNT + 1
     for number in range(count):
