@@ -1,6 +1,6 @@
 """The model test finds faults: each of `mutants.MUTANTS` is made in memory, and the model must fail.
 
-Here are those that it finds soon. `LONG=1` runs all, with other seeds: `make drill` does so.
+Here are two that it finds soon. `make drill-sealing` runs all.
 """
 
 import os

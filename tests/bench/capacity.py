@@ -299,7 +299,8 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m tests.bench.capacity", description=__doc__).parse_args()
     PAGE.write_text(page(PAGE.read_text()))
     days = [10 ** (step / 10) for step in range(0, 28)]
-    plots.capacity([Site("", day) for day in days], Path(ROOT / "docs" / "performance" / "capacity.png"))
+    picture = Path(ROOT / "docs" / "performance" / "capacity.png")
+    plots.capacity([Site("", day) for day in days], of("fork, for each GiB in memory"), picture)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,11 @@ def forecast(seen: dict[str, dict], most: float, path: Path) -> None:
     _save(figure, path)
 
 
-def capacity(sites: list, path: Path) -> None:
-    """What a site needs at the forecast's rate, against its age: memory, nodes, a rewrite's fork, and the stores."""
+def capacity(sites: list, fork: float, path: Path) -> None:
+    """What a site needs at the forecast's rate, against its age: memory, nodes, a rewrite's fork, and the stores.
+
+    `fork` is in ms a GiB.
+    """
     days = [site.days for site in sites]
     figure, panels = _figure("The forecast, against the age of the site", 1, 3, 4)
     lines = {
@@ -188,8 +191,8 @@ def capacity(sites: list, path: Path) -> None:
     for (label, values), style in zip(lines.items(), cycle(LINES), strict=False):
         panels[0].plot(days, values, **style, label=label, markersize=3)
     panels[0].set_title("memory, GB", fontsize=11)
-    panels[1].plot(days, [site.primaries for site in sites], **LINES[0], label="primaries of 2 GiB", markersize=3)
-    forks = [site.memory / 2**30 * 17.5 for site in sites]
+    panels[1].plot(days, [site.primaries for site in sites], **LINES[0], label="primaries of 0.9 GiB", markersize=3)
+    forks = [site.memory / 2**30 * fork for site in sites]
     panels[1].plot(days, forks, **LINES[1], label="fork of one primary with all data, ms", markersize=3)
     panels[1].axhline(50, color="#D55E00", linewidth=1, label="50 ms")
     panels[1].set_title("primaries, and why one is not enough", fontsize=11)
