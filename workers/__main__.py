@@ -25,7 +25,7 @@ from storage.db import topology
 from storage.db.cluster import connect
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
-from workers import dispatcher, pipeline, sandbox
+from workers import dispatcher, encoding, pipeline, sandbox
 
 STOP_GRACE = 2.0  # seconds that a running conversion has when the worker stops. If it is cut off, it costs an attempt
 RETRY_PAUSE = 1.0  # seconds until a converter that ended is replaced, and between pings of a Redis that is unreachable
@@ -188,6 +188,7 @@ def run() -> None:
     else:
         require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)
+        encoding.warn_if_missing()
         asyncio.run(topology.warn(chosen))
         raise SystemExit(asyncio.run(work(chosen)))
 

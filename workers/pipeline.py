@@ -9,7 +9,7 @@
 | `turn_upright` | turned by the EXIF orientation |
 | `convert_to_srgb` | RGB, or RGBA if it has transparency |
 | `lay_on_white` | RGB |
-| `encode_jpeg`, `thumbhash` | the two results |
+| `encode_jpeg` (encoding.py), `thumbhash` | the two results |
 
 The picture is shrunk before its colours are converted and before its alpha is laid on white, although the other order
 reads better. The costly steps then process 600x600 pixels instead of millions. Alpha is premultiplied before shrinking,
@@ -33,6 +33,7 @@ from PIL import Image, ImageCms, ImageFile, features
 
 from workers import colour
 from workers.bmp import Bmp
+from workers.encoding import encode_jpeg
 from workers.errors import unusable
 from workers.jpeg import Jpeg
 from workers.png import MAGIC, Png
@@ -290,22 +291,3 @@ STEPS: tuple[Callable[[Image.Image, Metadata], Image.Image], ...] = (
     convert_to_srgb,
     lay_on_white,
 )
-
-
-# Results
-
-
-def encode_jpeg(image: Image.Image) -> bytes:
-    """Returns the JPEG without metadata.
-
-    It needs no colour profile: browsers take an image without one as sRGB (CSS Color 4).
-    """
-    file = io.BytesIO()
-    image.info.clear()  # save() would write a comment that came with the original
-    # The settings are for slow connections. Measured with the portrait of `make bench-images`; differences are means in
-    # CIEDE2000, of which the eye can see 1:
-    #   quality 90                  44 % larger, nearer to the original by 0.3
-    #   4:4:4 instead of 4:2:0      18 % larger, nearer to the original by 0.2
-    #   progressive and optimised   together 5 % smaller, and a browser shows something early
-    image.save(file, "JPEG", quality=80, subsampling="4:2:0", progressive=True, optimize=True)
-    return file.getvalue()

@@ -3,10 +3,10 @@
     python -m tests.bench.images [ROUNDS]
 
 `make bench-images` runs it. Rounds are interleaved, so that other load on the machine affects all alike. Figures are
-medians. All run on one core and write the same JPEG: 600x600 of the centre, quality 80, 4:2:0, progressive, optimised.
+medians. All run on one core and write 600x600 of the centre as a progressive JPEG, 4:2:0.
 
-libvips    runs in this process, which reuses its memory.
-pipeline   The same, with the worker's pipeline.
+libvips    runs in this process, which reuses its memory. It encodes at quality 80, optimised.
+pipeline   The same, with the worker's pipeline and its encoder, whose JPEG is smaller and takes more time.
 child      The pipeline as in a worker: in a decoder in its sandbox, a new process for each image. Its CPU time is that
            of requester, fork server and decoder.
 """
@@ -74,7 +74,8 @@ def cpu():
 exec(USED)
 sandbox.PROGRAM = USED + f'''
 from pathlib import Path
-from workers import sandbox
+from workers import encoding, pipeline, sandbox
+{sys.argv[2]}
 
 def end(child, end=sandbox.end):
     ended = end(child)
@@ -94,8 +95,9 @@ for line in sys.stdin:
 """
 
 
-def start_converter(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", CONVERTER, folder / "used"]
+def start_converter(folder: Path, prepare: str = "") -> subprocess.Popen:
+    """`prepare`: what its fork server runs at its start."""
+    command = [sys.executable, "-c", CONVERTER, folder / "used", prepare]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
