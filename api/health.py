@@ -45,7 +45,8 @@ async def redis(db, slow: float = SLOW_FORK) -> str:
     report = [f"no answer from {', '.join(silent)}"] if silent else []
     for place, seconds in forks:
         if seconds > slow:
-            report.append(f"the last fork{place and ' of '}{place} took {seconds * 1000:.0f} ms: too much data in it")
+            fork = f"the last fork{place and ' of '}{place} took {seconds * 1000:.0f} ms"
+            report.append(f"{fork}: see SlowFork in docs/production.md")
     return "; ".join(report) or "ok"
 
 

@@ -44,7 +44,7 @@ def test_a_primary_whose_last_fork_was_slow_is_reported(embedded):
 
     well, slow = run_with_db(embedded, reports)
     assert well == "ok"
-    took = r"the last fork( of 127\.0\.0\.1:\d+)? took \d+ ms: too much data in it"
+    took = r"the last fork( of 127\.0\.0\.1:\d+)? took \d+ ms: see SlowFork in docs/production\.md"
     assert len(re.findall(f"(?:^|; ){took}(?=;|$)", slow)) == len(embedded.primaries), slow
 
 
