@@ -55,7 +55,6 @@ EVENTS = ["delete", "delete", "hide", "add", "seal", "restore"]
 
 PICK = st.integers(0, 255)
 # A rule without work would be a lost step.
-with_posts = precondition(lambda self: self.all_posts())
 with_shown_posts = precondition(lambda self: self.model)
 with_comments = precondition(lambda self: any(self.model.values()) or any(self.hidden.values()))
 with_processes = precondition(lambda self: self.processes)
@@ -821,11 +820,6 @@ class Feed(RuleBasedStateMachine):
                 if not name.endswith(keys.NO_SEGMENT):
                     found[name] = self.run(self.objects.get(name))
         return found
-
-    def names(self) -> set[str]:
-        """All segments in the store."""
-        folder = Path(self.folder.name)
-        return {str(path.relative_to(folder)) for path in folder.glob(f"{keys.SEGMENTS}*/*")}
 
     # What is always true
 
