@@ -143,10 +143,10 @@ async def _refill(segments: Segments, post: str, entries: Sequence[str], gone: s
     missing = LATEST_COMMENTS
     for entry in entries:
         for row in reversed(await _read(segments, post, entry)):
-            if not missing:
-                return found
             found.append((row.id,) if row.id in gone else tuple(row))
             missing -= row.id not in gone
+            if not missing:
+                return found
     return found
 
 
