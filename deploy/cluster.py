@@ -7,7 +7,7 @@
 
 Each node has a shipper. There are also a Redis for RQ's queue, the API and a worker. In production the nodes would be
 on several machines. But several small primaries on one machine are of use, too: the rewrite of an append-only file
-stops its node for 20 to 27 ms a GiB.
+stops its node for 16 to 28 ms a GiB.
 """
 
 import os
