@@ -726,10 +726,12 @@ class Feed(RuleBasedStateMachine):
         elif process.kind == "page":
             assert process.task.result() == process.seen
         elif process.kind == "delete" or (process.kind == "hide" and process.task.result()):
-            assert about.get("user", about["comment"].author) == about["comment"].author
-            self.comments_of(post).remove(about["comment"])
+            row = next(row for row in self.comments_of(post) if row.id == about["comment"].id)
+            assert row == about["comment"] or process.outdated  # after a restore another one may have the id
+            assert about.get("user", row.author) == row.author
+            self.comments_of(post).remove(row)
             if process.kind == "hide":
-                self.world.kept[post][about["comment"].id] = about["comment"]
+                self.world.kept[post][row.id] = row
 
     @precondition(lambda self: self.sent)
     @rule(number=PICK)
@@ -887,15 +889,14 @@ def make_small(monkeypatch):
     monkeypatch.setattr(sweep, "DAY", -(10**10))  # seconds: the clock of the model is not that of the machine
 
 
-def run_model(kind: str, partitions: int, examples: int, steps: int, seed: int | None = None, server=None) -> int:
+def run_model(kind: str, partitions: int, examples: int, steps: int, seed: int, server=None) -> int:
     """Runs the model on a server of its own, or on `server`. Returns the number of steps.
 
-    With a `seed` the run is the same each time, and it ends at the first failure.
+    With the same `seed` it is the same run. It ends at the first failure.
     """
     own = server or start_server(kind)
     Machine = type("Machine", (Feed,), {"server": own, "partitions": partitions, "restores": own.kind != "fake"})
-    if seed is not None:
-        Machine._hypothesis_internal_use_seed = seed
+    Machine._hypothesis_internal_use_seed = seed
     try:
         run_state_machine_as_test(
             Machine,
@@ -905,7 +906,7 @@ def run_model(kind: str, partitions: int, examples: int, steps: int, seed: int |
                 deadline=None,
                 database=None,
                 suppress_health_check=list(HealthCheck),
-                phases=[Phase.generate] if seed is not None else [Phase.generate, Phase.shrink],
+                phases=[Phase.generate],  # shrinking takes minutes
             ),
         )
     except BaseException as error:
