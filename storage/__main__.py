@@ -225,7 +225,7 @@ async def _export(arguments: argparse.Namespace, settings: Settings) -> None:
     counts = ", ".join(f"{about[name]} {name}" for name in export.ROWS)
     missing = len(about["posts_without_original"])
     _say(f"{arguments.file}: {counts}" + (f"; {missing} posts have no original any more" if missing else ""))
-    _end_if_unreadable(about["posts_with_unreadable_comments"])
+    _end_if_unreadable(about.get("posts_with_unreadable_comments", []))  # rows of an older version have none
 
 
 async def _erase(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -20,6 +20,7 @@ from tests.bench import fill, forecast
 from tests.bench.drive import steady
 from tests.bench.parts import Api, Redis
 from tests.bench.table import Row
+from tests.conftest import until
 
 SIZES = ((1000, 100_000), (10_000, 1_000_000), (100_000, 10_000_000))  # posts, and comments of 62 bytes
 A_YEAR = 100_000 * 24 * 365  # comments at the forecast
@@ -113,9 +114,7 @@ def memory(sizes: Iterable[tuple[int, int]]) -> tuple[list[Row], dict]:
 def rewritten(server: Redis) -> int:
     """Writes the base of the append-only file anew. Returns its bytes."""
     server.client.bgrewriteaof()
-    time.sleep(0.1)
-    while not server.rewrite_done():
-        time.sleep(0.1)
+    until(server.rewrite_done, 120, "the rewrite")
     return max(path.stat().st_size for path in Path(server.folder.name, "appendonlydir").glob("*.base.*"))
 
 
@@ -124,8 +123,7 @@ def restarted(server: Redis) -> float:
     server.kill()
     began = time.monotonic()
     server.start()
-    while server.client.info("persistence")["loading"]:
-        time.sleep(0.01)
+    until(lambda: not server.client.info("persistence")["loading"], 120, "the data")
     return time.monotonic() - began
 
 
