@@ -241,7 +241,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         replicas=integer("REPLICAS", 0, 0, 16),
         redis_node=address("REDIS_NODE", ""),
         redis_server=get("REDIS_SERVER", ""),
-        # A first page of comments. It needs no store as long as none of them is deleted. The feed shows LATEST_COMMENTS.
+        # A first page of comments. It needs no store while none of them is deleted. The feed shows LATEST_COMMENTS.
         hot_comments=integer("HOT_COMMENTS", HOT_COMMENTS, LATEST_COMMENTS, 10_000),
         quiet_days=integer("QUIET_DAYS", 30, 0, 36_500),
         queue_url=redis("QUEUE_URL", redis_url),
