@@ -55,8 +55,8 @@ async def feed(request) -> Answer:
     ctx, cursor, limit = request.app.ctx, reading.feed_cursor(request), reading.limit(request)
     page = await posts.feed(ctx.db, ctx.settings.partitions, limit, cursor)
     links = () if cursor else (f'</v1/changes?since={changes.issue(ctx.db, page.seen)}>; rel="changes"',)
-    template = "{row.comment_count}:{row.id}"
-    return rendering.page(request.path, limit, page.posts, page.more, rendering.post_json, template, links)
+    row_json, template = rendering.post_json, "{row.comment_count}:{row.id}"
+    return rendering.page(request.path, limit, page.posts, page.more, row_json, template, links, ranks=page.ranks)
 
 
 @routes.route("/v1/users/<user>/posts", methods=READ)

@@ -34,6 +34,10 @@ VISIBLE = re.compile(
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 COUNT = re.compile(r"0|[1-9][0-9]{0,15}")  # the whole numbers that a double, as a zset's score is one, counts exactly
+# A cursor of the feed. `ranks` are hexadecimal, one for each partition. Cursors without them are valid, too.
+FEED_PLACE = re.compile(
+    rf"(?P<count>{COUNT.pattern}):(?P<post>(?!u){keys.ID.pattern})(:(?P<ranks>[0-9a-f]{{1,8}}(\.[0-9a-f]{{1,8}}){{0,15}}))?"
+)
 
 
 def invalid(detail: str, **where: str) -> Problem:
@@ -70,11 +74,11 @@ def feed_cursor(request) -> FeedCursor | None:
 
 @lru_cache(CACHED)
 def _feed_cursor(cursor: str) -> FeedCursor:
-    count, _, post = _decode_cursor(cursor).partition(":")
-    parts = keys.ID.fullmatch(post)
-    if not parts or parts[1] or not COUNT.fullmatch(count):
+    place = FEED_PLACE.fullmatch(_decode_cursor(cursor))
+    if not place:
         raise _wrong_cursor()
-    return FeedCursor(int(count), post)
+    count, post, ranks = place.group("count", "post", "ranks")
+    return FeedCursor(int(count), post, tuple([int(rank, 16) for rank in ranks.split(".")]) if ranks else ())
 
 
 def comment_cursor(request) -> str:

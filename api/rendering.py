@@ -10,7 +10,7 @@ import orjson
 from api.answers import Answer, FastResponse, encode_head
 from storage import keys
 from storage.comments import Comment
-from storage.posts import Post
+from storage.posts import Post, ranks_behind
 from storage.settings import PAGE_BYTES
 from storage.uploads import OpenUpload
 
@@ -117,13 +117,15 @@ def page(
     links: tuple[str, ...] = (),
     query: str = "",
     end: str = "",
+    ranks: tuple[int, ...] = (),
 ) -> Answer:
     """A page of a list: as many rows as fit into PAGE_BYTES, and the cursor behind the last of them.
 
     `more`: storage has rows behind these. `encode` renders a row. `cursor` is a template for `str.format` with `row`,
     the last row of the page. `links` are Link headers that go with the one to the next page. `query` has the other
     parameters of the list, each with a `&` behind it. `end` is the position of the next page if all rows fit, also if
-    there are none; empty: `more` decides. The cached Answer keeps its ETag and its compressed forms.
+    there are none; empty: `more` decides. `ranks` are those of a page of the feed; its cursor gets the ones behind it.
+    The cached Answer keeps its ETag and its compressed forms.
     """
     items, size = [], 0
     for row in rows:
@@ -134,6 +136,8 @@ def page(
     next_cursor, position = None, end
     if items and (len(items) < len(rows) or (more and not end)):
         position = cursor.format(row=rows[len(items) - 1])
+        if ranks:
+            position += ":" + ".".join([f"{rank:x}" for rank in ranks_behind(ranks, rows[: len(items)])])
     if position:
         next_cursor = urlsafe_b64encode(position.encode()).decode().rstrip("=")
         links = (f'<{path}?{query}limit={limit}&cursor={next_cursor}>; rel="next"', *links)

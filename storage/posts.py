@@ -22,6 +22,7 @@ CACHED_ROWS = 2048  # parsed rows of the feed: 3 MB, or 60 MB where all captions
 # partition's share. So few pages need a second round. More of them would cost more than these rounds.
 MORE_ROWS = 3
 CACHED_GROUPS = 256  # groups of partitions that are on one node
+HINTED = 16  # partitions up to which a cursor has their ranks, of some 4 characters each
 MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
 
 STATUSES = ("processing", "ready", "failed")
@@ -107,6 +108,12 @@ class FeedCursor(NamedTuple):
 
     comment_count: int
     id: str
+    # In each partition the rank of the first post behind, as it was when the cursor was made. A hint: a wrong one costs
+    # only time. Empty: unknown.
+    ranks: tuple[int, ...] = ()
+
+
+FIRST = ("", "", ())  # what a call for the first page has in place of a cursor
 
 
 class Page(NamedTuple):
@@ -115,6 +122,17 @@ class Page(NamedTuple):
     # Timeline and newest revision of each partition when its rows were read, for `changes.issue`. Only of the first
     # page.
     seen: list[tuple[str, int]]
+    ranks: tuple[int, ...]  # of the first post in each partition, for `ranks_behind`. Empty with over HINTED partitions
+
+
+def ranks_behind(ranks: tuple[int, ...], posts: Iterable[Post]) -> tuple[int, ...]:
+    """The ranks for a cursor behind `posts`, with which a page begins. `ranks` are those of the page."""
+    if not ranks:
+        return ()
+    found = list(ranks)
+    for post in posts:
+        found[keys.partition_of_post(post.id)] += 1
+    return tuple(found)
 
 
 class UserPage(NamedTuple):
@@ -229,15 +247,20 @@ async def _merged_feed(db: Redis, groups: list[tuple[int, ...]], limit: int, aft
         parts[short] = reply[0], rows + tuple(row for row in reply[1] if row.partition("\n")[0] not in known)
         full[short] = len(reply[1]) == share
         posts, more, short = _merge(limit, tuple(parts))
-    return Page(posts, more, [] if after else _seen(groups, [reply[2] for reply in replies]))
+    partitions = sum(map(len, groups))
+    if after:
+        ranks = _by_partition(groups, [reply[2] for reply in replies]) if partitions <= HINTED else ()
+        return Page(posts, more, [], tuple(ranks))
+    seen = _by_partition(groups, [zip(reply[2][::2], reply[2][1::2], strict=True) for reply in replies])
+    return Page(posts, more, seen, (0,) * partitions if partitions <= HINTED else ())
 
 
-def _seen(groups: list[tuple[int, ...]], replies: list[list]) -> list[tuple[str, int]]:
-    """Timeline and revision of each partition, in the order of the partitions."""
-    pairs = {}
+def _by_partition(groups: list[tuple[int, ...]], replies: list[Iterable]) -> list:
+    """What the replies for groups of partitions have of each partition, in the order of the partitions."""
+    found = {}
     for group, reply in zip(groups, replies, strict=True):
-        pairs |= zip(group, zip(reply[::2], reply[1::2], strict=True), strict=True)
-    return [pairs[partition] for partition in sorted(pairs)]
+        found |= zip(group, reply, strict=True)
+    return [found[partition] for partition in sorted(found)]
 
 
 async def of_user(
@@ -311,8 +334,11 @@ def _merge(
 
 def _feed_page(db: Redis, group: tuple[int, ...], limit: int, after: FeedCursor | None) -> Awaitable:
     share = limit + 1 if len(group) == 1 else min(limit, -(-limit // len(group)) + MORE_ROWS)
-    place, names = after or ("", ""), feed_names(group)
-    return db.call("feed_page", [keys.feed(group[0])], *place, limit, PAGE_BYTES, share, db.cluster, *names)
+    count, post, ranks = after or FIRST
+    # The number of partitions may have changed since the cursor was made.
+    hints = " ".join([str(ranks[partition]) for partition in group]) if len(ranks) > group[-1] else ""
+    names = feed_names(group)
+    return db.call("feed_page", [keys.feed(group[0])], count, post, limit, PAGE_BYTES, share, db.cluster, hints, *names)
 
 
 @lru_cache(CACHED_GROUPS)

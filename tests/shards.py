@@ -21,7 +21,7 @@ from storage.db.client import Redis
 from storage.db.cluster import Cluster
 from storage.errors import Unknown, Unreachable
 from storage.objects import open_store
-from storage.posts import FeedCursor
+from storage.posts import FeedCursor, ranks_behind
 from storage.settings import Settings
 
 PARTITIONS = 16
@@ -181,7 +181,8 @@ async def read_feed(db: Redis) -> dict[str, list[str]]:
         if not page.more:
             return found
         last = page.posts[-1]
-        page = await posts.feed(db, PARTITIONS, 100, FeedCursor(last.comment_count, last.id))
+        ranks = ranks_behind(page.ranks, page.posts)
+        page = await posts.feed(db, PARTITIONS, 100, FeedCursor(last.comment_count, last.id, ranks))
 
 
 async def texts(db: Redis, post: str) -> list[str]:

@@ -438,12 +438,14 @@ def test_a_limit_is_a_whole_number_from_1_to_100(furnished, limit):
 
 
 COUNTS = ("-1", "+1", "1.5", "01", "inf", "nan", "(1", " 1", "1e3", "٥", "9" * 17)
-POSTS = ("..", "{0}", "u" + NOBODY, NOBODY + "\n", NOBODY + ":1", NOBODY[:-2], "*", "[a")
+POSTS = ("..", "{0}", "u" + NOBODY, NOBODY + "\n", NOBODY[:-2], "*", "[a")
+RANKS = ("", "g", "A", "-1", "1.", ".1", "1..2", "1 ", "1\n", "1:1", "123456789", ".".join("1" * 17))
 CURSORS = [
     *("x", "!", "%00", "%ff", "====", "%D9%A5", "A" * 8000),
     *(cursor(text) for text in ("0", "0:", f":{NOBODY}")),
     *(cursor(f"{count}:{NOBODY}") for count in COUNTS),
     *(cursor(f"0:{post}") for post in POSTS),
+    *(cursor(f"0:{NOBODY}:{ranks}") for ranks in RANKS),
     *(cursor(text) for text in ("1-1\n", "1", "1-", "+", "(1-1", "1-1-1")),
 ]
 

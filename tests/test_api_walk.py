@@ -103,7 +103,8 @@ async def read_feed(db, partitions: int) -> list[storage_posts.Post]:
         rows += page.posts
         if not page.more:
             return rows
-        after = storage_posts.FeedCursor(rows[-1].comment_count, rows[-1].id)
+        ranks = storage_posts.ranks_behind(page.ranks, page.posts)
+        after = storage_posts.FeedCursor(rows[-1].comment_count, rows[-1].id, ranks)
 
 
 async def test_a_page_is_whole_also_if_its_posts_are_all_of_one_partition(server, db):

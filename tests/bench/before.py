@@ -56,7 +56,7 @@ def site(stack: contextlib.ExitStack, root: Path, **settings) -> tuple[Api, dict
 
         return run
 
-    cursors = [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, 100)]
+    cursors = [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, api.url, 100)]
     return api, {
         "feed, first page of 10": Load(api.url, [FEED]).run,
         "feed, 100 cursors at random": Load(api.url, cursors).run,

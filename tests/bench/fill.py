@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from storage import keys
 from storage.db.client import script
 from storage.settings import DAY_MS, LATEST_COMMENTS, LEAF_ENTRIES
@@ -202,12 +204,13 @@ def cursor(comments: float, post: str) -> str:
     return urlsafe_b64encode(f"{comments:.0f}:{post}".encode()).decode().rstrip("=")
 
 
-def cursors(server: RedisServer, number: int) -> list[str]:
-    """Cursors spread evenly over the feed."""
+def cursors(server: RedisServer, url: str, number: int) -> list[str]:
+    """Cursors spread evenly over the feed, as the API at `url` issues them."""
     total = server.client.zcard(keys.feed(0))
     result = []
     for part in range(number):
         rank = part * (total - 100) // number
         ((post, comments),) = server.client.zrange(keys.feed(0), rank, rank, desc=True, withscores=True)
-        result.append(cursor(comments, post))
+        before = cursor(comments, post)
+        result.append(httpx.get(f"{url}/v1/posts?limit=1&cursor={before}").json()["next"])
     return result

@@ -79,7 +79,7 @@ def plan(system: System, load: Load, ids: list[str], image: bytes) -> dict:
         "name": "feed",
         "rate": load.feeds,
         "method": "GET",
-        "paths": [FEED] * 100 + [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(system, 100)],
+        "paths": [FEED] * 100 + [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(system, system.url, 100)],
         "headers": {"Accept-Encoding": "br"},
         "body": "",
         "status": 200,

@@ -4,7 +4,6 @@ import contextlib
 import random
 import tempfile
 import time
-from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -29,16 +28,18 @@ FIRST = "feed, first page"
 TIES = "feed, at the start of the ties"
 MIDDLE = "feed, in the middle of the ties"
 MOVED = "the same, the cursor's post has moved"
+NEAR = "the same, and 100 other posts have moved past it"
+UNHINTED = "the same, a cursor without a hint"
+LYING = "the same, a hint that is far away"
 COMMENT = "add a comment"
 # The requests to the API.
 FIRST_REQUEST = "feed, first page"
 CURSORS = "feed, 100 cursors at random"
 
 
-def page(cursor: str = "") -> tuple:
+def page(count: str = "", post: str = "", hint: int | str = "") -> tuple:
     """The command for a feed page after a cursor, as `storage.posts` sends it."""
-    count, _, post = urlsafe_b64decode(cursor + "==").decode().partition(":")
-    arguments = [count, post, PAGE, PAGE_BYTES, PAGE + 1, "", *feed_names((0,))]
+    arguments = [count, post, PAGE, PAGE_BYTES, PAGE + 1, "", hint, *feed_names((0,))]
     return "EVALSHA", SCRIPTS["feed_page"].sha, 1, keys.feed(0), *arguments
 
 
@@ -62,12 +63,15 @@ def redis_time(server: Redis, calls: list[tuple]) -> float:
     return client.info("commandstats")["cmdstat_evalsha"]["usec_per_call"]
 
 
-def cursor_at(server: Redis, rank: int, moved: bool = False) -> str:
-    """The cursor of the post at a rank of the feed. `moved`: of a post that is no longer at this place."""
+def page_at(server: Redis, rank: int, moved: bool = False, hint: int | str | None = None) -> tuple:
+    """The command for the page behind the post at a rank of the feed.
+
+    `moved`: the cursor's post is no longer at this place. `hint`: the cursor's, if it is not the right one.
+    """
     ((post, count),) = server.client.zrange(keys.feed(0), rank, rank, desc=True, withscores=True)
     if moved:
         post = post[:20] + ("0" if post[20] != "0" else "1") + post[21:]
-    return fill.cursor(count, post)
+    return page(f"{count:.0f}", post, rank + 1 if hint is None else hint)
 
 
 def calls_on(server: Redis, ids: list[str]) -> dict[str, Callable[[], tuple]]:
@@ -76,14 +80,18 @@ def calls_on(server: Redis, ids: list[str]) -> dict[str, Callable[[], tuple]]:
     half = len(ids) * 300 // 1000  # half of the ties
     spread = min(1000, half // 2)
 
-    def in_the_middle(moved: bool) -> tuple:
-        return page(cursor_at(server, above + half + random.randrange(spread), moved))
+    def in_the_middle(moved: bool, off: int | None = 0) -> tuple:
+        rank = above + half + random.randrange(spread)
+        return page_at(server, rank, moved, "" if off is None else rank + 1 + off)
 
     return {
         FIRST: page,
-        TIES: lambda: page(cursor_at(server, above + 1)),
+        TIES: lambda: page_at(server, above + 1),
         MIDDLE: lambda: in_the_middle(moved=False),
         MOVED: lambda: in_the_middle(moved=True),
+        NEAR: lambda: in_the_middle(moved=True, off=-100),
+        UNHINTED: lambda: in_the_middle(moved=True, off=None),
+        LYING: lambda: in_the_middle(moved=True, off=half // 2),
         COMMENT: lambda: comment(random.choice(ids)),
     }
 
@@ -116,7 +124,8 @@ def times(rounds: int, seconds: float, sizes: tuple[int, ...] = SIZES) -> tuple[
             api = Api(server, folder)
             stack.callback(api.close)
             loads[FIRST_REQUEST, size] = Load(api.url, [FEED])
-            loads[CURSORS, size] = Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(server, 100)])
+            cursors = fill.cursors(server, api.url, 100)
+            loads[CURSORS, size] = Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in cursors])
         runs = in_turns({who: lambda load=load: load.run(seconds) for who, load in loads.items()}, rounds)
     def rates(name: str) -> list[float]:
         return [middle(runs[name, size], lambda run: run.rate) for size in sizes]
@@ -145,7 +154,8 @@ def growth_rows(sizes: tuple[int, ...], spent: dict[int, dict[str, list[float]]]
         row(f"first page, Redis' time: {fewest} posts ÷ {most}", small[FIRST], large[FIRST], 0.95),
         of_runs(f"first page, requests/s: {most} posts ÷ {fewest}", first[0], ratio(*first), 0.95),
         row(f"page in {ties} ties, Redis' time: start ÷ middle", large[TIES], large[MIDDLE], 0.60),
-        row("the same, the cursor's post has moved", large[TIES], large[MOVED], 0.60),
+        row(MOVED, large[TIES], large[MOVED], 0.65),
+        *[row(what, large[TIES], large[what], None) for what in (NEAR, UNHINTED, LYING)],
         row(f"add a comment, Redis' time: {fewest} posts ÷ {most}", small[COMMENT], large[COMMENT], None),
     ]
 

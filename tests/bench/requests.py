@@ -61,7 +61,7 @@ def our_loads(api: Api, redis: Redis, ids: list[str]) -> dict[str, Load]:
     bearer = api.bearer("commenter1")
     return {
         "feed": Load(api.url, [FEED]),
-        "cursors": Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, 100)]),
+        "cursors": Load(api.url, [f"{FEED}&cursor={cursor}" for cursor in fill.cursors(redis, api.url, 100)]),
         "304": Load(api.url, [FEED], headers={"If-None-Match": etag}),
         "post": Load(api.url, [f"/v1/posts/{post}" for post in ids]),
         "image": Load(api.url, [f"/v1/images/{post}.jpg" for post in ids]),
