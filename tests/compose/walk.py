@@ -1,5 +1,6 @@
 """The walk: a fresh clone, the README's commands, kills under writers, a new address, TLS, and the restore drill."""
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -17,9 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 from PIL import Image
 
 from tests.compose.engine import ROOT, run
+from tests.http3 import Http3
 
 PORT = 8000
 # The commands of the README and the docs may use only these: Docker, curl, openssl, and what every Linux has.
@@ -475,12 +478,19 @@ def swap(project: Project, writers: Writers) -> tuple:
 
 
 def tls(project: Project) -> None:
-    """Follows the TLS commands of the docs. The last of them must answer, also with HTTP/2."""
+    """Follows the TLS commands of the docs. The last of them must answer, also with HTTP/2 and HTTP/3."""
     *set_up, curl = blocks("docs/production.md", "tls.conf.example")[0].splitlines()
     assert curl.startswith("curl")
     project.shell("\n".join(set_up))
     until(lambda: project.succeeds(curl), 10, curl)  # nginx takes a moment to reload
     project.shell(f"{curl} -fsSI --http2 | grep '^HTTP/2 200'")
+
+    async def feed() -> int:
+        async with httpx.AsyncClient(transport=Http3()) as client:
+            return (await client.get(curl.split()[-1])).status_code
+
+    assert asyncio.run(feed()) == 200
+    assert project.compose("exec", "-T", "front", "cat", "/proc/sys/net/ipv4/tcp_congestion_control") == "bbr\n"
 
 
 def interrupt(project: Project) -> None:
