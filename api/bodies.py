@@ -71,6 +71,7 @@ async def _commit_received(stream, image: Appender) -> None:
                 break
             await image.write(data or b"")
         await image.commit()
+    await image.abandon()
 
 
 def stopped() -> Problem:

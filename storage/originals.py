@@ -32,10 +32,10 @@ async def store(db: Redis, objects: ObjectStore, post: str, upload: str | None, 
         row = await uploads.inspect(db, upload)
         size = 0
         for name in row.chunks:
-            piece = await objects.get(keys.chunk(upload, name))
-            copy.write(piece)
-            yield piece
-            size += len(piece)
+            async for piece in objects.read(keys.chunk(upload, name)):
+                copy.write(piece)
+                yield piece
+                size += len(piece)
         # An upload that became a post under an older version of this software has no `length`.
         if not size or size != (row.length or size):
             raise NotFound(f"the chunks of {upload} have {size} bytes, the upload had {row.length}")

@@ -30,9 +30,12 @@ each part in its place.
 """
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from storage import keys, metrics
@@ -67,6 +70,14 @@ CHUNK = MIB  # bytes of a full chunk. Storing one with fsync takes less time tha
 # connection must not wait until it has a full chunk.
 SMALL_CHUNK = 64 * 1024
 SLOW_SECONDS = 1.0  # once a chunk's first byte is older than this, SMALL_CHUNK bytes are enough for a chunk
+# Bytes of a large chunk, for a fast connection: fewer fsyncs, and fewer requests to S3. A chunk grows to it from CHUNK
+# by doubling. Each time the bytes before must have come within QUICK_SECONDS, so no chunk waits longer than twice that.
+LARGE_CHUNK = 8 * MIB
+QUICK_SECONDS = 0.05
+# A chunk doubles only if the store has taken half of it within this time: a put to S3 must end within 5 s.
+PUT_SECONDS = 0.5
+# By which all chunks of a process together may be larger than CHUNK. With it eight uploads at once take 60 MiB at most.
+GROWN_BYTES = 18 * MIB
 PARALLEL_PUTS = 2  # chunks that are stored at the same time. An fsync is mostly waiting
 RECENT_MS = 1000  # if an upload took a chunk within this time, another chunk may be on its way to the store
 STILL_SECONDS = 0.05  # an upload that took no chunk in this time stands still. The last chunk takes 20 ms
@@ -302,6 +313,31 @@ async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:
     return row
 
 
+class Growth:
+    """How far chunks may grow. All uploads of a process share its memory, and have the same store."""
+
+    def __init__(self) -> None:
+        self.free = GROWN_BYTES
+        self.largest = CHUNK  # bytes of a chunk that the store is expected to take quickly
+
+    def take(self, more: int) -> bool:
+        """Take the memory to double a chunk of `more` bytes. Returns whether the chunk may grow."""
+        allowed = more <= self.free and 2 * more <= self.largest
+        if allowed:
+            self.free -= more
+        return allowed
+
+    def learn(self, chunk_bytes: int, seconds: float) -> None:
+        """The store has taken a chunk in this time. Infinite: it has failed."""
+        if seconds > PUT_SECONDS:
+            self.largest = CHUNK
+        else:
+            self.largest = max(self.largest, min(2 * chunk_bytes, LARGE_CHUNK))
+
+
+growth = Growth()
+
+
 class Appender:
     """Appends received bytes to an upload, starting at its offset. It receives the next chunk while it stores others.
 
@@ -342,6 +378,8 @@ class Appender:
         self._expiry_ms = HOUR_MS if length is None else DAY_MS  # nobody can continue a form that has stopped
         self._buffer: list[bytes] = []  # received, and not yet in a chunk
         self._buffered = 0  # bytes in the buffer
+        self._began = 0.0  # loop time when the first byte in the buffer arrived
+        self._grown = 0  # bytes that the chunk in the buffer has of `growth`
         # A chunk begins when the buffer has this many bytes. The first chunk is small: if another request has moved the
         # offset, the client notices after few bytes.
         self._chunk_bytes = SMALL_CHUNK
@@ -382,16 +420,29 @@ class Appender:
         self._received += len(data)
         if self._received > self._max_bytes:
             raise TooLarge(f"this image may have up to {self._max_bytes} bytes")
-        if not self._buffer and self._chunk_bytes > SMALL_CHUNK:
-            self._timer = asyncio.get_running_loop().call_later(SLOW_SECONDS, self._put_slow_chunk)
+        if not self._buffer:
+            loop = asyncio.get_running_loop()
+            self._began = loop.time()
+            if self._chunk_bytes > SMALL_CHUNK:
+                self._timer = loop.call_later(SLOW_SECONDS, self._put_slow_chunk)
         self._buffer.append(data)
         self._buffered += len(data)
-        if self._buffered >= self._chunk_bytes:
+        if self._buffered >= self._chunk_bytes and not self._grow():
             while len(self._commits) >= PARALLEL_PUTS:
                 await asyncio.shield(self._commits[0])
                 self._commits.popleft()
             if self._buffered:  # `_put_slow_chunk` may have emptied the buffer during the wait
                 self._start_commit()
+
+    def _grow(self) -> bool:
+        """Let a full chunk grow if the connection has filled it quickly. Returns whether it has space again."""
+        while self._buffered >= self._chunk_bytes >= CHUNK:
+            quick = asyncio.get_running_loop().time() - self._began <= QUICK_SECONDS
+            if not (quick and growth.take(self._chunk_bytes)):
+                return False
+            self._grown += self._chunk_bytes
+            self._chunk_bytes *= 2
+        return self._buffered < self._chunk_bytes
 
     def _put_slow_chunk(self) -> None:
         """The timer's callback: the buffer's first byte is SLOW_SECONDS old. Stores the buffer as a small chunk.
@@ -434,6 +485,8 @@ class Appender:
         """
         self._buffer = []
         self._buffered = 0
+        growth.free += self._grown
+        self._grown = 0
         if self._timer:
             self._timer.cancel()
         if self._commits:
@@ -444,25 +497,29 @@ class Appender:
         if self._timer:
             self._timer.cancel()
         before = self._commits[-1] if self._commits else None
-        data = b"".join(self._buffer)
+        commit = asyncio.create_task(self._commit_chunk(before, self._next_offset, self._buffered, self._buffer))
+        commit.add_done_callback(partial(_end_commit, self._grown))
+        self._commits.append(commit)
+        self._next_offset += self._buffered
         self._buffer = []
-        self._buffered = 0
+        self._buffered = self._grown = 0
         self._chunk_bytes = CHUNK
-        self._commits.append(asyncio.create_task(self._commit_chunk(before, self._next_offset, data)))
-        self._next_offset += len(data)
-        # `write` and `commit` raise the task's error. `abandon` does not: reading the error here keeps asyncio from
-        # logging it as never retrieved.
-        self._commits[-1].add_done_callback(lambda commit: commit.cancelled() or commit.exception())
 
-    async def _commit_chunk(self, before: asyncio.Task | None, offset: int, data: bytes) -> None:
-        """Store a chunk, then move the offset past it.
+    async def _commit_chunk(self, before: asyncio.Task | None, offset: int, size: int, data: list[bytes]) -> None:
+        """Store a chunk of `size` bytes, then move the offset past it.
 
         The bytes of several chunks are stored at the same time. The offset moves in the order of the chunks.
         """
         name = keys.chunk_name(offset)
         chunk = keys.chunk(self.upload, name)
         self._objects.check_free_space()
-        await self._objects.put(chunk, data)
+        began = time.monotonic()
+        try:
+            await self._objects.put(chunk, data)
+        except Unavailable:
+            growth.learn(size, math.inf)
+            raise
+        growth.learn(size, time.monotonic() - began)
         offset_offered = False
         try:
             if before:
@@ -474,17 +531,26 @@ class Appender:
                 self._db.clock,
                 self.upload,
                 offset,
-                len(data),
+                size,
                 name,
                 self._expiry_ms,
                 IMAGE_BYTES,
                 CHUNKS,
             )
-            metrics.UPLOAD_BYTES.add(len(data))
+            metrics.UPLOAD_BYTES.add(size)
         except Exception as error:
             if not (offset_offered and isinstance(error, Unknown)):  # Unknown: the upload may have the chunk now
                 await self._objects.delete([chunk])
             raise
+
+
+def _end_commit(grown: int, commit: asyncio.Task) -> None:
+    """The callback of a commit that is done. Gives back the memory by which its chunk had grown."""
+    growth.free += grown
+    # `write` and `commit` raise the task's error. `abandon` does not: reading the error here keeps asyncio from logging
+    # it as never retrieved.
+    if not commit.cancelled():
+        commit.exception()
 
 
 async def discard(db: Redis, objects: ObjectStore, owner: str, upload: str, remember_ms: int | str = "") -> None:

@@ -103,6 +103,13 @@ async def test_thirty_megabytes_are_put_as_a_stream_and_read_in_pieces_of_1_mib_
     assert b"".join(pieces) == data
 
 
+async def test_a_list_of_pieces_is_put_as_one_object(store):
+    await store.put("a", [b"one", b"", b"two" * MIB, b"3"])
+    assert await store.get("a") == b"one" + b"two" * MIB + b"3"
+    await store.put("a", [])
+    assert await store.get("a") == b""
+
+
 async def test_an_empty_stream_is_an_empty_object(store):
     await store.put("empty", stream())
     assert await store.get("empty") == b""

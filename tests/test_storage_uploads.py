@@ -3,13 +3,21 @@
 import asyncio
 
 import pytest
+from conftest import connect
 from state import unchanged
 from uploading import picture
 
 from storage import keys, uploads
 from storage.errors import NoUpload, Offset
 from storage.objects import Folder, Unavailable
-from storage.settings import MIB
+from storage.settings import IMAGE_BYTES, MIB
+
+
+@pytest.fixture(autouse=True)
+def growth(monkeypatch):
+    """What this process knows of the store at its start: no chunk is larger than 1 MiB yet."""
+    monkeypatch.setattr(uploads, "growth", uploads.Growth())
+    return uploads.growth
 
 
 class Reversed(Folder):
@@ -93,3 +101,102 @@ async def test_a_request_that_resumes_an_upload_whose_bytes_were_deleted_meanwhi
     await objects.delete([keys.chunk(image.upload, name) for name in (await uploads.inspect(db, image.upload)).chunks])
     with unchanged(server.client, tmp_path), pytest.raises(NoUpload):
         await resumed.resume()
+
+
+# Chunks that grow
+
+
+@pytest.fixture
+async def one_db(embedded):
+    """One kind of Redis: these tests are about the store."""
+    embedded.client.flushall()
+    db = connect(embedded)
+    yield db
+    await db.close()
+
+
+class Recorder(Folder):
+    """A store that counts the bytes it is storing. A put takes `seconds`, and fails once `fault` bytes are stored."""
+
+    def __init__(self, root, seconds: float = 0.0, fault: int = IMAGE_BYTES):
+        super().__init__(root)
+        self.seconds, self.fault, self.sizes, self.storing, self.most = seconds, fault, [], 0, 0
+
+    async def put(self, name, data):
+        size = sum(map(len, data))
+        self.storing += size
+        self.most = max(self.most, self.storing)
+        await asyncio.sleep(self.seconds)
+        try:
+            if sum(self.sizes) > self.fault:
+                raise Unavailable("the disk is full")
+            await super().put(name, data)
+        finally:
+            self.storing -= size
+        self.sizes.append(size)
+
+
+async def send(db, objects, data: bytes, pause: float = 0.0) -> uploads.Appender:
+    """Uploads in pieces of 64 KiB, with a pause in each MiB."""
+    image = await begin(db, objects, data)
+    try:
+        for begins in range(0, len(data), uploads.SMALL_CHUNK):
+            await image.write(data[begins : begins + uploads.SMALL_CHUNK])
+            if pause and begins % MIB == MIB // 2:
+                await asyncio.sleep(pause)
+        await image.commit()
+    except Unavailable:
+        await image.abandon()
+        raise
+    return image
+
+
+async def test_chunks_of_a_fast_connection_double_up_to_8_mib(one_db, tmp_path, monkeypatch, growth):
+    monkeypatch.setattr(uploads, "QUICK_SECONDS", 10)  # this machine may be busy
+    monkeypatch.setattr(uploads, "PUT_SECONDS", 10)
+    objects = Recorder(tmp_path)
+    await send(one_db, objects, picture(5 * MIB))
+    assert MIB <= max(objects.sizes) <= 2 * MIB, "nothing is known of the store yet"
+    await send(one_db, objects, picture(40 * MIB))
+    assert max(objects.sizes) == uploads.LARGE_CHUNK == 8 * MIB
+    objects.sizes, data = [], picture(3 * MIB)
+    image = await send(one_db, objects, data)
+    assert sorted(objects.sizes) == [uploads.SMALL_CHUNK, 3 * MIB - uploads.SMALL_CHUNK]
+    state = await uploads.inspect(one_db, image.upload)
+    assert b"".join([await objects.get(keys.chunk(image.upload, name)) for name in state.chunks]) == data
+    assert growth.free == uploads.GROWN_BYTES
+
+
+async def test_chunks_stay_small_where_the_connection_needs_longer_than_50_ms_for_1_mib(one_db, tmp_path, growth):
+    growth.learn(uploads.LARGE_CHUNK, 0)
+    objects = Recorder(tmp_path)
+    await send(one_db, objects, picture(3 * MIB), pause=2 * uploads.QUICK_SECONDS)
+    assert max(objects.sizes) == MIB
+
+
+async def test_chunks_do_not_grow_beyond_what_the_store_takes_quickly(one_db, tmp_path, monkeypatch, growth):
+    monkeypatch.setattr(uploads, "QUICK_SECONDS", 10)
+    monkeypatch.setattr(uploads, "PUT_SECONDS", 0.01)
+    growth.learn(uploads.LARGE_CHUNK, 0)
+    objects = Recorder(tmp_path, seconds=0.02)
+    await send(one_db, objects, picture(40 * MIB))
+    assert max(objects.sizes) == uploads.LARGE_CHUNK, "until the first put was slow"
+    assert max(objects.sizes[5:]) == MIB
+    objects.sizes, objects.seconds, objects.fault = [], 0.0, -1
+    growth.learn(uploads.LARGE_CHUNK, 0)
+    with pytest.raises(Unavailable):
+        await send(one_db, objects, picture(4 * MIB))
+    assert growth.largest == uploads.CHUNK
+
+
+async def test_the_memory_by_which_all_chunks_may_grow_is_shared_and_given_back(one_db, tmp_path, monkeypatch, growth):
+    monkeypatch.setattr(uploads, "QUICK_SECONDS", 10)
+    growth.learn(uploads.LARGE_CHUNK, 0)
+    objects = Recorder(tmp_path, seconds=0.05, fault=48 * MIB)
+    monkeypatch.setattr(growth, "learn", lambda *_: None)
+    sending = [send(one_db, objects, picture(12 * MIB)) for _ in range(8)]
+    outcomes = await asyncio.gather(*sending, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {uploads.Appender, Unavailable}
+    assert uploads.LARGE_CHUNK < objects.most <= uploads.GROWN_BYTES + 8 * uploads.PARALLEL_PUTS * uploads.CHUNK
+    await asyncio.sleep(0)
+    assert growth.free == uploads.GROWN_BYTES

@@ -89,6 +89,7 @@ class GatedFolder(Folder):
 async def test_at_most_two_chunks_of_an_upload_are_put_at_the_same_time(embedded, tmp_path, monkeypatch):
     """Each put keeps its chunk in memory. A chunk that is older than SLOW_SECONDS has to wait for its turn as well."""
     monkeypatch.setattr(uploads, "SLOW_SECONDS", 0.005)
+    monkeypatch.setattr(uploads, "growth", uploads.Growth())
     embedded.client.flushall()
     db, objects, image = connect(embedded), GatedFolder(tmp_path), picture(3 * MIB)
     upload, _ = await uploads.create(db, "alice", 1, len(image))

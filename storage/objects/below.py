@@ -15,7 +15,7 @@ class Below:
         self.ping = store.ping
         self.check_free_space = store.check_free_space
 
-    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
+    async def put(self, name: str, data: bytes | list[bytes] | AsyncIterable[bytes]) -> None:
         await self._store.put(self._prefix + name, data)
 
     async def create(self, name: str, data: bytes) -> None:

@@ -65,10 +65,12 @@ class Folder:
         self._min_free = min_free
         _make_folder(root)
 
-    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
+    async def put(self, name: str, data: bytes | list[bytes] | AsyncIterable[bytes]) -> None:
         """A stream goes to a draft in pieces of at least PIECE bytes (1 MiB), so its memory is bounded."""
         path = self._path(name)
         if isinstance(data, bytes):
+            data = [data]
+        if isinstance(data, list):
             return await _in_thread(_write_durably, self._root, path, None, data, os.rename)
         file = await _in_thread(_create_draft, path)
         buffer = bytearray()
@@ -81,10 +83,10 @@ class Folder:
         except BaseException:
             await _in_thread(_close_draft, file)
             raise
-        await _in_thread(_write_durably, self._root, path, file, buffer, os.rename)
+        await _in_thread(_write_durably, self._root, path, file, [buffer], os.rename)
 
     async def create(self, name: str, data: bytes) -> None:
-        await _in_thread(_write_durably, self._root, self._path(name), None, data, os.link)
+        await _in_thread(_write_durably, self._root, self._path(name), None, [data], os.link)
 
     async def get(self, name: str) -> bytes:
         """Read on the event loop if the page cache has the whole file, otherwise in a thread."""
@@ -183,7 +185,11 @@ def _create_draft(path: Path) -> BinaryIO:
 
 
 def _write_durably(
-    root: Path, path: Path, file: BinaryIO | None, last: bytes | bytearray, publish: Callable[[str, Path], None]
+    root: Path,
+    path: Path,
+    file: BinaryIO | None,
+    last: Iterable[bytes | bytearray],
+    publish: Callable[[str, Path], None],
 ) -> None:
     """Write the last bytes of an object and make it durable.
 
@@ -196,7 +202,7 @@ def _write_durably(
     """
     file = file or _create_draft(path)
     try:
-        file.write(last)
+        file.writelines(last)
         file.flush()
         os.fsync(file.fileno())
         publish(file.name, path)

@@ -2,7 +2,7 @@
 
 | verb | request of the S3 API |
 |---|---|
-| put, from bytes | PutObject |
+| put, from bytes or a list | PutObject |
 | put, from a stream | CreateMultipartUpload, UploadPart, CompleteMultipartUpload |
 | create | PutObject with `If-None-Match: *`; 412 Precondition Failed means that the name is taken |
 | get, read | GetObject |
@@ -65,9 +65,9 @@ class S3:
             },
         )
 
-    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
+    async def put(self, name: str, data: bytes | list[bytes] | AsyncIterable[bytes]) -> None:
         """Uploads one part of a stream at a time: obstore's default of 12 would need 12 times the memory."""
-        multipart = not isinstance(data, bytes)
+        multipart = not isinstance(data, (bytes, list))
         with _translate_errors():
             await obstore.put_async(self._store, require_name(name), data, use_multipart=multipart, max_concurrency=1)
 

@@ -62,8 +62,8 @@ class ObjectStore(Protocol):
     Every verb that takes a name raises ValueError if the name does not match NAME.
     """
 
-    async def put(self, name: str, data: bytes | AsyncIterable[bytes]) -> None:
-        """Create or replace an object, from bytes or from a stream of bytes.
+    async def put(self, name: str, data: bytes | list[bytes] | AsyncIterable[bytes]) -> None:
+        """Create or replace an object, from bytes, from the pieces of them in a list, or from a stream of bytes.
 
         Raises Unavailable (Full if the disk is full). Also raises what iterating `data` raises. After an error nothing
         has changed.

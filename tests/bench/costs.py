@@ -17,7 +17,7 @@ from PIL import Image
 
 from storage import comments, posts
 from storage.db.cluster import connect
-from tests.bench import fill
+from tests.bench import fill, transfers
 from tests.bench.parts import Redis
 from tests.bench.table import Row
 from tests.conftest import Site, create_post, free_port, until, wait_until_processed
@@ -25,6 +25,7 @@ from tests.making import make_post
 
 ROUNDS = 3000  # writes that are counted
 TOGETHER = 32  # that wait at the same time, as with 32 connections
+LARGE = transfers.PNG + bytes(transfers.SIZE - len(transfers.PNG))  # an upload. It becomes no post
 BASE = 100_000  # comments in a base that is measured
 
 
@@ -69,8 +70,11 @@ def image() -> bytes:
     return file.getvalue()
 
 
-def store_requests() -> Counter:
-    """The requests to S3, by method, that an image of 3 MB takes until it has its picture and its chunks are erased."""
+def store_requests() -> tuple[Counter, int]:
+    """The requests to S3, by method, that an image of 3 MB takes until it has its picture and its chunks are erased.
+
+    And the PUT requests for the chunks of an upload of 100 MiB.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ig-") as folder, open(f"{folder}/log", "w") as log:
         requests = Path(folder, "log").read_text
@@ -86,12 +90,18 @@ def store_requests() -> Counter:
             site = Site(server.url, Path(folder), store="s3://bucket", backup_store="s3://bucket/backup")
             site.api()
             site.worker()
+            for _ in range(2):  # the first shows the process how fast the store is
+                before = requests().count('"PUT /bucket/chunks/')
+                transfers.by_tus(site, {"Authorization": f"Bearer {site.token('alice')}"}, memoryview(LARGE))
+            large = requests().count('"PUT /bucket/chunks/') - before
+            before = requests()
             with site.client("alice") as client:
                 wait_until_processed(client, create_post(client, image()))
             until(lambda: "?delete" in requests(), what="the chunks are erased")
             site.close()
             # What the processes ask when they start and for `/readyz` names a prefix, and no object.
-            return Counter(re.findall(r'"([A-Z]+) /bucket[/?](?!\S*prefix=)', requests()))
+            found = re.findall(r'"([A-Z]+) /bucket[/?](?!\S*prefix=)', requests().removeprefix(before))
+            return Counter(found), large
         finally:
             server.close()
             store.kill()
@@ -99,7 +109,7 @@ def store_requests() -> Counter:
 
 
 def measure() -> list[Row]:
-    requests = store_requests()
+    requests, large = store_requests()
     server = Redis()
     try:
         found = asyncio.run(written(server))
@@ -117,6 +127,7 @@ def measure() -> list[Row]:
         rows.append(Row("rewrite: memory a second", memory / taken / 2**20, unit="MiB/s"))
         for method, count in sorted(requests.items()):
             rows.append(Row(f"image of 3 MB: {method} requests to S3", count, unit="×"))
+        rows.append(Row("upload of 100 MiB: PUT requests to S3", large, unit="×"))
         return rows
     finally:
         server.close()
