@@ -84,6 +84,17 @@ def unmoving_offset(front, upload: str) -> int:
     return first if offset(front, upload) == first else 0
 
 
+def test_the_longest_metadata_of_an_upload_passes_both_ways(front):
+    metadata = "caption " + "YWFh" * 1022
+    assert len(metadata) == 4096
+    tus = f"Authorization: Bearer {front.token('alice')}", "Tus-Resumable: 1.0.0"
+    new = head("POST", "/v1/uploads", *tus, "Upload-Length: 10", f"Upload-Metadata: {metadata}", "Content-Length: 0")
+    made = exchange(front.port, new)
+    assert made.status == 201
+    answer = exchange(front.port, head("HEAD", made.headers["location"], *tus))
+    assert (answer.status, answer.headers["upload-metadata"]) == (200, metadata)
+
+
 def test_a_form_passes_and_the_api_itself_refuses_one_that_is_too_large(front):
     alice = f"Authorization: Bearer {front.token('alice')}"
     body = form(("image", "a.jpg", jpeg()), ("caption", None, b"Hello"))
