@@ -61,13 +61,15 @@ def post(row: Post) -> dict:
         "comment_count": row.comment_count,
         "latest_comments": [comment(Comment(*entry)) for entry in row.latest],
     }
-    if row.status == "ready":
+    if row.image:
         body["image"] = {
             "url": f"/v1/images/{row.id}.jpg",
             "width": SIDE,
             "height": SIDE,
-            "thumbhash": row.thumbhash,
+            "thumbhash": row.image.thumbhash,
         }
+        if row.image.scans:
+            body["image"] |= {"bytes": row.image.scans[-1], "scans": row.image.scans}
     if row.status == "failed":
         body["error"] = {"code": row.code, "detail": row.detail}
     return body

@@ -49,7 +49,7 @@ from storage import keys, uploads
 from storage.db.client import Redis
 from storage.errors import NoPost, NoUpload
 from storage.objects import NotFound, ObjectStore
-from storage.posts import Inspected, inspect
+from storage.posts import Image, Inspected, inspect
 from storage.settings import DAY_MS, LEASE_MS
 
 # Attempts at one image, after which its post fails. An attempt counts if the decoder or the worker died, by chance or
@@ -156,11 +156,11 @@ async def return_image(db: Redis, post: str, attempt: int, left: int) -> None:
     await db.call("return_image", [keys.post(post)], attempt, left)
 
 
-async def publish(db: Redis, post: str, thumbhash: str) -> None:
-    """Show a post whose original and JPEG are stored. `thumbhash` is base64.
+async def publish(db: Redis, post: str, thumbhash: str, scans: tuple[int, ...] = ()) -> None:
+    """Show a post whose original and JPEG are stored. For `thumbhash` and `scans` see posts.Image.
 
-    Raises NoPost where the post was deleted, and Stale where it has failed. A post that is already shown stays as it
-    is.
+    Raises NoPost where the post was deleted, and Stale where it has failed. A post that is already shown only gets the
+    two, because its JPEG was made again.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -175,7 +175,7 @@ async def publish(db: Redis, post: str, thumbhash: str) -> None:
         ],
         db.clock,
         post,
-        thumbhash,
+        Image(thumbhash, scans).field(),
         keys.making_prefix(partition),
     )
 

@@ -61,12 +61,15 @@ def test_the_story_of_a_post(running, picture):
         "width": 600,
         "height": 600,
         "thumbhash": ready["image"]["thumbhash"],
+        "bytes": ready["image"]["bytes"],
+        "scans": ready["image"]["scans"],
     }
     assert anyone.get("/v1/posts").json() == {"items": [ready], "next": None}
 
     # The original is stored byte for byte. The image that is served is a JPEG of 600x600.
     assert read_stored(site, keys.original(post)) == data
     served = anyone.get(ready["image"]["url"])
+    assert ready["image"]["scans"][-1] == ready["image"]["bytes"] == len(served.content)
     assert (served.status_code, served.headers["Content-Type"]) == (200, "image/jpeg")
     with Image.open(io.BytesIO(served.content)) as image:
         image.load()

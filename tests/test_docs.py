@@ -179,6 +179,9 @@ def answer_pattern(line: str) -> re.Pattern:
         r"\w{3},\d\d\w{3}\d{4}\d\d:\d\d:\d\dGMT",  # HTTP's date
         r'(?<=ETag:")[^"]+',
         r"(?<=/)\d+$",  # the length of a JPEG
+        r'(?<="bytes":)\d+',
+        r'(?<="scans":\\\[)[\d,]+',
+        r"(?<=Content\\-Range:bytes0\\-)\d+",  # the length of a look, or 99
         r"(?<=^Upload\\-Offset:)(?!0$|61306$)\d+",  # where a line broke
     ):
         line = re.sub(differs, lambda found: r"[\w.:,-]+", line)
@@ -418,7 +421,7 @@ def test_the_commands_of_the_moderation_page_print_what_it_says(home):
 
 def printed_shape(printed: str) -> list[str]:
     """The words that a command of an operator printed, without what differs each time."""
-    printed = re.sub(r"(thumbhash +)\S+", r"\1#", POST.sub("<post>", printed))
+    printed = re.sub(r"(thumbhash +)\S+( \d+)*", r"\1#", POST.sub("<post>", printed))
     return numbered(re.sub(r"removed of alice: .*", "removed", printed))
 
 
@@ -456,7 +459,7 @@ def shape(reply: str) -> str:
     reply = UPLOAD.sub("<upload>", POST.sub("<post>", reply.replace("\r", "")))
     reply = re.sub(r"0-[0-9a-f]{16}", "<chunk>", reply)  # before times: a chunk's name may have 13 digits in a row
     reply = re.sub(r"\d{13}", "<ms>", reply)
-    reply = re.sub(r'"[A-Za-z0-9+/]{32}"', '"<thumbhash>"', reply)
+    reply = re.sub(r'"[A-Za-z0-9+/]{32}( \d+)+"', '"<thumbhash>"', reply)
     return "\n".join(line.strip() for line in reply.strip().splitlines())
 
 

@@ -494,14 +494,38 @@ async def test_an_earlier_attempt_may_publish_a_post_and_a_later_one_changes_not
         due = await lease_post(db, post)
         await outbox.start_image(db, post, due.lease)
         db.clock = int(server.client.zscore(keys.making(0, "alice"), post))
-    await outbox.publish(db, post, "of the first attempt")
+    await outbox.publish(db, post, "thumbhash", (4712, 13001))
     assert (await posts.read(db, post)).status == "ready"
     assert [row.id for row in (await posts.feed(db, 1, 10)).posts] == [post]
     with unchanged(server.client):
-        await outbox.publish(db, post, "of the third attempt")
+        await outbox.publish(db, post, "thumbhash", (4712, 13001))
     await refused(server, errors.Stale, outbox.fail(db, post, 3, "damaged", "late"))
     await refused(server, errors.NoPost, outbox.publish(db, NOBODY, "never"))
-    assert (await posts.read(db, post)).thumbhash == "of the first attempt"
+    assert (await posts.read(db, post)).image == posts.Image("thumbhash", (4712, 13001))
+
+
+async def test_a_jpeg_that_is_made_again_brings_its_own_scans_and_the_post_stays_where_it_is(server, db):
+    post = await make_post(db, "alice")
+    shown, revision = await posts.read(db, post), server.client.zscore(keys.changes(0), post)
+    assert shown.image == posts.Image("thumbhash")
+    await outbox.make_again(db, post)
+    await outbox.publish(db, post, "thumbhash", (4712, 13001))
+    assert await posts.read(db, post) == shown._replace(image=posts.Image("thumbhash", (4712, 13001)))
+    assert server.client.zscore(keys.changes(0), post) > revision, "readers of the changes hear of it"
+    assert not server.client.exists(keys.making(0, "alice"))
+    assert server.client.zscore(keys.feed(0), post) == 0
+
+
+async def test_a_post_from_before_scans_were_known_is_read_without_and_another_client_breaks_no_page(server, db):
+    for field, image in {
+        "1RcK": posts.Image("1RcK"),
+        "1RcK 1 4712 13001": posts.Image("1RcK", (4712, 13001)),
+        "1RcK one  2": posts.Image("1RcK", (), 2),
+    }.items():
+        post = await make_post(db, "alice")
+        server.client.hset(keys.post(post), "thumbhash", field)
+        assert (await posts.read(db, post)).image == image
+        assert (await posts.feed(db, 1, 1)).posts[0].image == image
 
 
 async def test_a_post_that_is_deleted_while_its_image_is_made_stays_deleted_and_leaves_no_object(server, db, store):

@@ -20,6 +20,7 @@ from drills.images import working
 from golden import card
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from ssimulacra2 import compute_ssimulacra2
 
 from workers import encoding, scans
 from workers.scans import SOF2, SOS
@@ -129,6 +130,33 @@ def test_the_first_scan_shows_the_whole_picture_in_15_percent_of_the_bytes_and_t
         distances = [np.abs(look - whole).mean() for look in looks]
         assert distances[1] < 0.7 * distances[0] and distances[-1] == 0
         assert distances == sorted(distances, reverse=True)
+
+
+@pytest.mark.parametrize("encode", [encoding.encode_jpeg, encoding.with_pillow])
+def test_each_look_shows_the_whole_picture_better_than_the_one_before_in_two_decoders(encode, tmp_path):
+    data = encode(PHOTOGRAPHS["face"].copy())
+    looks = scans.looks(data)
+    assert 3 <= len(looks) <= scans.MAX_LOOKS and looks[-1] == len(data)
+    assert looks[0] <= 0.16 * len(data) and looks[1] <= 0.4 * len(data)
+    exact, look = tmp_path / "exact.png", tmp_path / "look.jpg"
+    PHOTOGRAPHS["face"].save(exact)
+    scores, shown = [], []
+    for end in looks:
+        look.write_bytes(data[:end] + b"\xff\xd9")
+        scores.append(compute_ssimulacra2(exact, look))
+        shown.append(in_javascript(look.read_bytes()).astype(int))
+    assert scores == sorted(scores) and min(np.diff(scores)) > 5, scores
+    distances = [np.abs(picture - shown[-1]).mean() for picture in shown]
+    assert distances == sorted(distances, reverse=True), distances
+    squares = (shown[0] - shown[-1]).reshape(5, 120, 5, 120, 3).mean((1, 3))
+    assert np.abs(squares).max() < 8, "a part of the picture is missing, or has another colour"
+
+
+def test_a_file_that_is_small_or_has_no_scans_of_the_whole_picture_has_one_look():
+    file = io.BytesIO()
+    PHOTOGRAPHS["face"].save(file, "JPEG", quality=80)
+    for data in (JPEGS["one colour"], file.getvalue()):
+        assert scans.looks(data) == (len(data),)
 
 
 @pytest.mark.parametrize("name", PICTURES)

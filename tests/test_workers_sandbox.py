@@ -1,5 +1,6 @@
 """A decoder that an attacker has taken over can do nothing but answer. The attacks are in tests/attacks.py."""
 
+import base64
 import errno
 import json
 import os
@@ -160,6 +161,7 @@ def test_landlock_alone_denies_files_tcp_and_signals(attacked):
 def test_a_decoder_may_call_nothing_but_what_is_listed(in_decoder):
     """Tries every number up to 600, so also calls that nobody thought of: io_uring, bpf, keyctl, mount, setns, …"""
     sweep = """
+import base64
 import errno
 native = pyseccomp.Arch.NATIVE
 # The calls of uprobes pass every filter. The kernel kills a process with SIGILL that makes them itself.
@@ -262,12 +264,27 @@ for number in range(3, 20):
         pass
 os._exit(0)
 """
+JPEG, HASH = base64.b64encode(b"\xff\xd8\xff\0\0\0\0\0\0").decode(), base64.b64encode(bytes(24)).decode()
+
+
+def picture(jpeg: str, thumbhash: str, scans: object) -> bytes:
+    return json.dumps({"picture": [jpeg, scans, thumbhash, 1, 1, "PNG"]}).encode()
+
+
 FORGED = {
     "not JSON": b"\xff\xd8\xff",
     "no known key": b"{}",
     "deeply nested": b"[" * 100_000,
-    "not a JPEG": b'{"picture": ["", "", 1, 1, "PNG"]}',
-    "numbers instead of text in a picture": b'{"picture": [1, 2, 3, 4, 5]}',
+    "not a JPEG": picture("", "", [0]),
+    "numbers instead of text in a picture": b'{"picture": [1, [2], 3, 4, 5, 6]}',
+    "no scans": picture(JPEG, HASH, []),
+    "scans that are no list": picture(JPEG, HASH, 9),
+    "many scans": picture(JPEG, HASH, [1, 2, 3, 4, 9]),
+    "scans out of order": picture(JPEG, HASH, [4, 3, 9]),
+    "negative scans": picture(JPEG, HASH, [-1, 9]),
+    "scans of another length": picture(JPEG, HASH, [4, 8]),
+    "a text among the scans": picture(JPEG, HASH, ["4", 9]),
+    "a truth value among the scans": picture(JPEG, HASH, [True, 9]),
     "numbers instead of text in a fault": b'{"unusable": [1, 2, 3]}',
 }
 
@@ -334,6 +351,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 WITHOUT = """
+import base64
 import errno, runpy, sys
 import pyseccomp
 rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)

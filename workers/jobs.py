@@ -143,7 +143,8 @@ async def _publish(db: Redis, objects: ObjectStore, post: str, picture: Picture)
     """Stores the JPEG, then publishes the post. Erases the JPEG where the post is deleted or failed meanwhile."""
     await posts.put_image(objects, post, picture.jpeg)
     try:
-        await _retry_until_answered(outbox.publish, db, post, b64encode(picture.thumbhash).decode())
+        thumbhash = b64encode(picture.thumbhash).decode()
+        await _retry_until_answered(outbox.publish, db, post, thumbhash, picture.scans)
     except (NoPost, Stale):
         await posts.erase_image(objects, post)
         raise

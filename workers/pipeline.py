@@ -37,6 +37,7 @@ from workers.encoding import encode_jpeg
 from workers.errors import unusable
 from workers.jpeg import Jpeg
 from workers.png import MAGIC, Png
+from workers.scans import looks
 from workers.thumbhash import thumbhash
 
 SIDE = 600  # pixels of each side of the picture
@@ -70,6 +71,7 @@ class Picture:
     """What is served of an image."""
 
     jpeg: bytes  # 600x600 pixels, sRGB
+    scans: tuple[int, ...]  # bytes of it that show the whole picture, ascending, see scans.looks
     thumbhash: bytes  # 24 bytes
     width: int  # pixels of the original as its header states them, before it is turned upright
     height: int
@@ -98,7 +100,8 @@ def convert(file: BinaryIO, megapixels: int, side: int) -> Picture:
     image: Image.Image = original
     for step in STEPS:
         image = step(image, metadata)
-    return Picture(encode_jpeg(image), thumbhash(image), width, height, original.format)
+    jpeg = encode_jpeg(image)
+    return Picture(jpeg, looks(jpeg), thumbhash(image), width, height, original.format)
 
 
 def require_colour_management() -> None:

@@ -62,6 +62,7 @@ from storage.settings import MIB, Settings
 from workers import pipeline
 from workers.errors import Unusable, unusable
 from workers.pipeline import Picture
+from workers.scans import MAX_LOOKS
 
 # Seconds of CPU. The slowest files of 100 megapixels took 30 where this was measured, photographs of that size 3.
 CPU_SECONDS = 50
@@ -150,7 +151,7 @@ def _parse_answer(answer: object, chosen: Settings) -> Picture:
 
     | answer | raises |
     |---|---|
-    | `{"picture": [jpeg, thumbhash, width, height, format]}`, the first two in Base64 | |
+    | `{"picture": [jpeg, scans, thumbhash, width, height, format]}`, JPEG and thumbhash in Base64 | |
     | `{"unusable": [code, detail, cause]}` | Unusable |
     | `{"too costly": cause}` | Unusable with too_costly |
     | `{"no sandbox": text}` | NoSandbox |
@@ -158,9 +159,11 @@ def _parse_answer(answer: object, chosen: Settings) -> Picture:
     | anything else | ValueError |
     """
     match answer:
-        case {"picture": [str(jpeg), str(thumbhash), int(width), int(height), str(original_format)]}:
-            picture = Picture(b64decode(jpeg), b64decode(thumbhash), width, height, original_format)
-            if picture.jpeg.startswith(b"\xff\xd8\xff") and len(picture.thumbhash) == 24:
+        case {"picture": [str(jpeg), [*scans], str(thumbhash), int(width), int(height), str(original_format)]}:
+            picture = Picture(b64decode(jpeg), tuple(scans), b64decode(thumbhash), width, height, original_format)
+            looks = 0 < len(scans) <= MAX_LOOKS and all(type(end) is int and end > 0 for end in scans)
+            looks = looks and scans == sorted(set(scans)) and scans[-1] == len(picture.jpeg)
+            if looks and picture.jpeg.startswith(b"\xff\xd8\xff") and len(picture.thumbhash) == 24:
                 return picture
         case {"unusable": [str(code), str(detail), str(cause)]}:
             raise Unusable(code, detail[:MAX_DETAIL], cause[:MAX_DETAIL])
@@ -337,7 +340,8 @@ def _run_decoder(
             deny(rules, required)
             picture = pipeline.convert(file, megapixels, side)
             jpeg, thumbhash = b64encode(picture.jpeg).decode(), b64encode(picture.thumbhash).decode()
-            output: dict[str, object] = {"picture": [jpeg, thumbhash, picture.width, picture.height, picture.format]}
+            size = picture.width, picture.height
+            output: dict[str, object] = {"picture": [jpeg, picture.scans, thumbhash, *size, picture.format]}
         except NoSandbox as missing:
             output = {"no sandbox": str(missing)}
         except Unusable as fault:

@@ -1,4 +1,4 @@
-"""A progressive JPEG whose first scan is small (ITU T.81, annex G).
+"""A progressive JPEG whose first scan is small, and what its scans show (ITU T.81, annex G).
 
 A client that has only the first bytes of a progressive JPEG can show the whole picture as far as its complete scans go.
 mozjpeg's first scan has the mean of each block of 8x8 pixels (the DC coefficient) with all of its bits. That is a fifth
@@ -25,6 +25,12 @@ FIRST_SHARE, FIRST_BYTES = 0.15, 4096
 MAX_LEFT_OUT = 3  # lowest bits of DC. Steps of 8 times the quantizer are visible as bands, but a first look stays one
 UNUSED = 256  # no symbol; it takes the code of 1 bits only, which T.81 forbids (annex C)
 BITS = np.frexp(np.arange(4096.0))[1].astype(np.int32)  # bits of each number; differences of DC have up to 11
+
+# Of the scans' ends, those are listed where a person sees a difference: the first, the last ones within these shares of
+# the file, and the whole. A list of all would be read on slow lines and not used.
+LOOKS = (0.4, 0.75)
+GROWTH = 1.3  # how many times as long as the look before a look is at least. Less adds a bit of DC, which nobody sees
+MAX_LOOKS = 2 + len(LOOKS)
 
 SOF2, DHT, EOI, SOS = 0xC2, 0xC4, 0xD9, 0xDA  # markers
 
@@ -66,6 +72,30 @@ def shrink_first_scan(jpeg: bytes) -> bytes:
             break
     refinements = b"".join(_refinement(values, bit) for bit in reversed(range(left_out)))
     return jpeg[:header] + first.encoded() + jpeg[scans[0].end : scans[1].end] + refinements + jpeg[scans[1].end :]
+
+
+def looks(jpeg: bytes) -> tuple[int, ...]:
+    """Returns how many bytes from the start show the whole picture, at most MAX_LOOKS numbers, ascending.
+
+    Each shows it better than the one before. The last is the length of the file. It is the only one if the scans are no
+    steps to the whole picture, as in a baseline JPEG, and of a file of at most FIRST_BYTES.
+    """
+    ends, with_dc, components = [], set(), 3
+    for part in segments(jpeg):
+        if part.marker == SOF2:
+            components = part.body[5]
+        if part.marker == SOS:
+            count = part.body[0]
+            if part.body[1 + 2 * count] == 0:  # the scan has DC
+                with_dc.update(part.body[1 : 1 + 2 * count : 2])
+            if len(with_dc) == components:
+                ends.append(part.end)
+    chosen = [0]
+    for most in (*ends[:1], *(share * len(jpeg) for share in LOOKS)):
+        end = max((end for end in ends if end <= most), default=0)
+        if GROWTH * chosen[-1] < end <= LOOKS[-1] * len(jpeg):
+            chosen.append(end)
+    return (*chosen[1:], len(jpeg)) if len(jpeg) > FIRST_BYTES else (len(jpeg),)
 
 
 def segments(jpeg: bytes) -> list[Segment]:

@@ -16,6 +16,7 @@ import httpx
 
 from storage import keys
 from storage.db.client import script
+from storage.posts import Image
 from storage.settings import DAY_MS, LATEST_COMMENTS, LEAF_ENTRIES
 from tests.conftest import ROOT, RedisServer
 
@@ -24,6 +25,7 @@ CAPTION = "A photograph of number %08d, taken on the way, in colour"
 TEXT = "What a place! I would go there at once if only it were nearer."  # 62 bytes
 GAP_MS = 600_000  # mean time between two comments of a post
 IMAGE_BYTES = 60_000
+SCANS = (8_400, 22_000, 41_000, IMAGE_BYTES)
 # Writes an entry of the lists of users' posts, by the scripts' own function: how leaves are split is not written twice.
 ADD_ENTRY = script(
     f"#!lua\n{(ROOT / 'lua' / 'shared.lua').read_text()}\nadd_entry(KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]))"
@@ -115,7 +117,7 @@ def commands(posts: Iterable[Row], now: int, partition: int = 0) -> Iterator[byt
     for post in posts:
         yield pack(
             *("HSET", keys.post(post.id), "author", post.author, "caption", post.caption),
-            *("status", "ready", "thumbhash", post.thumbhash),
+            *("status", "ready", "thumbhash", Image(post.thumbhash, SCANS).field()),
         )
         for comment, author in post.comments:
             yield pack("XADD", keys.comments(post.id), comment, "author", author, "text", TEXT)
