@@ -161,7 +161,11 @@ async def list_open(request):
 async def read(request, upload: str):
     check_version(request)
     user = await limits.admit(request, "read")
-    state = await uploads.read_when_still(request.app.ctx.db, user, upload)
+    db = request.app.ctx.db
+    try:
+        state = await uploads.read_when_still(db, user, upload)
+    except NoUpload:
+        state = await uploads.read_used_part(db, user, upload)
     headers = {
         "Upload-Offset": str(state.offset),
         "Upload-Length": str(state.length),

@@ -18,12 +18,14 @@
 -- ARGV[11] chunk_prefix  of this partition's chunk lists; an upload id is appended
 -- ARGV[12] request       digest of the request
 -- ARGV[13] remember_ms   how long the Idempotency-Key is remembered
--- Returns {upload id, 0}, or {upload id, 1} if the Idempotency-Key was used for the same request before
+-- Returns {upload id, 0}, or {upload id, 1} if the Idempotency-Key was used for the same request before, or if these
+--   parts are an upload already
 -- Refuses REUSED NOUPLOAD EXPIRED CONCAT INCOMPLETE TOOLARGE CHUNKS
 --
 -- The script writes a few fields for each part, however many chunks there are: `chunks` of the final upload is the list
 -- of its parts. A part keeps its own list of chunks, so every chunk object is still named by the upload it is stored
--- under. Of the part's hash only `final` is left. So the part is unknown to clients, takes no bytes, and is used once.
+-- under. Of the part's hash only `final` and `length` are left. So the part takes no bytes, and is used once.
+-- A client that did not get the answer sends the same parts again. `final` of the first one leads to their upload.
 -- The reserved bytes only move. So a quota never refuses this.
 local upload, chunks, uploads, due, idempotency = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now, id, owner, parts, concat = now_ms(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -40,6 +42,11 @@ if answer then
 end
 if redis.call('EXISTS', upload) == 1 then -- the same call again: an id is used once
   return {id, 0}
+end
+local made = redis.call('HGET', prefix .. parts:match('%S+'), 'final')
+if made and redis.call('HGET', prefix .. made, 'owner') == owner
+  and table.concat(redis.call('LRANGE', chunk_prefix .. made, 0, -1), ' ') == parts then
+  return {made, 1}
 end
 local length, count, seen = 0, 0, {}
 for part in parts:gmatch('%S+') do
@@ -71,7 +78,7 @@ end
 for part in parts:gmatch('%S+') do
   redis.call('RPUSH', chunks, part)
   redis.call('HSET', prefix .. part, 'final', id)
-  redis.call('HDEL', prefix .. part, 'owner', 'offset', 'length', 'metadata', 'expires', 'concat')
+  redis.call('HDEL', prefix .. part, 'owner', 'offset', 'metadata', 'expires', 'concat')
   redis.call('HDEL', uploads, part)
   redis.call('ZREM', due, part)
 end

@@ -18,7 +18,7 @@ The fields of `upload:{p}:<id>` in each state (docs/keys.md):
 | finished | `owner`, `post`, `length` (the sum of the chunks) | its chunks are erased once the post has its original |
 | dropped | none: the hash is gone | its chunks are erased |
 | expired | `owner`, `expires` = 0 | its chunks are erased; for a day it is refused as expired, not as unknown |
-| used | `final` | it was a part, and its chunks are now those of the upload that `final` names |
+| used | `final`, `length` | it was a part, and its chunks are now those of the upload that `final` names |
 
 `expires` is an hour after an upload was opened. Each chunk moves it to 24 hours later, or to an hour later in a form.
 After that time the upload is refused as expired at once. The outbox then drops it and leaves the fields of that row. In
@@ -169,8 +169,8 @@ async def concatenate(
 ) -> tuple[str, bool]:
     """Make one complete upload of partial ones, in this order (tus, "Concatenation"). No bytes are copied.
 
-    The parts are gone then. Returns the final upload's id, and whether the idempotency key was used before. `concat` is
-    the text of Upload-Concat, which HEAD returns.
+    The parts are used then. Returns the final upload's id, and whether it existed: the idempotency key was used before,
+    or these parts were made one upload before. `concat` is the text of Upload-Concat, which HEAD returns.
 
     Raises NoUpload where a part does not exist, belongs to somebody else, was used or became a post, Expired, Concat
     where it is no partial upload, Incomplete, TooLarge, Chunks, Format where the first bytes are not those of an image,
@@ -291,6 +291,21 @@ async def list_open(db: Redis, owner: str, partitions: int) -> list[OpenUpload]:
         for upload, offset, length, metadata, expires, concat in rows
     ]
     return sorted(opened, reverse=True)
+
+
+async def read_used_part(db: Redis, owner: str, upload: str) -> Upload:
+    """A part that was used, as a complete upload that expires with its final one.
+
+    A client that did not get the answer to its final request asks for its parts before it repeats that request. If they
+    were unknown, it would send all bytes again.
+
+    Raises NoUpload where `upload` is no part of an open final upload of the owner, and Expired.
+    """
+    part = await inspect(db, upload, names=False)
+    if not part.final or part.length is None:
+        raise NoUpload("no such upload")
+    final = await read(db, owner, part.final)
+    return part._replace(owner=owner, offset=part.length, expires=final.expires, concat="partial")
 
 
 async def read_when_still(db: Redis, owner: str, upload: str) -> Upload:

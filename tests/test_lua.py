@@ -611,7 +611,10 @@ async def test_parts_become_one_upload_whose_chunks_are_forgotten_together(serve
     upload, _ = await concatenate(db, *parts)
     with unchanged(server.client):
         assert await concatenate(db, *parts, upload=upload) == [upload, 0], "the same call again"
-    await refused(server, db, errors.NoUpload, concatenate(db, *parts))
+        assert await concatenate(db, *parts) == [upload, 1], "the same request again"
+    for other in (parts[::-1], parts[:1]):
+        await refused(server, db, errors.NoUpload, concatenate(db, *other))
+    await refused(server, db, errors.NoUpload, concatenate(db, *parts, owner="bob"))
     await refused(server, db, errors.NoUpload, append(db, parts[0], 10, 1, "10-x"))
     await refused(server, db, errors.TooLarge, append(db, upload, 30, 1, "30-x"))
     row = await uploads.inspect(db, upload)

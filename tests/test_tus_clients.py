@@ -90,6 +90,16 @@ def test_tus_js_client_sends_parts_at_the_same_time_over_a_line_that_breaks(serv
     assert created.status_code == 201
 
 
+def test_tus_js_client_sends_no_byte_twice_if_the_answer_to_its_final_request_is_lost(served, line, tmp_path):
+    digest = picture(tmp_path / "photo", MIB)
+    line.before[b"Upload-Concat: final"] = lambda: line.lose(how="rst")
+    url = wait_for_url(start_tus_js(tmp_path / "photo", line.port, served.token("dave"), "0", "4"))
+    assert line.lost.is_set() and line.up < 1.05 * MIB
+    assert hash_stored(served, url) == digest
+    with served.client("dave") as dave:
+        assert [item["id"] for item in dave.get("/v1/uploads").json()["items"]] == [url.rsplit("/", 1)[1]]
+
+
 @pytest.mark.parametrize("chunk", [None, 1_000_000], ids=["whole", "in chunks"])
 def test_tuspy_uploads(served, tmp_path, chunk):
     digest = picture(tmp_path / "photo", 3 * MIB + 17)

@@ -8,9 +8,10 @@ import time
 import pytest
 from conftest import connect
 from making import NO_SEGMENTS
+from proxy import Proxy
 from state import contents, files, unchanged
 from uploading import BODY, begin, begin_finished, count_chunks, joined, offset, patch_head, picture
-from wire import exchange, head
+from wire import dial, exchange, head
 from wiretrace import chunked, play
 
 from storage import check, erasure, export, keys, originals, outbox, posts
@@ -72,7 +73,7 @@ async def test_the_parts_become_one_complete_upload_without_a_copy(serving):
     assert client.hgetall("uploads:{0}:alice") == {upload: "300000"}, "the reserved bytes have moved"
     assert client.zrange("due:{0}", 0, -1) == [upload]
     for one in ids:
-        play(serving, f"> HEAD /v1/uploads/{one}\n< 404\n> DELETE /v1/uploads/{one}\n< 404\n< code: noupload")
+        play(serving, f"> DELETE /v1/uploads/{one}\n< 404\n< code: noupload")
     created = f"> POST /v1/posts\n> Content-Type: application/json\n> [post]\n< 201\n> HEAD /v1/uploads/{upload}\n< 404"
     play(serving, created, post=b'{"upload": "%b"}' % upload.encode())
     assert client.hkeys(f"upload:{{0}}:{upload}") == ["owner", "length", "post"]
@@ -151,7 +152,7 @@ def test_parts_that_cannot_be_used_are_refused_and_nothing_changes(serving):
         ((good, "u00000000000000000000000000-1"), 404, "noupload"),
         ((good, "nonsense"), 404, "noupload"),
         ((good, used), 404, "noupload"),
-        ((used,), 404, "noupload"),
+        ((used, used), 404, "noupload"),
         ((good, rest, good), 404, "noupload"),
         ((good, whole), 409, "concat"),
         ((good, joined_before), 409, "concat"),
@@ -210,7 +211,6 @@ def test_a_repeated_request_answers_the_same_upload_if_it_has_an_idempotency_key
         trace = f"> POST /v1/uploads\n> Upload-Concat: {final(*parts)}"
         found = play(serving, f"{trace}\n{once}\n< 201\n< Idempotent-Replayed: true\n< Location: /v1/uploads/<upload>")
         assert found["upload"] == upload
-        play(serving, f"{trace}\n< 404\n< code: noupload")
         play(serving, f"> POST /v1/uploads\n> Upload-Concat: {final(parts[1])}\n{once}\n< 422\n< code: reused")
     play(serving, f"> DELETE /v1/uploads/{upload}\n< 204")
     other = part(serving, picture(50))
@@ -221,6 +221,41 @@ def test_a_repeated_request_answers_the_same_upload_if_it_has_an_idempotency_key
     with unchanged(serving.server.client, serving.folder):
         trace = f"> POST /v1/uploads\n> Upload-Length: 9\n> {PARTIAL}\n> Idempotency-Key: p"
         play(serving, f"{trace}\n< 422\n< code: reused")
+
+
+def test_after_a_lost_answer_the_same_parts_give_the_same_upload_without_a_key(serving):
+    """The connection breaks after the final upload was made, before its answer. The client has no Idempotency-Key."""
+    parts = [part(serving, picture(50)), part(serving, b"more")]
+    with Proxy(serving.port) as line, dial(line.port) as broken:
+        line.lose(how="rst")
+        broken.sendall(request_final(serving, *parts))
+        assert line.lost.wait(10)
+    (upload,) = serving.server.client.hkeys("uploads:{0}:alice")
+    concat = f"> POST /v1/uploads\n> Upload-Concat: {final(*parts)}"
+    again = f"{concat}\n< 201\n< Location: /v1/uploads/{upload}\n< Idempotent-Replayed: true"
+    with unchanged(serving.server.client, serving.folder):
+        for one, size in zip(parts, (50, 4), strict=True):
+            trace = f"> HEAD /v1/uploads/{one}\n< 200\n< Upload-Concat: partial\n< Upload-Expires: *"
+            play(serving, f"{trace}\n< Upload-Offset: {size}\n< Upload-Length: {size}\n< -Upload-Metadata")
+            trace = f"> PATCH /v1/uploads/{one}\n> {BODY}\n> Upload-Offset: {size}\n> [more]\n< 404"
+            play(serving, trace, more=b"x")
+            play(serving, f"> HEAD /v1/uploads/{one}\n< 404", "bob")
+        play(serving, f"{again}\n< Upload-Offset: 54")
+        play(serving, f"> POST /v1/uploads\n> Upload-Concat: {final(*parts)}\n< 404\n< code: noupload", "bob")
+        for others in (parts[::-1], parts[:1], [*parts, parts[0]]):
+            play(serving, f"> POST /v1/uploads\n> Upload-Concat: {final(*others)}\n< 404\n< code: noupload")
+    post = b'{"upload": "%b"}' % upload.encode()
+    play(serving, "> POST /v1/posts\n> Content-Type: application/json\n> [post]\n< 201", post=post)
+    with unchanged(serving.server.client, serving.folder):
+        play(serving, f"{again}\n< -Upload-Offset\n> HEAD /v1/uploads/{parts[0]}\n< 404\n< -Upload-Offset")
+
+
+def test_parts_of_a_final_upload_that_was_deleted_are_unknown(serving):
+    parts = [part(serving, picture(50)), part(serving, b"more")]
+    play(serving, f"> DELETE /v1/uploads/{concatenate(serving, *parts)}\n< 204")
+    with unchanged(serving.server.client, serving.folder):
+        play(serving, f"> POST /v1/uploads\n> Upload-Concat: {final(*parts)}\n< 404\n< code: noupload")
+        play(serving, f"> HEAD /v1/uploads/{parts[0]}\n< 404")
 
 
 def test_a_final_upload_fits_into_a_quota_that_its_parts_fill(serving):
@@ -275,6 +310,17 @@ async def test_of_two_final_uploads_with_a_part_in_common_one_succeeds(serving):
         (upload,) = set(client.hkeys("uploads:{0}:alice")) - {lost}
         assert client.hgetall("uploads:{0}:alice") == {lost: "50", upload: "100"}
         assert client.lrange(f"chunks:{{0}}:{upload}", 0, -1) == [won, shared]
+
+
+async def test_two_final_uploads_of_the_same_parts_at_once_are_one(serving):
+    for _ in range(ROUNDS):
+        serving.server.client.flushall()
+        parts = [await asyncio.to_thread(part, serving, picture(50)) for _ in range(2)]
+        one, other = await race(serving, *[request_final(serving, *parts)] * 2)
+        (upload,) = serving.server.client.hkeys("uploads:{0}:alice")
+        for answer in (one, other):
+            assert status(answer) == 201 and f"/v1/uploads/{upload}\r\n".encode() in answer
+        assert sorted(b"Idempotent-Replayed" in answer for answer in (one, other)) == [False, True]
 
 
 async def test_a_part_is_either_deleted_or_used(serving):
