@@ -80,6 +80,8 @@ def encode_head(status: int, headers: dict[str, str]) -> bytes:
 class Answer:
     """A body, by default JSON, its headers, and its compressed forms, made when the first client wants them."""
 
+    __slots__ = ("body", "awaited", "content_type", "digest", "_headers", "_compressed", "_heads")
+
     def __init__(
         self,
         body: bytes,
@@ -90,7 +92,7 @@ class Answer:
         self.body = body
         self.awaited = awaited  # what a client that prefers to wait waits for: see `api.waiting`
         self.content_type = content_type
-        self.headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **(headers or {})}
+        self._headers = headers or {}
         self.digest = blake2b(body, digest_size=12).hexdigest()
         self._compressed: dict[str, bytes | asyncio.Task] = {}
         self._heads: dict[tuple[int, str], bytes] = {}
@@ -112,7 +114,7 @@ class Answer:
     def _head(self, status: int, coding: str, etag: str) -> bytes:
         head = self._heads.get((status, coding))
         if head is None:
-            headers = {**self.headers, "ETag": etag}
+            headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **self._headers, "ETag": etag}
             if status == 200:
                 headers["Content-Type"] = self.content_type
                 if coding:

@@ -84,7 +84,8 @@ async def changed(request) -> Answer:
 @routes.route("/v1/posts/<post>", methods=READ)
 @awaited_read
 async def read(request, post: str) -> Answer:
-    return answer(await posts.read(request.app.ctx.db, post))
+    row = await posts.read_row(request.app.ctx.db, post)
+    return rendering.ready_post(row) if isinstance(row, str) else answer(posts.post_from_row(row))
 
 
 def answer(row: posts.Post) -> Answer:

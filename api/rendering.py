@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import orjson
 
-from api.answers import Answer, FastResponse, encode_head
+from api.answers import VARY, Answer, FastResponse, encode_head
 from storage import keys
 from storage.comments import Comment
-from storage.posts import Post, ranks_behind
+from storage.posts import Post, parse_line, ranks_behind
 from storage.settings import PAGE_BYTES
 from storage.uploads import OpenUpload
 
@@ -18,8 +18,10 @@ CREATED = encode_head(201, {"Content-Type": "application/json"})
 SIDE = 600  # pixels of the served image
 # Caches of rendered JSON. They save rendering, never a call to Redis: the same rows always give the same bytes.
 CACHED_PAGES = 128  # 1 MB, and 32 MB if all are as long as a page may be
-CACHED_POSTS = 16384  # 24 MB, and at most 80 MB
+CACHED_ITEMS = 2048  # posts in lists: 3 MB, and at most 10 MB
 CACHED_CHARACTERS = 500  # of caption and comments. A longer post is not cached, which bounds the memory
+CACHED_POSTS = 12_288  # answers with one post: 25 MB, and at most 100 MB
+CACHED_LINE = 800  # characters of its row
 
 
 def created(body: dict, location: str, replayed: bool = False) -> FastResponse:
@@ -99,9 +101,19 @@ def post_json(row: Post) -> bytes:
     return _cached_post_json(row)
 
 
-@lru_cache(CACHED_POSTS)
+@lru_cache(CACHED_ITEMS)
 def _cached_post_json(row: Post) -> bytes:
     return orjson.dumps(post(row))
+
+
+def ready_post(row: str) -> Answer:
+    """The answer with a ready post, from its row of read_post. From the cache if it is there, with ETag and headers."""
+    return _cached_ready_post(row) if len(row) <= CACHED_LINE else Answer(orjson.dumps(post(parse_line(row))), VARY)
+
+
+@lru_cache(CACHED_POSTS)
+def _cached_ready_post(row: str) -> Answer:
+    return Answer(orjson.dumps(post(parse_line(row))), VARY)
 
 
 def comment_json(row: Comment) -> bytes:

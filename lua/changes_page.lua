@@ -13,7 +13,7 @@
 -- ARGV[8] erased     prefix of this partition's sets of erased comments
 -- ARGV[9] cluster    1 on a Redis Cluster, otherwise empty
 -- Returns {timeline, revision of the page's last post or `since`, more 0|1, rows, skipped}
---   A row is what read_post returns, or {id} of a deleted post.
+--   A row is what read_post returns of a post that is not ready, or {id} of a deleted post.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
 --   missing or a key has a wrong type.
 -- Refuses nothing

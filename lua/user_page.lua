@@ -16,7 +16,7 @@
 -- ARGV[13] erased     prefix of this partition's sets of erased comments
 -- Returns {through, rows, skipped}
 --   `through` is the id of the last post that the page looked at; empty if the user has no older posts.
---   A row is what read_post returns.
+--   A row is what read_post returns of a post that is not ready.
 --   `skipped` is a list of ids. It is there only if the page left out posts that cannot be shown, because a field is
 --   missing or a key has a wrong type.
 -- Refuses nothing

@@ -225,16 +225,13 @@ def post_and_lists(post_id: str) -> list[str]:
     the id of a post.
     """
     partition = partition_of_post(post_id)
-    return [
-        post(post_id),
-        comments(post_id),
-        segments(post_id),
-        erased(post_id),
-        latest(post_id),
-        feed(partition),
-        changes(partition),
-        gone(partition),
-    ]
+    return [*post_and_comments(post_id), feed(partition), changes(partition), gone(partition)]
+
+
+def post_and_comments(post_id: str) -> list[str]:
+    """The first five keys of `post_and_lists`. Raises NoPost where `post_id` is not the id of a post."""
+    end = f":{{{partition_of_post(post_id)}}}:{post_id}"  # one search in the id instead of five
+    return [f"post{end}", f"comments{end}", f"segments{end}", f"erased{end}", f"latest{end}"]
 
 
 def post_prefix(partition: int) -> str:

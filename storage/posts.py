@@ -90,24 +90,23 @@ class Post(NamedTuple):
 
 
 def post_from_row(row: list) -> Post:
-    """A post from a row of read_post or changes_page."""
+    """A post from a row of user_page or changes_page, or of read_post for one that is not ready."""
     post, count, author, caption, status, image, code, detail, latest = row
     comments = tuple(tuple(orjson.loads(entry)) for entry in latest)
     return Post(post, count, author, caption, status, Image.parse(image), code, detail, comments)
 
 
-@lru_cache(CACHED_ROWS)
-def post_from_line(row: str) -> Post:
-    """A post from a row of feed_page: six lines, of which the last, the caption, may contain newlines.
-
-    The cache saves parsing a row again. It never saves a call to Redis.
-    """
+def parse_line(row: str) -> Post:
+    """A post from a row of feed_page or read_post: six lines, of which the last, the caption, may contain newlines."""
     post, count, author, image, latest, caption = row.split("\n", 5)
     try:
         comments = tuple([(comment, writer, text) for comment, writer, text in orjson.loads(latest)])
     except (ValueError, TypeError):  # a foreign client wrote it; `check --repair` repairs it
         comments = ()
     return Post(post, int(count), author, caption, "ready", Image.parse(image), None, None, comments)
+
+
+post_from_line = lru_cache(CACHED_ROWS)(parse_line)  # the cache saves parsing a row again, never a call to Redis
 
 
 class Inspected(NamedTuple):
@@ -246,7 +245,13 @@ async def replayed(db: Redis, author: str, partitions: int, idempotency: keys.Id
 
 async def read(db: Redis, post: str) -> Post:
     """A post of any status. Raises NoPost."""
-    return post_from_row(await db.call("read_post", keys.post_and_lists(post)[:5], post))
+    row = await read_row(db, post)
+    return parse_line(row) if isinstance(row, str) else post_from_row(row)
+
+
+def read_row(db: Redis, post: str) -> Awaitable[str | list]:
+    """A post of any status: for `parse_line` if it is ready, otherwise for `post_from_row`. Raises NoPost."""
+    return db.call("read_post", keys.post_and_comments(post), post)
 
 
 async def feed(db: Redis, partitions: int, limit: int, after: FeedCursor | None = None) -> Page:

@@ -35,13 +35,13 @@ class Source:
 async def begun():
     """Flights with one call that has begun, its source, and the caller who waits for it."""
     flights, source = Flights(), Source()
-    first = flights.join("page", source.call)
+    first = asyncio.ensure_future(flights.join("page", source.call))
     await source.called.wait()
     return flights, source, first
 
 
 async def join(flights, source, count: int) -> list[asyncio.Task]:
-    callers = [flights.join("page", source.call) for _ in range(count)]
+    callers = [asyncio.ensure_future(flights.join("page", source.call)) for _ in range(count)]
     await asyncio.sleep(0)  # now all of them have joined
     return callers
 
