@@ -1,6 +1,6 @@
 python := .venv/bin/python
 
-.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose test-compose-cluster load demo bench bench-before bench-images bench-jpegs bench-turns capacity drill drill-sealing drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
+.PHONY: run cluster test quick lint unit test-pillow test-cluster test-compose test-compose-cluster load demo bench bench-before bench-images bench-jpegs bench-turns line capacity drill drill-sealing drill-cluster drill-cluster-restore drill-images drill-lines drill-restarts picture fuzz sbom lock clean
 
 # The file .env is for containers. honcho would read it, but `imagegram-api token` in another terminal would not, and
 # would sign with another secret. So deploy/run.py tells honcho not to read it.
@@ -93,6 +93,10 @@ bench-jpegs: ## bytes, quality and cost of JPEGs, now and with Pillow, of 37 pho
 bench-turns: ## how long a photograph waits behind another user's large images; two minutes
 	@.ci/setup bench
 	$(python) -m tests.bench.turns
+
+line: ## what people see on slow lines, and how long they upload: HTTP/1.1, 2 and 3, cubic and bbr; needs root; fifteen minutes
+	@.ci/setup bench
+	unshare --net $(python) -m tests.line
 
 capacity: ## compute docs/capacity.md, its tables and its picture, from measured figures
 	@.ci/setup test

@@ -207,3 +207,20 @@ def capacity(sites: list, fork: float, path: Path) -> None:
         axes.set_xlabel("days")
         axes.legend(fontsize=9)
     _save(figure, path)
+
+
+def line(seen: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A panel for each line: how many of the pictures a person sees after how many seconds.
+
+    `seen` has by line and label the seconds after which the first picture was there, the second, and so on.
+    """
+    figure, panels = _figure("Ten pictures on a slow line: what a person sees", 1, len(seen), 4.6, sharey=True)
+    for axes, (name, curves) in zip(panels, seen.items(), strict=True):
+        for style, (label, times) in zip(cycle(LINES), curves.items(), strict=False):
+            pictures = range(len(times) + 1)
+            axes.step([0, *times], pictures, where="post", label=label, **{**style, "markersize": 4})
+        axes.set_title(name, fontsize=11)
+        axes.set(xlabel="seconds since the client began to connect", xlim=(0, None), yticks=range(0, 11, 2))
+    panels[0].set_ylabel("pictures", fontsize=10)
+    _legend(figure, panels, 2)
+    _save(figure, path)

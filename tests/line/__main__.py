@@ -1,0 +1,81 @@
+"""Measures all lines, replaces the tables and the picture of docs/performance.md, and prints the tables.
+
+    unshare --net python -m tests.line [--lines N] [--only TEXT]
+
+With `--only` it measures only what has this text in its name, prints what each client reported, and the page stays.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.line import check, network, plan, report, site
+
+URGENT = -10  # niceness of all that this starts: what another program delays would look like a delay of the line
+LATE = 0.005  # seconds: 99 of 100 packets must be delivered as soon as this, or the line was not what it says
+
+
+def measure(task: plan.Task, user: int, place: site.Place) -> dict:
+    """Runs a client on a line of its own. Returns what it reported. Raises AssertionError if the line was not true.
+
+    `user` is another number for each task, so that none meets the quota of another.
+    """
+    job = {**task.job, "token": place.site.token(f"user{user}", exp=int(time.time()) + 3600)}
+    with network.Line(task.profile, task.congestion, task.seed) as line:
+        reported = line.run(sys.executable, "-m", "tests.line.client", json.dumps(job), timeout=900).stdout
+    late = max(direction["late"] for direction in line.report)
+    assert late < LATE, f"{task.name}: packets were {late * 1000:.1f} ms late; this machine has too much other work"
+    print(f"{', '.join(task.name)}, seed {task.seed}\n", end="", file=sys.stderr)
+    return json.loads(reported)
+
+
+def run(tasks: list[plan.Task], lines: int, place: site.Place, found: report.Found) -> None:
+    """Runs the tasks, as many at a time as there are lines. Adds to `found` by their names."""
+    tasks = sorted(tasks, key=lambda task: -task.expected)
+    with ThreadPoolExecutor(lines) as threads:
+        results = [threads.submit(measure, task, user, place) for user, task in enumerate(tasks)]
+        try:
+            for task, result in zip(tasks, results, strict=True):
+                found.setdefault(task.name, []).append(result.result())
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.line", description=__doc__)
+    parser.add_argument("--lines", type=int, default=16, help="lines at the same time")
+    parser.add_argument("--only", default="", help="measure only what has this in its name, for example 'read, EDGE'")
+    options = parser.parse_args()
+    network.prepare()
+    os.setpriority(os.PRIO_PROCESS, 0, URGENT)
+    check.run()
+    found: report.Found = {}
+    with tempfile.TemporaryDirectory(prefix="ig-") as folder, site.running(Path(folder)) as place:
+        # First how soon a picture is ready, with little other work: the worker's time is part of it.
+        for tasks, lines in (
+            (plan.waiting(place), 6),
+            (plan.reading(place), options.lines),
+            (plan.sending(place), options.lines),
+        ):
+            run([task for task in tasks if options.only in ", ".join(task.name)], lines, place, found)
+    if options.only:
+        for name, results in found.items():
+            print(", ".join(name), *map(json.dumps, results), sep="\n")
+        return
+    from tests.bench import plots
+    from tests.bench.__main__ import PAGE, insert
+
+    text = report.page(found)
+    insert("line", text)
+    plots.line(report.curves(found), PAGE.with_suffix("") / "line.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
