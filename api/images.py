@@ -1,5 +1,8 @@
 """Served images: 600x600 JPEGs that never change. Originals are never served.
 
+A JPEG that is made again with other bytes gets another address, `{post}.2.jpg`. The JPEG of the old address stays for a
+day at least, until `imagegram-storage sweep` removes it. Then the old address leads to the new one.
+
 A handler asks object storage, not Redis: an image is there from just before its post is ready until the post is
 deleted.
 """
@@ -13,8 +16,8 @@ from api import limits
 from api.answers import READ, FastResponse, encode_head
 from api.headers import list_header, matches_etag
 from api.problems import problem
-from storage import posts
-from storage.errors import NoImage
+from storage import keys, posts
+from storage.errors import NoImage, NoPost
 from storage.objects import NotFound
 
 routes = Blueprint("images")
@@ -28,22 +31,27 @@ HEADERS = {
     # Also a page with `Cross-Origin-Embedder-Policy: require-corp` may show images by a plain <img>, as any other page.
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
+# By what is between the id and `.jpg` in the address.
+VERSIONS = {"": 1, **{f".{version}": version for version in range(2, keys.IMAGE_VERSIONS + 1)}}
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
 @routes.route("/v1/images/<name:.+\\.jpg>", methods=READ)
 async def image(request, name: str):
-    post, ctx = name.removesuffix(".jpg"), request.app.ctx
+    ctx, (post, dot, number) = request.app.ctx, name.removesuffix(".jpg").partition(".")
+    version = VERSIONS.get(dot + number)
+    if not version:
+        raise NoPost
     if ctx.limiter and (ticket := limits.begin_read(request)):
         await limits.end_read(request, ticket)
         request.stream.limits = ""  # caches store this answer, and would repeat what it says about one client
     try:
-        jpeg = await posts.image(ctx.objects, post)
+        jpeg = await posts.image(ctx.objects, post, version)
     except NotFound:
-        return await missing(request, post)
-    # A strong tag: the bytes of a post's image never change. After a restore the image is made again, maybe by another
+        return await missing(request, post, version)
+    # A strong tag: the bytes of an address never change. After a restore the image is made again, maybe by another
     # version of the encoder. The length tells the two apart.
-    headers = {**HEADERS, "ETag": f'"{post}-{len(jpeg):x}"'}
+    headers = {**HEADERS, "ETag": f'"{name[:-4]}-{len(jpeg):x}"'}
     if matches_etag(list_header(request, "if-none-match"), headers["ETag"]):
         return empty(304, headers)
     bounds = RANGE.fullmatch(request.headers.get("range", ""))
@@ -70,9 +78,11 @@ def part(jpeg: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPRes
     return HTTPResponse(jpeg[start:stop], 206, headers, "image/jpeg")
 
 
-async def missing(request, post: str) -> HTTPResponse:
-    """404, with Retry-After while the image is being made. Raises NoPost, NoImage."""
+async def missing(request, post: str, version: int) -> HTTPResponse:
+    """404, with Retry-After while the image is being made; 307 if it has another address. Raises NoPost, NoImage."""
     row = await posts.read(request.app.ctx.db, post)
+    if row.image and row.image.version != version:
+        return empty(307, {"Location": f"/v1/{keys.image(post, row.image.version)}", "Cache-Control": "no-cache"})
     if row.status == "processing":
         return problem(404, NoImage.word.lower(), "the image is being made", {"Retry-After": "1"})
     raise NoImage("this post has no image")

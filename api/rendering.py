@@ -65,7 +65,7 @@ def post(row: Post) -> dict:
     }
     if row.image:
         body["image"] = {
-            "url": f"/v1/images/{row.id}.jpg",
+            "url": f"/v1/{keys.image(row.id, row.image.version)}",
             "width": SIDE,
             "height": SIDE,
             "thumbhash": row.image.thumbhash,

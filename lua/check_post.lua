@@ -19,7 +19,8 @@
 -- ARGV[6] tail          the newest entry of `segments` when the caller has read the store; empty: it has not
 -- ARGV[7] refill        the newest comments in the store, as JSON: [["id","author","text"],…]
 -- Returns {status or false, or `hidden` and its status, author or empty, number of comments, how many of them are in the
---   stream, number of erased comments, number of segments, 1 if its image is in `making` or else 0, flaw, …}
+--   stream, number of erased comments, number of segments, 1 if its image is in `making` or else 0, thumbhash or empty,
+--   flaw, …}
 --   A flaw begins with the number of the invariant that it breaks (see storage/check.py), or with 0 if it breaks none.
 -- Refuses nothing
 --
@@ -62,7 +63,7 @@ local score, revision = redis.call('ZSCORE', feed, id), redis.call('ZSCORE', cha
 local queue = making .. author
 local queued = redis.call('ZSCORE', queue, id) and 1 or 0
 local shown = is_hidden and status and 'hidden ' .. status or status
-local result = {shown, author, count, hot, erased_count, segment_count, queued}
+local result = {shown, author, count, hot, erased_count, segment_count, queued, row[4] or ''}
 local function report(flaw, ...) -- the other arguments are the command that repairs it, if there is one
   result[#result + 1] = flaw
   if repair and ... then

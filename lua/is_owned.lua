@@ -8,7 +8,8 @@
 -- KEYS[6] retired   retired:{p}        zset
 -- ARGV[1] id       post id
 -- ARGV[2…] stored  names of segments in the store
--- Returns {1 if the original and the JPEG are or else 0, the names of those segments that are, …}
+-- Returns {1 if the original and the JPEG are or else 0, the post's field `thumbhash` or false, the names of those
+--   segments that are, …}
 -- Refuses nothing
 --
 -- A deleted post is in `due` until its original is erased. It may be in `gone` for longer. Its segments are in `retired`.
@@ -17,7 +18,7 @@ local id, args = ARGV[1], ARGV
 local first_stored = 2
 
 local known = redis.call('EXISTS', post, hidden) > 0 or redis.call('ZSCORE', gone, id) or redis.call('ZSCORE', due, id)
-local owned = {known and 1 or 0}
+local owned = {known and 1 or 0, redis.call('HGET', post, 'thumbhash')}
 local all_retired, named = redis.call('ZSCORE', retired, id .. '/'), {}
 if args[first_stored] then
   for _, entry in ipairs(redis.call('LRANGE', segments, 0, -1)) do

@@ -36,7 +36,7 @@ from storage.errors import NoUpload
 from storage.formats import LONGEST_MAGIC, sniff
 from storage.objects import NotFound, ObjectStore
 from storage.outbox import make_again
-from storage.posts import erase_image, has_image, hide
+from storage.posts import Image, erase_image, has_image, hide
 from storage.settings import DAY_MS, IMAGE_BYTES, LATEST_COMMENTS, LEAF_ENTRIES
 
 EXACTLY = "surrogateescape"  # error handler that decodes any bytes so that encoding gives the same bytes (PEP 383)
@@ -258,6 +258,7 @@ class Judged(NamedTuple):
     erased: int  # comments that were deleted and are still in a segment
     segments: int
     waits: bool  # whether its image is to be made
+    image: Image | None
     flaws: list[str]
 
 
@@ -267,7 +268,7 @@ async def _call_check_post(db: Redis, post: str, repair: bool, stored: tuple[str
     script_keys = [*keys.post_and_lists(post), keys.turns(partition), keys.hidden(post), keys.sealing(partition)]
     args = (post, LATEST_COMMENTS, int(repair), keys.making_prefix(partition), *stored)
     reply = await db.call("check_post", script_keys, db.clock, *args)
-    return Judged(*reply[:6], bool(reply[6]), reply[7:])
+    return Judged(*reply[:6], bool(reply[6]), Image.parse(reply[7] or None), reply[8:])
 
 
 async def _check_post(
@@ -304,7 +305,8 @@ async def _check_post(
         remaining = flaws
     for flaw in flaws:
         report.add(post, flaw, flaw not in remaining)
-    if status and status.startswith("hidden ") and await has_image(objects, post):
+    hidden, versions = bool(status and status.startswith("hidden ")), range(1, keys.IMAGE_VERSIONS + 1)
+    if hidden and any([await has_image(objects, post, version) for version in versions]):
         if repair:
             await erase_image(objects, post)
         report.add(post, "3 it is hidden and its JPEG is stored", repair)
@@ -312,10 +314,12 @@ async def _check_post(
         return
     if judged.segments:
         await _check_segments(db, objects, post, report, deep)
-    for name, role in ((keys.original(post), "original"), (keys.image(post), "JPEG")):
+    image = judged.image or Image("")
+    for name, role in ((keys.original(post), "original"), (keys.image(post, image.version), "JPEG")):
         if role == "JPEG" and (waits or status != "ready"):
             continue
-        fault = await _object_flaw(objects, name, role, deep)
+        length = image.scans[-1] if role == "JPEG" and image.scans else None
+        fault = await _object_flaw(objects, name, role, deep, length)
         if not fault or (await _call_check_post(db, post, repair=False)).status != status:  # it was deleted meanwhile
             continue
         queued = role == "JPEG" and repair and await make_again(db, post)
@@ -402,11 +406,19 @@ async def _segment_flaw(
     return "" if inside else "has comments of another segment"
 
 
-async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool) -> str:
-    """What is wrong with an object, whose `role` is "original" or "JPEG". Empty: nothing."""
+async def _object_flaw(objects: ObjectStore, name: str, role: str, deep: bool, length: int | None = None) -> str:
+    """What is wrong with an object, whose `role` is "original" or "JPEG". Empty: nothing.
+
+    `length`: how many bytes it must have; None: that is not known.
+    """
     try:
+        stored = await objects.size(name)
+        if not stored:
+            return "is empty"
+        if stored != (length or stored):
+            return f"has {stored} bytes, not {length}"
         if not deep:
-            return "" if await objects.size(name) else "is empty"
+            return ""
         head = b""
         end = b""
         async for piece in objects.read(name):
@@ -483,5 +495,7 @@ async def _fit_key(db: Redis, objects: ObjectStore, name: str) -> None:
         await _check_upload(db, objects, rest, Report(), repair=True)
     elif kind == "hidden":  # it may have been unhidden in the timeline that is left, and have its JPEG
         await hide(db, rest)
-    elif kind == "post" and await _object_flaw(objects, keys.image(rest), "JPEG", deep=False):
-        await make_again(db, rest)
+    elif kind == "post":
+        image = (await _call_check_post(db, rest, repair=False)).image or Image("")
+        if await _object_flaw(objects, keys.image(rest, image.version), "JPEG", deep=False):
+            await make_again(db, rest)

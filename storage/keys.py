@@ -380,8 +380,23 @@ def original(post_id: str) -> str:
     return f"originals/{post_id}"
 
 
-def image(post_id: str) -> str:
-    return f"images/{post_id}.jpg"
+# Addresses that a post's JPEG can have. 1: it was made once. 2: it was made again with other bytes. Whoever erases a
+# JPEG tries all of them, because nothing remembers the version of a deleted post.
+IMAGE_VERSIONS = 2
+
+
+def image(post_id: str, version: int = 1) -> str:
+    """The name of a post's JPEG. Its address is the same behind `/v1/`.
+
+    >>> image("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0"), image("01JD4Q7ZK5W8Y3N6R2T9V0XABC-0", 2)
+    ('images/01JD4Q7ZK5W8Y3N6R2T9V0XABC-0.jpg', 'images/01JD4Q7ZK5W8Y3N6R2T9V0XABC-0.2.jpg')
+    """
+    return f"images/{post_id}.jpg" if version == 1 else f"images/{post_id}.{version}.jpg"
+
+
+def images(post_id: str) -> list[str]:
+    """All names that a post's JPEG can have, the oldest first."""
+    return [image(post_id, version) for version in range(1, IMAGE_VERSIONS + 1)]
 
 
 def erasure(user_digest: str) -> str:
@@ -415,4 +430,4 @@ def owner(name: str) -> str:
     >>> owner("images/01JD4Q7ZK5W8Y3N6R2T9V0XABC-0.jpg")
     '01JD4Q7ZK5W8Y3N6R2T9V0XABC-0'
     """
-    return name.split("/")[1].removesuffix(".jpg")
+    return name.split("/")[1].partition(".")[0]

@@ -25,6 +25,7 @@ async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, c
         return await _show_comment(db, segments, row, comment)
     kept = await comments.kept(db, post)
     known = dict(row.fields)
+    image = posts.Image.parse(known.get("thumbhash")) or posts.Image("")
     entries, erased = await sealing.read_segments(db, post)
     names = [row.key(), keys.comments(post), keys.latest(post), *([keys.kept(post)] if kept else [])]
     names += [*([keys.segments(post)] if entries else []), *([keys.erased(post)] if erased else [])]
@@ -45,7 +46,7 @@ async def show(db: Redis, objects: ObjectStore, segments: Segments, post: str, c
         "score_in_feed": row.score,
         "last_change": row.revision,
         "original": await _object(objects, keys.original(post)),
-        "image": await _object(objects, keys.image(post)),
+        "image": await _object(objects, keys.image(post, image.version)),
         "other_fields": known,
         "keys": names,
     }

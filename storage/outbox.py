@@ -156,11 +156,11 @@ async def return_image(db: Redis, post: str, attempt: int, left: int) -> None:
     await db.call("return_image", [keys.post(post)], attempt, left)
 
 
-async def publish(db: Redis, post: str, thumbhash: str, scans: tuple[int, ...] = ()) -> None:
-    """Show a post whose original and JPEG are stored. For `thumbhash` and `scans` see posts.Image.
+async def publish(db: Redis, post: str, thumbhash: str, scans: tuple[int, ...] = (), version: int = 1) -> None:
+    """Show a post whose original and JPEG are stored. For `thumbhash`, `scans` and `version` see posts.Image.
 
     Raises NoPost where the post was deleted, and Stale where it has failed. A post that is already shown only gets the
-    two, because its JPEG was made again.
+    three, because its JPEG was made again.
     """
     partition = keys.partition_of_post(post)
     await db.call(
@@ -175,7 +175,7 @@ async def publish(db: Redis, post: str, thumbhash: str, scans: tuple[int, ...] =
         ],
         db.clock,
         post,
-        Image(thumbhash, scans).field(),
+        Image(thumbhash, scans, version).field(),
         keys.making_prefix(partition),
     )
 
@@ -210,7 +210,7 @@ async def erase(db: Redis, objects: ObjectStore, may_name: MayName, entry: DueEn
     row = await _inspect(db, entry.id)
     if row and row.has_image():  # it was unhidden after this lease began, and is due again since then
         return
-    await objects.delete([keys.image(entry.id)])
+    await objects.delete(keys.images(entry.id))
     row = await _inspect(db, entry.id)
     if row and row.has_image():  # it was unhidden during the deletion, so its new JPEG may be deleted too
         await make_again(db, entry.id)

@@ -57,7 +57,7 @@ class Image(NamedTuple):
             return None
         thumbhash, _, rest = field.partition(" ")
         numbers = [int(word) for word in rest.split(" ") if word.isdecimal()]  # other words are of a foreign client
-        return cls(thumbhash, tuple(numbers[1:]), numbers[0] if numbers else 1)
+        return cls(thumbhash, tuple(numbers[1:]), max([1, *numbers[:1]]))
 
     def field(self) -> str:
         """
@@ -475,25 +475,34 @@ async def delete(
         await erase_image(objects, post)
 
 
-async def image(objects: ObjectStore, post: str) -> bytes:
+async def image(objects: ObjectStore, post: str, version: int = 1) -> bytes:
     """The served JPEG of a post. Raises NoPost for a malformed id, objects.NotFound where it has none, Unavailable."""
     keys.partition_of_post(post)
-    return await objects.get(keys.image(post))
+    return await objects.get(keys.image(post, version))
 
 
-async def has_image(objects: ObjectStore, post: str) -> bool:
+async def has_image(objects: ObjectStore, post: str, version: int = 1) -> bool:
     """Whether a post's served JPEG is stored and not empty. Raises Unavailable."""
     try:
-        return bool(await objects.size(keys.image(post)))
+        return bool(await objects.size(keys.image(post, version)))
     except NotFound:
         return False
 
 
-async def put_image(objects: ObjectStore, post: str, jpeg: bytes) -> None:
+async def next_version(db: Redis, post: str) -> int:
+    """The version of the address that a JPEG gets which is made now. Raises NoPost.
+
+    The same encoder makes the same bytes again. One that knew no scans made other bytes: they keep their address.
+    """
+    image = (await read(db, post)).image or Image("", (1,))
+    return image.version if image.scans else keys.IMAGE_VERSIONS
+
+
+async def put_image(objects: ObjectStore, post: str, jpeg: bytes, version: int = 1) -> None:
     """Store a post's served JPEG, or replace it. Raises Unavailable, Full."""
-    await objects.put(keys.image(post), jpeg)
+    await objects.put(keys.image(post, version), jpeg)
 
 
 async def erase_image(objects: ObjectStore, post: str) -> None:
-    """Erase a post's served JPEG. It may be missing already. Raises Unavailable."""
-    await objects.delete([keys.image(post)])
+    """Erase a post's served JPEG under all its addresses. It may be missing already. Raises Unavailable."""
+    await objects.delete(keys.images(post))

@@ -5,6 +5,8 @@ added it to the upload or the post. Or a restore left out the posts or segments 
 
 An operator runs the sweep by hand. It does not run by itself, because before Redis is restored every object looks like
 an orphan. For the same reason a sweep removes nothing if most objects are orphans.
+
+The JPEG of an address that a post does not have any more is an orphan too (workers/remaking.py).
 """
 
 import asyncio
@@ -16,6 +18,7 @@ from storage import keys, uploads
 from storage.db.client import BATCH, Redis, now_ms
 from storage.objects import Entry, ObjectStore
 from storage.outbox import MayName, recheck_at
+from storage.posts import Image
 
 DAY = 86400  # seconds. Younger objects are ignored. Work that stores an object and then names it takes minutes at most
 SAFE_COUNT = 100  # orphans. Up to this number they may be removed even if most objects are orphans
@@ -128,6 +131,8 @@ async def _owned(db: Redis, owner: str, stored: list[str]) -> set[str]:
     partition = keys.partition_of_post(owner)
     lists = [keys.gone(partition), keys.due(partition), keys.segments(owner), keys.retired(partition)]
     names = [name.split("/")[2] for name in stored if name.startswith(keys.SEGMENTS)]
-    known, *segments = await db.call("is_owned", [keys.post(owner), keys.hidden(owner), *lists], owner, *names)
-    images = {keys.original(owner), keys.image(owner)} if known else set()
+    known, field, *segments = await db.call("is_owned", [keys.post(owner), keys.hidden(owner), *lists], owner, *names)
+    # A JPEG with a higher version was stored a moment ago, and its post will name it.
+    image = Image.parse(field)
+    images = {keys.original(owner), *keys.images(owner)[image.version - 1 if image else 0 :]} if known else set()
     return images.union(keys.segment(owner, name) for name in segments)

@@ -367,7 +367,7 @@ RUN = {
     r"python -m tests\.\S+( .*)?": parse,
     r"python -m pytest .*|python tests/golden\.py \S+": refer,
     r"imagegram-storage (snapshots|verify|retry|check( --deep| --repair)?|sweep( --dry-run)?|--help)": succeed,
-    r"imagegram-storage script \w+|imagegram-storage erase --again --yes": succeed,
+    r"imagegram-worker remake|imagegram-storage script \w+|imagegram-storage erase --again --yes": succeed,
     r"redis-cli -s data/redis/redis\.sock --eval <\(imagegram-storage script \w+\) .*": evaluate,
     r"imagegram-api token alice": succeed,
     r"imagegram-storage (ship|redis)": start,

@@ -168,7 +168,7 @@ async def test_the_owner_of_any_number_of_segments_is_found(real, embedded):
     embedded.client.rpush(keys.segments(post), "5-0 1 named")
     script_keys = [keys.post(post), keys.hidden(post), keys.gone(0), keys.due(0), keys.segments(post), keys.retired(0)]
     stored = [*map(str, range(10_000)), "named"]
-    assert await real.call("is_owned", script_keys, post, *stored) == [0, "named"]
+    assert await real.call("is_owned", script_keys, post, *stored) == [0, None, "named"]
 
 
 async def test_a_sweep_with_an_empty_redis_removes_nothing(real, embedded, store, tmp_path):

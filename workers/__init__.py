@@ -5,6 +5,7 @@
 | `__main__` | the command `imagegram-worker`: starts the dispatcher and the RQ workers (converters) |
 | `dispatcher` | takes due work from the outbox; gives image work to RQ's queue, ends uploads and erases bytes itself |
 | `jobs` | RQ's job: one attempt at one post's image |
+| `remaking` | the command `imagegram-worker remake`: makes the JPEGs of older versions again |
 | `sandbox` | runs the pipeline in a process that can do nothing but decode |
 | `pipeline` | the steps from a file to the picture |
 | `jpeg`, `png`, `bmp`, `rle` | readers of the file formats |

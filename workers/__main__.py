@@ -1,5 +1,7 @@
 """`imagegram-worker`, or `python -m workers`: a dispatcher, and the RQ workers that create pictures ("converters").
 
+`imagegram-worker remake` makes the JPEGs of older versions again, see remaking.py.
+
     imagegram-worker: dispatcher
         │ starts IMAGEGRAM_CONVERTERS of them
         └──► converter: `imagegram-worker convert PARENT`, an RQ worker. It ends when the process PARENT ends
@@ -25,7 +27,7 @@ from storage.db import topology
 from storage.db.cluster import connect
 from storage.objects import require_stores
 from storage.processes import die_with_parent, end_after
-from workers import dispatcher, encoding, pipeline, sandbox
+from workers import dispatcher, encoding, pipeline, remaking, sandbox
 
 STOP_GRACE = 2.0  # seconds that a running conversion has when the worker stops. If it is cut off, it costs an attempt
 RETRY_PAUSE = 1.0  # seconds until a converter that ended is replaced, and between pings of a Redis that is unreachable
@@ -170,25 +172,29 @@ def main() -> None:
 
 def run() -> None:
     """Parses the command line and runs the worker, or one of its converters. Raises SystemExit with the exit status."""
-    about = "Creates the pictures of posts: a dispatcher, and IMAGEGRAM_CONVERTERS RQ workers."
+    about = """Creates the pictures of posts: a dispatcher, and IMAGEGRAM_CONVERTERS RQ workers.
+    With `remake`: makes the JPEGs of older versions again, beside a running site."""
     parser = argparse.ArgumentParser(prog="imagegram-worker", description=about)
-    # Only this program itself uses these, see `keep_converter`.
-    parser.add_argument("command", nargs="?", choices=["convert"], help=argparse.SUPPRESS)
+    # Only this program itself uses `convert` and what follows it, see `keep_converter`.
+    parser.add_argument("command", nargs="?", choices=["convert", "remake"], help=argparse.SUPPRESS)
     for name in ("parent", "memory", "number"):
         parser.add_argument(name, nargs="?", type=int, help=argparse.SUPPRESS)
-    parser.usage = "imagegram-worker [-h]"
+    parser.usage = "imagegram-worker [-h] [remake]"
     arguments = parser.parse_args()
-    if arguments.command and not (arguments.parent and arguments.memory and arguments.number):
+    if arguments.command == "convert" and not (arguments.parent and arguments.memory and arguments.number):
         parser.error("convert is for the worker's own use")
     chosen = settings.load()
     logs.configure(chosen.log, settings.secret_values())
     pipeline.require_colour_management()
-    if arguments.command:
+    if arguments.command == "convert":
         convert(chosen, arguments.parent, arguments.memory, arguments.number)
     else:
         require_stores(chosen, "STORE", "BACKUP_STORE")
         sandbox.check(chosen)
         encoding.warn_if_missing()
+        if arguments.command == "remake":
+            remaking.main(chosen)
+            return
         asyncio.run(topology.warn(chosen))
         raise SystemExit(asyncio.run(work(chosen)))
 

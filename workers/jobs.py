@@ -88,14 +88,15 @@ async def _run(chosen: Settings, db: Redis, objects: ObjectStore, post: str, att
     The attempt is returned where it fails for a reason that is not the image's.
     """
     try:
-        if attempt > 1 and await posts.has_image(objects, post):
+        version = 1 if upload else await posts.next_version(db, post)
+        if attempt > 1 and await posts.has_image(objects, post, version):
             # An earlier attempt stored the picture, and only publishing failed. So no earlier attempt counts.
             await outbox.return_image(db, post, attempt, 1)
             attempt = 1
         picture = await _create_picture(chosen, db, objects, post, attempt, upload)
         if not picture:
             return FAILED
-        await _publish(db, objects, post, picture)
+        await _publish(db, objects, post, picture, version)
         if upload:  # otherwise a restore has brought the post back without its JPEG
             metrics.READY_AFTER.observe(time.time() - keys.created_ms(post) / 1000)
         return READY
@@ -139,12 +140,12 @@ async def _create_picture(
             return None
 
 
-async def _publish(db: Redis, objects: ObjectStore, post: str, picture: Picture) -> None:
+async def _publish(db: Redis, objects: ObjectStore, post: str, picture: Picture, version: int) -> None:
     """Stores the JPEG, then publishes the post. Erases the JPEG where the post is deleted or failed meanwhile."""
-    await posts.put_image(objects, post, picture.jpeg)
+    await posts.put_image(objects, post, picture.jpeg, version)
     try:
         thumbhash = b64encode(picture.thumbhash).decode()
-        await _retry_until_answered(outbox.publish, db, post, thumbhash, picture.scans)
+        await _retry_until_answered(outbox.publish, db, post, thumbhash, picture.scans, version)
     except (NoPost, Stale):
         await posts.erase_image(objects, post)
         raise
