@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import obstore
 import pytest
 from parts import s3_url
 
@@ -357,6 +358,16 @@ async def test_every_method_raises_unavailable_soon_where_s3_does_not_answer(mon
             store.ping(),
         ]
         await asyncio.gather(*map(raises_unavailable_soon, calls))
+
+
+async def test_a_stream_is_one_request_to_s3_up_to_5_mib_and_parts_beyond(monkeypatch):
+    store = open_store(s3_url(monkeypatch))
+    for size, parts in ((5 * MIB - 1, ""), (5 * MIB, "-1"), (11 * MIB, "-3")):
+        data = secrets.token_bytes(size)
+        await store.put("a", stream(*(data[start : start + 70_001] for start in range(0, size, 70_001))))
+        assert await store.get("a") == data
+        tag = (await obstore.head_async(store._store, "a"))["e_tag"]  # of parts it ends with their number
+        assert re.fullmatch('"[0-9a-f]{32}(.*)"', tag)[1] == parts
 
 
 async def test_a_bucket_that_does_not_exist_is_unavailable(monkeypatch):

@@ -7,7 +7,7 @@ from conftest import connect
 from state import unchanged
 from uploading import picture
 
-from storage import keys, uploads
+from storage import keys, originals, posts, uploads
 from storage.errors import NoUpload, Offset
 from storage.objects import Folder, Unavailable
 from storage.settings import IMAGE_BYTES, MIB
@@ -200,3 +200,33 @@ async def test_the_memory_by_which_all_chunks_may_grow_is_shared_and_given_back(
     assert uploads.LARGE_CHUNK < objects.most <= uploads.GROWN_BYTES + 8 * uploads.PARALLEL_PUTS * uploads.CHUNK
     await asyncio.sleep(0)
     assert growth.free == uploads.GROWN_BYTES
+
+
+class Stream(Folder):
+    """A store that records the sizes of the pieces that a stream has."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.pieces = []
+
+    async def put(self, name, data):
+        async def recorded():
+            async for piece in data:
+                self.pieces.append(len(piece))
+                yield piece
+
+        await super().put(name, data if isinstance(data, list) else recorded())
+
+
+async def test_a_worker_joins_large_chunks_in_pieces_of_1_mib(one_db, tmp_path, monkeypatch, growth):
+    """So its memory does not depend on the size of the chunks."""
+    monkeypatch.setattr(uploads, "QUICK_SECONDS", 10)
+    growth.learn(uploads.LARGE_CHUNK, 0)
+    objects, data = Stream(tmp_path), picture(9 * MIB)
+    image = await send(one_db, objects, data)
+    assert len(await chunk_objects(objects, image.upload)) == 3
+    post, _ = await posts.create(one_db, "alice", image.upload, "")
+    with (tmp_path / "copy").open("w+b") as copy:
+        await originals.store(one_db, objects, post, image.upload, copy)
+    assert await objects.get(keys.original(post)) == data == (tmp_path / "copy").read_bytes()
+    assert max(objects.pieces) == MIB

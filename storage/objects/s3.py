@@ -3,7 +3,8 @@
 | verb | request of the S3 API |
 |---|---|
 | put, from bytes or a list | PutObject |
-| put, from a stream | CreateMultipartUpload, UploadPart, CompleteMultipartUpload |
+| put, from a stream shorter than PART | PutObject |
+| put, from a longer one | CreateMultipartUpload, UploadPart, CompleteMultipartUpload |
 | create | PutObject with `If-None-Match: *`; 412 Precondition Failed means that the name is taken |
 | get, read | GetObject |
 | size | HeadObject |
@@ -31,6 +32,7 @@ from storage.objects.store import (
     require_prefix,
 )
 
+PART = 5 * 1024 * 1024  # bytes; parts of an upload may not be smaller, except for the last
 RETRY_PAUSE = timedelta(milliseconds=50)  # before the first retry
 # The client asks this address (the EC2 instance metadata service) for credentials if no variable holds them.
 METADATA_SERVICE = "169.254.169.254"
@@ -67,9 +69,16 @@ class S3:
 
     async def put(self, name: str, data: bytes | list[bytes] | AsyncIterable[bytes]) -> None:
         """Uploads one part of a stream at a time: obstore's default of 12 would need 12 times the memory."""
-        multipart = not isinstance(data, (bytes, list))
+        name = require_name(name)
+        if isinstance(data, (bytes, list)):
+            pieces, rest = [data] if isinstance(data, bytes) else data, None
+        else:
+            pieces, rest = await _read_part(data)
         with _translate_errors():
-            await obstore.put_async(self._store, require_name(name), data, use_multipart=multipart, max_concurrency=1)
+            if rest is None:
+                await obstore.put_async(self._store, name, pieces, use_multipart=False)
+            else:
+                await obstore.put_async(self._store, name, _chain(pieces, rest), chunk_size=PART, max_concurrency=1)
 
     async def create(self, name: str, data: bytes) -> None:
         with _translate_errors():
@@ -122,6 +131,24 @@ class S3:
     async def remove_leftovers(self, older: float = LEFTOVER_SECONDS) -> int:
         """Returns 0: only the bucket's lifecycle rule can remove the parts of an unfinished upload."""
         return 0
+
+
+async def _read_part(stream: AsyncIterable[bytes]) -> tuple[list[bytes], AsyncIterator[bytes] | None]:
+    """The pieces of the first PART bytes of a stream, and the rest, which is None if the stream is shorter."""
+    pieces, size, rest = [], 0, aiter(stream)
+    async for piece in rest:
+        pieces.append(piece)
+        size += len(piece)
+        if size >= PART:
+            return pieces, rest
+    return pieces, None
+
+
+async def _chain(pieces: list[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    while pieces:
+        yield pieces.pop(0)  # the memory is free as soon as the piece is sent
+    async for piece in rest:
+        yield piece
 
 
 @contextmanager

@@ -43,8 +43,8 @@ MEASURED = {
     "comment in the store": (38, "B", "python -m tests.bench --part segments"),
     "comment, CPU of a worker": (110, "µs", "python -m tests.bench --part segments"),
     "conversion of an image": (60_000, "µs", "make bench-jpegs"),
-    "image of 3 MB, requests to S3 that write": (9, "", "python -m tests.bench --part costs"),
-    "image of 3 MB, requests to S3 that read": (5, "", "python -m tests.bench --part costs"),
+    "image of 3 MB, requests to S3 that write": (5, "", "python -m tests.bench --part costs"),
+    "image of 3 MB, requests to S3 that read": (3, "", "python -m tests.bench --part costs"),
 }
 # What a large provider of object storage charges, as a multiple of its price for a GB that is stored for a month.
 PRICES = {"1,000 requests that write": 0.22, "1,000 requests that read": 0.017}
