@@ -18,8 +18,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RedisServer, Site, free_port, running_site, until
+from conftest import ROOT, RedisServer, Site, free_port, photograph, running_site, until
 from making import bmp, jpeg
+from PIL import Image
 from proxy import Proxy
 
 from api.client import calls, printing, settings
@@ -301,6 +302,38 @@ def test_the_feed_is_read_page_by_page_or_as_a_whole(person):
         process = person.start("feed", stdout=full)
         assert process.communicate(timeout=20)[1] == "imagegram: No space left on device\n"
     assert process.returncode == UNUSABLE
+
+
+# Pictures
+
+
+def test_a_picture_comes_as_a_first_look_and_later_only_the_rest(traveller, line):
+    (traveller.home / "photo.jpg").write_bytes(photograph())
+    post = traveller.json("upload", "photo.jpg")
+    looks, served = post["image"]["scans"], traveller.home / "served.jpg"
+    with traveller.site.client() as client:
+        whole = client.get(post["image"]["url"]).content
+    assert traveller.json("picture", post["id"], "served.jpg", "--look", "1")["bytes"] == looks[0]
+    assert served.read_bytes() == whole[: looks[0]] + b"\xff\xd9"
+    with Image.open(served) as image:
+        assert image.size == (600, 600) and image.load()
+    before = line.down
+    assert traveller.run("picture", post["id"], "served.jpg")[0] == f"served.jpg  {len(whole)} of {len(whole)} bytes\n"
+    assert served.read_bytes() == whole and len(whole) - looks[0] < line.down - before < len(whole), "only the rest"
+    assert sorted(path.name for path in traveller.home.iterdir() if not path.name.startswith(".")) == [
+        "photo.jpg",
+        "served.jpg",
+    ]
+
+
+def test_a_picture_that_was_made_again_is_not_joined_with_the_first_look_of_the_old_one(traveller):
+    (traveller.home / "photo.jpg").write_bytes(photograph())
+    post = traveller.json("upload", "photo.jpg")
+    traveller.run("picture", post["id"], "--look", "2")
+    other = photograph()
+    (traveller.site.folder / "store" / "images" / f"{post['id']}.jpg").write_bytes(other)  # as after a restore
+    traveller.run("picture", post["id"])
+    assert (traveller.home / f"{post['id']}.jpg").read_bytes() == other
 
 
 # Uploads

@@ -179,6 +179,7 @@ def answer_pattern(line: str) -> re.Pattern:
         r"\w{3},\d\d\w{3}\d{4}\d\d:\d\d:\d\dGMT",  # HTTP's date
         r'(?<=ETag:")[^"]+',
         r"(?<=/)\d+$",  # the length of a JPEG
+        r"(?<=\.jpg)\d+of\d+(?=bytes)",
         r'(?<="bytes":)\d+',
         r'(?<="scans":\\\[)[\d,]+',
         r"(?<=Content\\-Range:bytes0\\-)\d+",  # the length of a look, or 99
@@ -372,7 +373,7 @@ RUN = {
     r"imagegram-api token alice": succeed,
     r"imagegram-storage (ship|redis)": start,
     r"imagegram-storage (cluster|restore) .*": parse,
-    r"imagegram (login|logout|upload|feed|show|comment|delete|watch)( [\w.-]+)*": parse,
+    r"imagegram (login|logout|upload|feed|show|picture|comment|delete|watch)( [\w.-]+)*": parse,
     r"imagegram(-\w+)?|redis-cli|redis-cli cluster nodes": exist,
     r"\. \.venv/bin/activate": succeed,
     r"redis-cli -s data/redis/redis\.sock": ask,

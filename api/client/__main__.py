@@ -4,6 +4,7 @@
     imagegram upload photo.jpg --caption Hello   publishes a picture; the same command again continues it
     imagegram feed                               lists the posts with the most comments
     imagegram show POST                          one post and its comments
+    imagegram picture POST [FILE]                loads its picture, a first look first
     imagegram comment POST TEXT                  adds a comment
     imagegram delete POST [COMMENT]              deletes a post or a comment of yours
     imagegram watch                              prints what changes, until Ctrl-C
@@ -28,7 +29,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from api.client import printing, settings
+from api.client import pictures, printing, settings
 from api.client.calls import Refused, Site, Unreachable, rest
 from api.client.printing import comment_text, note, post_text, show, show_json
 from api.client.records import record
@@ -133,6 +134,20 @@ def show_post(given) -> None:
         note(f"There are more comments: imagegram show {shlex.quote(given.post)} --cursor {page['next']}")
 
 
+def picture(given) -> None:
+    site, _ = connect(given)
+    image = site.call("GET", f"/v1/posts/{quote(given.post, safe='')}").json()["image"]
+    if not image:
+        raise Refused(404, "noimage", "this post has no picture, or not yet")
+    file = Path(given.file or f"{given.post}.jpg")
+    loaded = pictures.fetch(site, image, file, given.look)
+    length = image.get("bytes", loaded)
+    if given.json:
+        show_json({"file": str(file), "bytes": loaded, "of": length})
+    else:
+        show(f"{file}  {loaded} of {length} bytes")
+
+
 def comment(given) -> None:
     site, login = connect(given)
     # The key is on disk before the comment is sent. So also a command that was killed, or that gave up without knowing
@@ -215,6 +230,10 @@ def read_arguments() -> argparse.Namespace:
     command.add_argument("--again", action="store_true", help="publish a file once more that was published already")
     add("feed", feed, paged)
     add("show", show_post, paged).add_argument("post")
+    command = add("picture", picture)
+    command.add_argument("post")
+    command.add_argument("file", nargs="?", help="POST.jpg in this folder, if it is left out")
+    command.add_argument("--look", type=int, choices=range(1, 5), help="only a look: 1 is the first, with fewest bytes")
     command = add("comment", comment)
     command.add_argument("post")
     command.add_argument("text")

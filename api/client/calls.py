@@ -164,7 +164,9 @@ def _is_of_a_site(answer: httpx.Response) -> bool:
             return answer.is_success and isinstance(answer.json(), dict)
         except ValueError:
             return False
-    return kind == "application/problem+json" or answer.status_code == 204 or "Tus-Resumable" in answer.headers
+    if kind in ("application/problem+json", "image/jpeg"):
+        return True
+    return answer.status_code == 204 or "Tus-Resumable" in answer.headers
 
 
 def _problem(answer: httpx.Response) -> dict[str, str]:
