@@ -19,6 +19,7 @@ from uploading import begin, joined, offset, patch_head, picture
 from wire import dial, exchange, head
 
 from storage.db.client import SCRIPTS
+from storage.settings import IMAGE_BYTES, MIB
 
 RACES = 500
 KILLS = int(os.environ.get("KILLS", 10))  # `make drill-lines` sets 50
@@ -91,25 +92,29 @@ def kill(site) -> None:
 
 @pytest.mark.timeout(300)
 async def test_after_a_kill_all_bytes_up_to_the_offset_can_be_read(embedded, tmp_path):
+    """Every second API makes chunks of 8 MiB."""
     embedded.client.flushall()
     site = Site(embedded.url, tmp_path)
     site.server = embedded
     chance, at = random.Random(KILLS), 0
-    image = picture(60 * 2**20)
+    image, largest = picture(IMAGE_BYTES), 0
     site.api()
     upload = await asyncio.to_thread(begin, site, len(image))
-    for _ in range(KILLS):
-        target = at + chance.choice([30_000, 70_000, 400_000, 1_100_000])
+    for turn in range(KILLS):
+        if at > 80 * MIB:
+            upload, at = await asyncio.to_thread(begin, site, len(image)), 0
+        large = turn % 2
+        target = at + chance.choice([1 * MIB, 9 * MIB] if large else [30_000, 70_000, 400_000, 1_100_000])
         line, begun = dial(site.port), threading.Event()
 
-        def pour(line=line, at=at, begun=begun):
+        def pour(line=line, at=at, begun=begun, pause=0.0 if large else 0.0005, upload=upload):
             with contextlib.suppress(OSError):
                 line.sendall(patch(site, upload, at, len(image) - at))
                 for sent in range(at, len(image), 10_000):
                     line.sendall(image[sent : sent + 10_000])
                     if sent > at + 20_000:
                         begun.set()
-                    time.sleep(0.0005)  # 20 MB/s. On a faster line no kill would hit between chunks.
+                    time.sleep(pause)  # 20 MB/s: on a faster line hardly a kill would hit between small chunks
 
         pouring = threading.Thread(target=pour)
         pouring.start()
@@ -120,12 +125,17 @@ async def test_after_a_kill_all_bytes_up_to_the_offset_can_be_read(embedded, tmp
         kill(site)
         line.close()
         pouring.join()
-        site.api()
+        if large:
+            site.api()
+        else:
+            site.start("tests.largechunks")
+            await asyncio.to_thread(until, lambda: exchange(site.port, head("GET", "/readyz")).status == 200)
         reported = await asyncio.to_thread(offset, site, upload)
         assert reported >= at, "the offset never decreases"
         assert await joined(site, embedded, upload) == image[:reported]
         at = reported
-    assert at > 0, "some kill came after the first chunk"
+        largest = max([largest, *(path.stat().st_size for path in tmp_path.glob("store/chunks/*/[0-9]*"))])
+    assert largest >= 8 * MIB, "some kill came after a large chunk"
     site.close()
 
 
