@@ -15,7 +15,7 @@ import logging
 
 from PIL import Image
 
-from workers.scans import shrink_first_scan
+from workers.scans import move_colours_forward, shrink_first_scan
 
 try:
     import mozjpeg_lossless_optimization as mozjpeg
@@ -52,7 +52,7 @@ def encode_jpeg(image: Image.Image) -> bytes:
     if missing:
         return with_pillow(image)
     baseline = pyjpegli.encode(image.tobytes(), *image.size, quality=JPEGLI_QUALITY)
-    return shrink_first_scan(mozjpeg.optimize(baseline))
+    return move_colours_forward(shrink_first_scan(mozjpeg.optimize(baseline)))
 
 
 def with_pillow(image: Image.Image) -> bytes:

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | FILE | the best look so far. Every program can show it |
-| FILE.BYTES.part | the bytes so far, until the picture is whole. BYTES is its length: another picture has another file |
+| FILE.BYTES.part | the bytes so far, until the picture is whole. BYTES is its length, so another one has its own |
 """
 
 from pathlib import Path

@@ -67,8 +67,9 @@ def pixels(path: Path) -> Image.Image:
 
 
 def compare_encoders(files: list[Path]) -> None:
-    """Prints a table: bytes, SSIMULACRA2, CPU and where the first scans end, as medians over the photographs."""
+    """Prints two tables: bytes, SSIMULACRA2 and CPU, and what the looks show, as medians over the photographs."""
     rows: dict[str, list[tuple]] = {way: [] for way in WAYS}
+    looks: dict[tuple[str, str], list[tuple]] = {}
     with tempfile.TemporaryDirectory() as folder:
         exact, encoded = Path(folder, "exact.png"), Path(folder, "encoded.jpg")
         for path in files:
@@ -77,13 +78,21 @@ def compare_encoders(files: list[Path]) -> None:
             for way, encode in WAYS.items():
                 jpeg = encode(image)
                 encoded.write_bytes(jpeg)
-                ends = [part.end / len(jpeg) for part in scans.segments(jpeg) if part.marker == scans.SOS]
-                rows[way].append((len(jpeg), compute_ssimulacra2(exact, encoded), cpu(encode, image), *ends[:2]))
+                rows[way].append((len(jpeg), compute_ssimulacra2(exact, encoded), cpu(encode, image)))
+                ends = scans.looks(jpeg)[:-1]
+                for name, end in zip(("first", "second", "third"), ends, strict=False):
+                    encoded.write_bytes(jpeg[:end] + b"\xff\xd9")
+                    score = compute_ssimulacra2(exact, encoded)
+                    looks.setdefault((way, name), []).append((end, end / len(jpeg), score))
     print(f"{len(files)} photographs\n")
-    print("| medians | bytes | SSIMULACRA2 | CPU, ms | first scan ends at | second |\n|-|-|-|-|-|-|")
+    print("| medians | bytes | SSIMULACRA2 | CPU, ms |\n|-|-|-|-|")
     for way, results in rows.items():
-        size, score, took, first, second = map(statistics.median, zip(*results, strict=True))
-        print(f"| {way} | {size:.0f} | {score:.2f} | {took * 1000:.1f} | {first:.3f} | {second:.3f} |")
+        size, score, took = map(statistics.median, zip(*results, strict=True))
+        print(f"| {way} | {size:.0f} | {score:.2f} | {took * 1000:.1f} |")
+    print("\n| look | photographs | bytes | share of the file | SSIMULACRA2 |\n|-|-|-|-|-|")
+    for (way, name), results in looks.items():
+        size, share, score = map(statistics.median, zip(*results, strict=True))
+        print(f"| {way}, {name} | {len(results)} | {size:.0f} | {share:.3f} | {score:.1f} |")
     before, now = ([row[0] for row in rows[way]] for way in WAYS)
     ratio = statistics.median(new / old for old, new in zip(before, now, strict=True))
     print(f"\nbytes now ÷ before: median {ratio:.3f}, all together {sum(now) / sum(before):.3f}\n")
