@@ -71,7 +71,8 @@ CHUNK = MIB  # bytes of a full chunk. Storing one with fsync takes less time tha
 SMALL_CHUNK = 64 * 1024
 SLOW_SECONDS = 1.0  # once a chunk's first byte is older than this, SMALL_CHUNK bytes are enough for a chunk
 # Bytes of a large chunk, for a fast connection: fewer fsyncs, and fewer requests to S3. A chunk grows to it from CHUNK
-# by doubling. Each time the bytes before must have come within QUICK_SECONDS, so no chunk waits longer than twice that.
+# by doubling. Each time the bytes before must have come within QUICK_SECONDS, so on an even line no chunk waits longer
+# than twice that. If the line becomes slow, SLOW_SECONDS ends the chunk.
 LARGE_CHUNK = 8 * MIB
 QUICK_SECONDS = 0.05
 # A chunk doubles only if the store has taken half of it within this time: a put to S3 must end within 5 s.
