@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -378,13 +379,13 @@ def test_pixels_may_be_in_any_number_of_consecutive_chunks():
 
 @pytest.mark.parametrize("interlaced", [0, 1])
 def test_a_png_whose_pixels_are_one_byte_short_is_refused_whatever_its_shape(interlaced):
-    """Pillow would leave the last pixel black. The values are those that a check could mistake for a missing pixel."""
+    """Pillow would leave the last pixel black."""
     passes = png_module.ADAM7 if interlaced else ((0, 0, 1, 1),)
     for (kind, depth), (width, height) in product(png_module.MODES, ((1, 1), (2, 1), (1, 2), (5, 1), (1, 5), (7, 9))):
         bits = depth * png_module.SAMPLES[kind]
         lines = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in passes]
         palette = (chunk(b"PLTE", bytes(768)),) if kind == 3 else ()
-        for value in (b"\0", b"\xff", bytes(png_module.UNSET)):
+        for value in (b"\0", b"\xff"):
             scans = b""
             for columns, count in lines:
                 scans += (b"\0" + (value * columns * bits)[: -(-columns * bits // 8)]) * count if columns else b""
@@ -398,6 +399,39 @@ def test_a_png_whose_pixels_are_one_byte_short_is_refused_whatever_its_shape(int
                     else:
                         with pytest.raises(errors.Unusable, match="truncated"):
                             image.load()
+
+
+def pixels_of(data: bytes, inflate) -> bytes | str:
+    """The decoded pixels of a PNG, or the code of its refusal."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        try:
+            image = pipeline.open_image(file)
+            image._zlib = inflate
+            return image.load() and image.tobytes()
+        except errors.Unusable as refusal:
+            return refusal.code
+
+
+def test_isal_and_zlib_show_the_same_pixels_and_refuse_the_same_damaged_ones():
+    """The checksums of the chunks are right, so that only the inflater can see the damage."""
+    chance, ends = random.Random(8), Counter()
+    for number in range(400):
+        width, height = chance.choice([(1, 1), (40, 30), (200, 150)])
+        row = bytes(chance.choices(range(chance.choice([2, 256])), k=3 * width))
+        scans = b"".join(b"\0" + row[at % 7 :] + row[: at % 7] for at in range(height))
+        deflate = zlib.compressobj(chance.choice([0, 1, 9]), 8, chance.choice([9, 15]), 9, chance.choice([0, 2, 4]))
+        stream = bytearray(deflate.compress(scans) + deflate.flush())
+        for _ in range(number % 3):
+            stream[chance.randrange(len(stream))] ^= 1 << chance.randrange(8)
+        if number % 5 == 0:
+            del stream[chance.randrange(len(stream)) :]
+        data = png(width, height, 8, 2, b"").replace(chunk(b"IDAT", zlib.compress(b"")), chunk(b"IDAT", bytes(stream)))
+        shown, expected = (pixels_of(data, inflate) for inflate in (png_module.isal_zlib, zlib))
+        assert shown == expected, number
+        ends[shown if isinstance(shown, str) else "picture"] += 1
+    assert png_module.isal_zlib is not zlib and min(ends.values()) > 20 and len(ends) == 3, ends
 
 
 def test_two_conversions_give_the_same_bytes():
