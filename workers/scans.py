@@ -12,8 +12,8 @@ own, which follow after the first details. No coefficient changes, so the whole 
 | 3 to 5 | | DC, one bit each |
 | the others | the other details | the same, but the first details of the colours first |
 
-mozjpeg writes all of the brightness before all details of the colours. `move_colours_forward` changes that: a look at
-60 % of the bytes is then better by 16 points of SSIMULACRA2, for no byte.
+mozjpeg writes all of the brightness before all details of the colours. `move_colours_forward` changes that: the best
+look within 75 % of the bytes had 50 points of SSIMULACRA2 then, instead of 36 (median of nine photographs).
 """
 
 import heapq
