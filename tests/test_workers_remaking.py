@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -161,14 +160,15 @@ def test_kills_lose_nothing_and_the_same_command_continues():
         command = [sys.executable, "-m", "workers", "remake"]
         for enough in (1, 3):
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | site.environment, stderr=-1)
-            until(lambda enough=enough: run(versions).count(2) >= enough, what="a JPEG that was made again")
-            if enough == 1:
-                process.send_signal(signal.SIGKILL)
+            try:
+                until(lambda enough=enough: run(versions).count(2) >= enough, what="a JPEG that was made again")
+                if enough == 3:
+                    site.server.kill()
+                    assert b"the same command again continues" in process.communicate(timeout=60)[1]
+                    site.server.start()
+            finally:
+                process.kill()
                 process.communicate()
-            else:
-                site.server.kill()
-                assert b"the same command again continues" in process.communicate(timeout=60)[1]
-                site.server.start()
             run(assert_sound)
         ended = subprocess.run(command, cwd=ROOT, env=os.environ | site.environment, check=True, stdout=-1)
         assert b"0 posts keep their old one" in ended.stdout
