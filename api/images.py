@@ -33,6 +33,7 @@ HEADERS = {
 }
 # By what is between the id and `.jpg` in the address.
 VERSIONS = {"": 1, **{f".{version}": version for version in range(2, keys.IMAGE_VERSIONS + 1)}}
+HEAD = encode_head(200, {**HEADERS, "Content-Type": "image/jpeg"})
 RANGE = re.compile(r"bytes=(?!-$)([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -51,13 +52,16 @@ async def image(request, name: str):
         return await missing(request, post, version)
     # A strong tag: the bytes of an address never change. After a restore the image is made again, maybe by another
     # version of the encoder. The length tells the two apart.
-    headers = {**HEADERS, "ETag": f'"{name[:-4]}-{len(jpeg):x}"'}
+    etag = f'"{name[:-4]}-{len(jpeg):x}"'
+    headers = {**HEADERS, "ETag": etag}
     if matches_etag(list_header(request, "if-none-match"), headers["ETag"]):
         return empty(304, headers)
     bounds = RANGE.fullmatch(request.headers.get("range", ""))
     if bounds and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         return part(jpeg, bounds[1], bounds[2], headers)
-    return FastResponse(encode_head(200, {**headers, "Content-Type": "image/jpeg"}), 200, jpeg)
+    response = FastResponse(HEAD, 200, jpeg)
+    response.headers["ETag"] = etag
+    return response
 
 
 def part(jpeg: bytes, first: str, last: str, headers: dict[str, str]) -> HTTPResponse:

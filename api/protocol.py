@@ -238,12 +238,15 @@ class Protocol(HttpProtocol):
 
     # Sanic waits with asyncio.Event, whose `wait` takes 2 µs: in Python 3.11 it makes a system call.
 
-    async def send(self, data: bytes):
+    async def send(self, *data: bytes):
         if not self._can_write.is_set():
             await self._can_write.wait()
         if self.transport.is_closing():
             raise RequestCancelled
-        self.transport.write(data)
+        if len(data) == 1:
+            self.transport.write(data[0])
+        else:
+            self.transport.writelines(data)
         self._time = monotonic()
 
     async def receive_more(self):

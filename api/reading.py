@@ -60,7 +60,12 @@ def _parameters(query: str) -> dict[str, str]:
 
 def limit(request) -> int:
     """How many entries a page may have. Raises Problem 422."""
-    text = parameters(request).get("limit", str(DEFAULT_LIMIT))
+    text = parameters(request).get("limit")
+    return _limit(text) if text is not None else DEFAULT_LIMIT
+
+
+@lru_cache(CACHED)
+def _limit(text: str) -> int:
     if not COUNT.fullmatch(text) or not 1 <= int(text) <= MAX_LIMIT:
         raise invalid(f"limit is a whole number from 1 to {MAX_LIMIT}", parameter="limit")
     return int(text)

@@ -90,10 +90,9 @@ class Folder:
 
     async def get(self, name: str) -> bytes:
         """Read on the event loop if the page cache has the whole file, otherwise in a thread."""
-        path = self._path(name)
-        if data := read_if_cached(path):
+        if data := read_if_cached(f"{self._root}/{require_name(name)}"):  # joining paths takes a tenth of the call
             return data
-        return await _in_thread(Path.read_bytes, path, missing=NotFound)
+        return await _in_thread(Path.read_bytes, self._path(name), missing=NotFound)
 
     async def read(self, name: str) -> AsyncIterator[bytes]:
         """Opening the file and reading the first piece are one call in a thread.

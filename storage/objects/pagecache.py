@@ -12,7 +12,7 @@ LARGEST = 1024 * 1024  # bytes copied at once on the event loop: this takes 0.1 
 BUFFER = memoryview(bytearray(LARGEST))
 
 
-def read_if_cached(path: Path) -> bytes | None:
+def read_if_cached(path: str | Path) -> bytes | None:
     """Return the bytes of a file if all of them are in the page cache. Otherwise return None.
 
     Also returns None if the file does not exist, is not a regular file, is larger than LARGEST, or if its file system
