@@ -156,7 +156,7 @@ def growth_rows(sizes: tuple[int, ...], spent: dict[int, dict[str, list[float]]]
         row(f"page in {ties} ties, Redis' time: start ÷ middle", large[TIES], large[MIDDLE], 0.60),
         row(MOVED, large[TIES], large[MOVED], 0.65),
         *[row(what, large[TIES], large[what], None) for what in (NEAR, UNHINTED, LYING)],
-        row(f"add a comment, Redis' time: {fewest} posts ÷ {most}", small[COMMENT], large[COMMENT], None),
+        row(f"add a comment, Redis' time: {fewest} posts ÷ {most}", small[COMMENT], large[COMMENT], 0.67),
     ]
 
 

@@ -35,12 +35,12 @@ class Call:
 
 
 CALLS = {
-    "feed": Call("Feed: first page of 10", "feed, first page of 10", 0.90, peer=6, p99_bare=1.5),
-    "cursors": Call("Feed: 100 cursors at random", "feed, 100 cursors at random", 0.45),
+    "feed": Call("Feed: first page of 10", "feed, first page of 10", 1.20, peer=6, p99_bare=1.5),
+    "cursors": Call("Feed: 100 cursors at random", "feed, 100 cursors at random", 0.60),
     "304": Call("Feed: not modified (304)", "304 for a fresh page", 0.95),
-    "post": Call("One post of 10,000", "one post, 10,000 at random", 0.50),
-    "image": Call("Image of 60 kB", "image of 60 kB, 10,000 at random", 0.50),
-    "written": Call("", f"feed, while {WRITTEN:,} comments/s are written", 0.70),
+    "post": Call("One post of 10,000", "one post, 10,000 at random", 0.60),
+    "image": Call("Image of 60 kB", "image of 60 kB, 10,000 at random", 0.60),
+    "written": Call("", f"feed, while {WRITTEN:,} comments/s are written", 0.75),
     "comment": Call("Add a comment, fsynced", "comment, fsynced, 10,000 posts at random", 0.45, peer=2.5, p99_ms=20),
 }
 
