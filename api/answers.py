@@ -87,7 +87,7 @@ def encode_head(status: int, headers: dict[str, str]) -> bytes:
 class Answer:
     """A body, by default JSON, its headers, and its compressed forms, made when the first client wants them."""
 
-    __slots__ = ("body", "awaited", "content_type", "digest", "_headers", "_compressed", "_heads")
+    __slots__ = ("body", "awaited", "content_type", "digest", "_weak", "_headers", "_compressed", "_heads")
 
     def __init__(
         self,
@@ -95,33 +95,37 @@ class Answer:
         headers: dict[str, str] | None = None,
         awaited: str | Seen | None = None,
         content_type: str = "application/json",
+        meaning: bytes | None = None,
     ):
+        """`meaning`: bodies with the same meaning have the same ETag, which is weak (RFC 9110, section 8.8.1)."""
         self.body = body
         self.awaited = awaited  # what a client that prefers to wait waits for: see `api.waiting`
         self.content_type = content_type
         self._headers = headers or {}
-        self.digest = blake2b(body, digest_size=12).hexdigest()
+        self.digest = blake2b(body if meaning is None else meaning, digest_size=12).hexdigest()
+        self._weak = "" if meaning is None else "W/"
         self._compressed: dict[str, bytes | asyncio.Task] = {}
         self._heads: dict[tuple[int, str], bytes] = {}
 
     async def respond(self, request) -> FastResponse:
         """200 in the coding the client prefers, or 304 if the client already has this body."""
         coding = preferred_coding(list_header(request, "accept-encoding")) if len(self.body) >= MIN_COMPRESSED else ""
-        etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
+        tag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
         known = list_header(request, "if-none-match")
-        if known and (known == etag or matches_etag(known, etag)):
-            return FastResponse(self._head(304, coding, etag), 304)
+        if known and (known == tag or matches_etag(known, tag)):
+            return FastResponse(self._head(304, coding, tag), 304)
         body = await self._compress(coding) if coding else self.body
-        return FastResponse(self._head(200, coding, etag), 200, body)
+        return FastResponse(self._head(200, coding, tag), 200, body)
 
     def matches(self, if_match: str) -> bool:
         """Whether an If-Match header lists this body in any coding. The comparison is strong: weak tags never match."""
         return matches_etag(if_match, f'"{self.digest}"', f'"{self.digest}-br"', f'"{self.digest}-gzip"', weak=False)
 
-    def _head(self, status: int, coding: str, etag: str) -> bytes:
+    def _head(self, status: int, coding: str, tag: str) -> bytes:
         head = self._heads.get((status, coding))
         if head is None:
-            headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **self._headers, "ETag": etag}
+            headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **self._headers}
+            headers["ETag"] = self._weak + tag
             if status == 200:
                 headers["Content-Type"] = self.content_type
                 if coding:

@@ -147,13 +147,15 @@ def page(
             break
         items.append(encode(row))
         size += len(items[-1]) + 1
-    next_cursor, position = None, end
+    listed, next_cursor, position, hint = b",".join(items), None, end, ""
     if items and (len(items) < len(rows) or (more and not end)):
         position = cursor.format(row=rows[len(items) - 1])
         if ranks:
-            position += ":" + ".".join([f"{rank:x}" for rank in ranks_behind(ranks, rows[: len(items)])])
+            hint = ":" + ".".join([f"{rank:x}" for rank in ranks_behind(ranks, rows[: len(items)])])
     if position:
-        next_cursor = urlsafe_b64encode(position.encode()).decode().rstrip("=")
+        next_cursor = urlsafe_b64encode((position + hint).encode()).decode().rstrip("=")
         links = (f'<{path}?{query}limit={limit}&cursor={next_cursor}>; rel="next"', *links)
-    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(next_cursor))
-    return Answer(body, {"Link": ", ".join(links)} if links else None)
+    body = b'{"items":[%b],"next":%b}' % (listed, orjson.dumps(next_cursor))
+    # A hint changes when posts before the page move, and a client's copy stays as good as it was.
+    meaning = listed + position.encode() if hint else None
+    return Answer(body, {"Link": ", ".join(links)} if links else None, meaning=meaning)

@@ -396,3 +396,23 @@ def test_an_image_is_immutable_and_head_and_304_have_its_headers(serving, pages)
         assert (known.status, known.body, known.headers["etag"]) == (304, b"", whole.headers["etag"])
     both = get(serving, pages["image"], f"If-None-Match: {whole.headers['etag']}", "Range: bytes=0-1")
     assert both.status == 304
+
+
+def test_a_page_of_the_feed_keeps_its_tag_when_posts_before_it_move(serving, pages):
+    """Then only the ranks in the cursor of the next page are others."""
+    second = serving.url + "/v1/posts?limit=2&cursor=" + httpx.get(f"{serving.url}/v1/posts?limit=2").json()["next"]
+    before = httpx.get(second)
+
+    async def overtake(db):
+        post = await make_post(db, "alice")
+        for _ in range(20):
+            await comments.add(db, "bob", post, "Up")
+
+    run_with_db(serving.server, overtake)
+    after = httpx.get(second)
+    assert after.json()["items"] == before.json()["items"]
+    assert after.json()["next"] != before.json()["next"]
+    assert after.headers["etag"] == before.headers["etag"]
+    assert httpx.get(second, headers={"If-None-Match": before.headers["etag"]}).status_code == 304
+    longer = httpx.get(second.replace("limit=2", "limit=3"), headers={"If-None-Match": before.headers["etag"]})
+    assert longer.status_code == 200

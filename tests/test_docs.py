@@ -177,7 +177,7 @@ def answer_pattern(line: str) -> re.Pattern:
         r"\d{4}\\-\d\d\\-\d\d\d\d:\d\d(?!:)",  # a minute, as the client prints it
         r"(?<=http://127\\.0\\.0\\.1:)\d+",  # a port
         r"\w{3},\d\d\w{3}\d{4}\d\d:\d\d:\d\dGMT",  # HTTP's date
-        r'(?<=ETag:")[^"]+',
+        r'(?<=ETag:")[^"]+|(?<=ETag:W/")[^"]+',
         r"(?<=/)\d+$",  # the length of a JPEG
         r"(?<=\.jpg)\d+of\d+(?=bytes)",
         r'(?<="bytes":)\d+',
@@ -373,7 +373,7 @@ RUN = {
     r"imagegram-api token alice": succeed,
     r"imagegram-storage (ship|redis)": start,
     r"imagegram-storage (cluster|restore) .*": parse,
-    r"imagegram (login|logout|upload|feed|show|picture|comment|delete|watch)( [\w.-]+)*": parse,
+    r"imagegram (login|logout|upload|feed|show|picture|comment|delete|watch)( [][\w.-]+)*": parse,
     r"imagegram(-\w+)?|redis-cli|redis-cli cluster nodes": exist,
     r"\. \.venv/bin/activate": succeed,
     r"redis-cli -s data/redis/redis\.sock": ask,
