@@ -26,6 +26,7 @@ import httpx
 from http3 import Http3
 
 TUS = {"Tus-Resumable": "1.0.0"}
+TOP = 3  # pictures of the feed that a person looks at first
 PIECE = 16384  # bytes that are given to a connection at a time
 # A connection that breaks loses what it has not sent yet: close() sends an RST. The send buffer is small, so that this
 # is less than a tenth of the photograph, and still more than any of these lines holds.
@@ -74,10 +75,11 @@ async def warm_up() -> None:
 async def screen(connection: dict, feed: str, looks: bool, flight: int) -> dict:
     """Loads the feed and all its pictures, at most `flight` at a time.
 
-    With `looks` it loads all first looks at once, and then the rest of each picture. Returns times and bytes of the
-    feed, of the first look of each picture and of each whole picture, in the order in which they came.
+    With `looks` it loads all first looks at once, and then the rest of each picture. Returns times and bytes: of the
+    feed; of the first look of each picture and of each whole picture, in the order in which they came; and of the
+    moment at which the first TOP pictures of the feed were whole.
     """
-    seen, whole, gate = [], [], asyncio.Semaphore(flight)
+    seen, whole, top, gate = [], [], [], asyncio.Semaphore(flight)
 
     async def load(image: dict, begin: int, end: int) -> None:
         """Loads bytes of a picture, `end` excluded."""
@@ -91,6 +93,8 @@ async def screen(connection: dict, feed: str, looks: bool, flight: int) -> dict:
         assert at == end
         if end == image["bytes"]:
             whole.append(clock.now())
+            if image in images[:TOP]:
+                top.append(clock.now())
 
     async def rest(image: dict) -> None:
         async with gate:
@@ -106,7 +110,7 @@ async def screen(connection: dict, feed: str, looks: bool, flight: int) -> dict:
         if looks:
             await asyncio.gather(*(load(image, 0, image["scans"][0]) for image in images))
         await asyncio.gather(*map(rest, images))
-    return {"feed": listed, "seen": seen, "whole": whole}
+    return {"feed": listed, "seen": seen, "top": top[TOP - 1], "whole": whole}
 
 
 async def pieces(data: bytes, end: int | None = None) -> AsyncIterator[bytes]:

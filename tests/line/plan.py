@@ -94,6 +94,9 @@ def waiting(place: Place) -> list[Task]:
 
 
 def middle(runs: list[dict], kind: str, number: int = -1) -> tuple[float, float]:
-    """The median of seconds and of bytes over the runs until the event of this number: `feed`, `seen`, `whole`."""
-    events = [run[kind] if kind == "feed" else run[kind][number] for run in runs]
+    """The median of seconds and of bytes over the runs until an event of client.py's `screen`.
+
+    `number` says which one of those of which there are ten.
+    """
+    events = [run[kind][number] if kind in ("seen", "whole") else run[kind] for run in runs]
     return median(seconds for seconds, _ in events), median(size for _, size in events)

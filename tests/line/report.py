@@ -14,12 +14,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-EVENTS = {
-    "feed": ("feed",),
-    "first look of all ten": ("seen",),
-    "third whole picture": ("whole", 2),
-    "all ten whole": ("whole",),
-}
+EVENTS = {"feed": "feed", "first look of all ten": "seen", "first three whole": "top", "all ten whole": "whole"}
 
 
 def protocols(found: Found) -> str:
@@ -28,7 +23,7 @@ def protocols(found: Found) -> str:
         for name, way in (("1.1", f"{BEST}, HTTP/1.1"), ("2", BEST), ("3", f"{BEST}, HTTP/3")):
             for congestion in CONTROLS:
                 if runs := found.get(("read", profile, congestion, way)):
-                    cells = [middle(runs, *which) for which in EVENTS.values()]
+                    cells = [middle(runs, kind) for kind in EVENTS.values()]
                     words = [f"{seconds:.1f} s, {size / 1000:.0f} kB" for seconds, size in cells]
                     rows.append([profile, name, congestion if name != "3" else "nginx's", *words])
     return table(["line", "HTTP", "congestion control", *EVENTS], rows)
@@ -41,7 +36,7 @@ def ways(found: Found) -> str:
         for profile in MEASURED:
             for congestion in CONTROLS:
                 runs = found.get(("read", profile, congestion, way))
-                times = [middle(runs, *which)[0] for which in list(EVENTS.values())[1:]] if runs else []
+                times = [middle(runs, kind)[0] for kind in list(EVENTS.values())[1:]] if runs else []
                 cells.append(" / ".join(f"{seconds:.1f}" for seconds in times))
         rows.append([way, *cells])
     return table(["way", *(f"{profile}, {congestion}" for profile in MEASURED for congestion in CONTROLS)], rows)
