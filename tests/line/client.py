@@ -14,6 +14,7 @@ Times are seconds since it began to connect; bytes are those of all IP packets t
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import struct
 import sys
@@ -26,6 +27,7 @@ import httpx
 from http3 import Http3
 
 TUS = {"Tus-Resumable": "1.0.0"}
+URGENT = -10  # niceness; before that it only imports
 TOP = 3  # pictures of the feed that a person looks at first
 PIECE = 16384  # bytes that are given to a connection at a time
 # A connection that breaks loses what it has not sent yet: close() sends an RST. The send buffer is small, so that this
@@ -225,6 +227,7 @@ DO = {"screen": screen, "upload": upload, "ready": ready}
 
 
 def main() -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, URGENT)
     job = json.loads(sys.argv[1])
     connection = {name: job.pop(name) for name in ("protocol", "url", "token", "keep") if name in job}
     print(json.dumps(asyncio.run(DO[job.pop("do")](connection, **job))))
