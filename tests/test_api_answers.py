@@ -6,6 +6,7 @@ import random
 import re
 import secrets
 import time
+import tracemalloc
 from base64 import b64encode
 from email.utils import parsedate_to_datetime
 
@@ -16,8 +17,9 @@ from conftest import run_with_db
 from making import NO_SEGMENTS, jpeg, make_post, make_processing
 from wire import dial, exchange, head, hear
 
+from api import rendering
 from api.headers import matches_etag, preferred_coding, preferred_wait
-from storage import comments, outbox, posts
+from storage import comments, keys, outbox, posts
 
 DECODE = {"br": brotli.decompress, "gzip": gzip.decompress, "": lambda body: body}  # by Content-Encoding
 PROSE = """
@@ -416,3 +418,16 @@ def test_a_page_of_the_feed_keeps_its_tag_when_posts_before_it_move(serving, pag
     assert httpx.get(second, headers={"If-None-Match": before.headers["etag"]}).status_code == 304
     longer = httpx.get(second.replace("limit=2", "limit=3"), headers={"If-None-Match": before.headers["etag"]})
     assert longer.status_code == 200
+
+
+def test_a_cached_post_takes_little_more_memory_than_its_bytes():
+    texts = [f'["179545939012{n}-0","bob","{"Where is that? " * 2}"]' for n in range(3)]
+    row = "\n3\nalice\nhash 1 6913 15650 50791\n[" + ",".join(texts) + "]\nHello"
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            rendering.ready_post(f"{number:026}-0{row}")
+        each = tracemalloc.get_traced_memory()[0] / 200
+    finally:
+        tracemalloc.stop()
+    assert each < 2500
