@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -24,6 +25,8 @@ MORE_ROWS = 3
 CACHED_GROUPS = 256  # groups of partitions that are on one node
 HINTED = 16  # partitions up to which a cursor has their ranks, of some 4 characters each
 MAX_REPORTED = 1000  # skipped members that one process logs. That is enough to see what is wrong
+
+NUMBER = re.compile("[1-9][0-9]{0,8}")  # of an image: one that has more digits could not be JSON
 
 STATUSES = ("processing", "ready", "failed")
 
@@ -56,7 +59,7 @@ class Image(NamedTuple):
         if field is None:
             return None
         thumbhash, _, rest = field.partition(" ")
-        numbers = [int(word) for word in rest.split(" ") if word.isdecimal()]  # other words are of a foreign client
+        numbers = [int(word) for word in rest.split(" ") if NUMBER.fullmatch(word)]  # a foreign client wrote the others
         return cls(thumbhash, tuple(numbers[1:]), max([1, *numbers[:1]]))
 
     def field(self) -> str:

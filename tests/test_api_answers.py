@@ -420,6 +420,20 @@ def test_a_page_of_the_feed_keeps_its_tag_when_posts_before_it_move(serving, pag
     assert longer.status_code == 200
 
 
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 5000, "٣", "0"], ids=lambda number: number[:5])
+def test_a_number_that_a_foreign_client_wrote_into_a_post_spoils_no_answer(serving, number):
+    async def write(db):
+        post = await make_processing(db, "alice")
+        await outbox.publish(db, post, "hash")
+        serving.server.client.hset(keys.post(post), "thumbhash", f"hash 1 {number}")
+        return post
+
+    post = run_with_db(serving.server, write)
+    for target in (f"/v1/posts/{post}", "/v1/posts", "/v1/changes", "/v1/users/alice/posts"):
+        assert get(serving, target).status == 200
+    assert json.loads(get(serving, f"/v1/posts/{post}").body)["image"]["thumbhash"] == "hash"
+
+
 def test_a_cached_post_takes_little_more_memory_than_its_bytes():
     texts = [f'["179545939012{n}-0","bob","{"Where is that? " * 2}"]' for n in range(3)]
     row = "\n3\nalice\nhash 1 6913 15650 50791\n[" + ",".join(texts) + "]\nHello"
