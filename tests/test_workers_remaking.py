@@ -80,6 +80,16 @@ async def test_a_post_whose_original_cannot_be_converted_keeps_its_jpeg_and_does
     assert await posts.image(store, bad) == jpeg() and not await posts.has_image(store, bad, 2)
 
 
+async def test_posts_that_are_malformed_do_not_stop_the_others(server, db, store):
+    """A foreign client wrote them."""
+    wrong_type, not_json, good = [await make_old(db, store) for _ in range(3)]
+    server.client.set(keys.latest(wrong_type), "x")
+    server.client.hdel(keys.post(not_json), "caption")
+    server.client.lpush(keys.latest(not_json), "x")
+    assert await remaking.remake(settings.load()) == (1, 0)
+    assert (await posts.read(db, good)).image.version == 2
+
+
 @pytest.mark.parametrize("event", ["delete", "hide"])
 async def test_a_post_that_goes_while_its_jpeg_is_made_leaves_none_behind(server, db, store, event, monkeypatch):
     post = await make_old(db, store)

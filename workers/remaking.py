@@ -26,6 +26,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
+from redis.exceptions import ResponseError
+
 from storage import gauges, keys, originals, outbox, posts
 from storage.check import Report, scan, well_formed_keys
 from storage.db.client import Redis
@@ -88,9 +90,10 @@ async def old_posts(db: Redis) -> AsyncIterator[str]:
 
 
 async def is_old(db: Redis, post: str) -> bool:
+    """Whether an older version has made the post's JPEG. False where the post is not ready, or cannot be read."""
     try:
         image = (await posts.read(db, post)).image
-    except NoPost:
+    except (NoPost, ResponseError, ValueError):  # malformed: `imagegram-storage check` reports it
         return False
     return image is not None and not image.scans
 
