@@ -22,6 +22,7 @@ from storage.objects import NotFound
 
 routes = Blueprint("images")
 
+CROSS_ORIGIN = "Cross-Origin-Resource-Policy"
 HEADERS = {
     "Cache-Control": "public, max-age=31536000, immutable",
     "Accept-Ranges": "bytes",
@@ -29,7 +30,8 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Content-Disposition": "inline",
     # Also a page with `Cross-Origin-Embedder-Policy: require-corp` may show images by a plain <img>, as any other page.
-    "Cross-Origin-Resource-Policy": "cross-origin",
+    # Also a redirect needs it.
+    CROSS_ORIGIN: "cross-origin",
 }
 # By what is between the id and `.jpg` in the address.
 VERSIONS = {"": 1, **{f".{version}": version for version in range(2, keys.IMAGE_VERSIONS + 1)}}
@@ -42,7 +44,7 @@ async def image(request, name: str):
     ctx, (post, dot, number) = request.app.ctx, name.removesuffix(".jpg").partition(".")
     version = VERSIONS.get(dot + number)
     if not version:
-        raise NoPost
+        raise NoPost("no such post")
     if ctx.limiter and (ticket := limits.begin_read(request)):
         await limits.end_read(request, ticket)
         request.stream.limits = ""  # caches store this answer, and would repeat what it says about one client
@@ -86,7 +88,8 @@ async def missing(request, post: str, version: int) -> HTTPResponse:
     """404, with Retry-After while the image is being made; 307 if it has another address. Raises NoPost, NoImage."""
     row = await posts.read(request.app.ctx.db, post)
     if row.image and row.image.version != version:
-        return empty(307, {"Location": f"/v1/{keys.image(post, row.image.version)}", "Cache-Control": "no-cache"})
+        headers = {"Location": f"/v1/{keys.image(post, row.image.version)}", "Cache-Control": "no-cache"}
+        return empty(307, headers | {CROSS_ORIGIN: HEADERS[CROSS_ORIGIN]})
     if row.status == "processing":
         return problem(404, NoImage.word.lower(), "the image is being made", {"Retry-After": "1"})
     raise NoImage("this post has no image")

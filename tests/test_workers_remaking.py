@@ -220,7 +220,9 @@ def test_an_old_address_serves_the_old_bytes_and_later_leads_to_the_new_ones(ser
         moved = client.get(old, headers=resume)
         assert (moved.status_code, moved.headers["Location"]) == (307, new)
         assert moved.headers["Cache-Control"] == "no-cache"
+        assert moved.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
         whole = client.get(old, headers=resume, follow_redirects=True)
         assert (whole.status_code, whole.content) == (200, photograph()), "not the end of another file"
         for wrong in (".1", ".02", ".3", ".2.2", "."):
-            assert client.get(old.replace(".jpg", f"{wrong}.jpg")).status_code == 404
+            refused = client.get(old.replace(".jpg", f"{wrong}.jpg"))
+            assert (refused.status_code, refused.json()["detail"]) == (404, "no such post")
