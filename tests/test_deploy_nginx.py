@@ -297,6 +297,20 @@ async def test_http_3_uploads_a_file_and_reads_the_feed(serving, front):
     assert await joined(serving, serving.server, upload.removeprefix("/v1/uploads/")) == image
 
 
+@pytest.mark.parametrize("version", ["--http2", "HTTP/3"])
+async def test_a_body_that_is_too_large_is_a_problem_over_http_2_and_3_too(front, version):
+    large = {"Content-Length": "999999999"}
+    if version == "HTTP/3":
+        async with http3(front) as client:
+            answer = await client.post("/v1/posts", headers=large)
+        refused = Answer(answer.status_code, dict(answer.headers), answer.content)
+    else:
+        sent = ["curl", "-ksSi", version, "-d", "x", "-H", "Content-Length: 999999999"]
+        url = f"https://127.0.0.1:{front.tls_port}/v1/posts"
+        refused = parsed(subprocess.run([*sent, url], check=True, capture_output=True).stdout)
+    assert_problem(refused, 413, "toolarge")
+
+
 def test_http_3_is_offered_over_tls_on_the_port_that_the_client_used(front):
     def offered(*curl: str) -> str:
         output = ["-D", "-", "-o", "/dev/null"]
@@ -332,6 +346,13 @@ class Holding(threading.Thread):
                 client.sendall(answer)
 
 
+def parsed(received: bytes) -> Answer:
+    """An answer that a program has printed."""
+    top, _, body = received.partition(b"\r\n\r\n")
+    line, *headers = top.decode().split("\r\n")
+    return Answer(int(line.split()[1]), dict(header.lower().split(": ", 1) for header in headers), body)
+
+
 def early(front, folder, sent: bytes) -> Answer:
     """The answer to a request in the early data of a second connection (TLS 1.3, RFC 8446, section 2.3)."""
     openssl = ["openssl", "s_client", "-quiet", "-tls1_3", "-connect"]
@@ -342,10 +363,7 @@ def early(front, folder, sent: bytes) -> Answer:
     proxy.start()
     again = [*openssl, f"127.0.0.1:{proxy.socket.getsockname()[1]}", "-sess_in", folder / "session"]
     again += ["-early_data", folder / "early"]
-    received = subprocess.run(again, input=b"", capture_output=True, timeout=20).stdout
-    top, _, body = received.partition(b"\r\n\r\n")
-    line, *headers = top.decode().split("\r\n")
-    return Answer(int(line.split()[1]), dict(header.lower().split(": ", 1) for header in headers), body)
+    return parsed(subprocess.run(again, input=b"", capture_output=True, timeout=20).stdout)
 
 
 def test_early_data_may_read_but_not_write(front, tmp_path):
