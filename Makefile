@@ -96,6 +96,7 @@ bench-turns: ## how long a photograph waits behind another user's large images; 
 
 line: ## what people see on slow lines, and how long they upload: HTTP/1.1, 2 and 3, cubic and bbr; needs root; fifteen minutes
 	@.ci/setup bench
+	PYTHONPATH=tests $(python) -c 'from tests.bench.jpegs import photographs; photographs()'
 	unshare --net $(python) -m tests.line
 
 capacity: ## compute docs/capacity.md, its tables and its picture, from measured figures

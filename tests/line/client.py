@@ -48,18 +48,23 @@ class Clock:
     """Tells seconds and bytes since its creation."""
 
     def __init__(self):
-        self.began = time.monotonic()
+        self.began, self.before = time.monotonic(), received()
 
     def now(self) -> tuple[float, int]:
-        return time.monotonic() - self.began, received()
+        return time.monotonic() - self.began, received() - self.before
 
 
-def connect(protocol: str, url: str, token: str, keep: bool = True, breaking: bool = False) -> httpx.AsyncClient:
-    """A client that connects at its first request. `keep` is whether it uses a connection for more than one request."""
+def connect(
+    protocol: str, url: str, token: str, keep: bool = True, breaking: bool = False, tickets: list | None = None
+) -> httpx.AsyncClient:
+    """A client that connects at its first request. `keep` is whether it uses a connection for more than one request.
+
+    `tickets` are of earlier connections by HTTP/3. With them it sends its first request as early data.
+    """
     headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "br, gzip"}
     options = {"base_url": url, "headers": headers, "timeout": 600}
     if protocol == "h3":
-        return httpx.AsyncClient(transport=Http3(), **options)
+        return httpx.AsyncClient(transport=Http3(tickets), **options)
     limits = httpx.Limits(max_connections=1 if protocol == "h2" else 6, max_keepalive_connections=None if keep else 0)
     transport = httpx.AsyncHTTPTransport(
         verify=False, http2=protocol == "h2", limits=limits, socket_options=BREAKING if breaking else None
@@ -74,14 +79,18 @@ async def warm_up() -> None:
             await client.get("http://127.0.0.1:9")
 
 
-async def screen(connection: dict, feed: str, looks: bool, flight: int) -> dict:
+async def screen(connection: dict, feed: str, looks: bool, flight: int, comes_back: bool = False) -> dict:
     """Loads the feed and all its pictures, at most `flight` at a time.
 
     With `looks` it loads all first looks at once, and then the rest of each picture. Returns times and bytes: of the
     feed; of the first look of each picture and of each whole picture, in the order in which they came; and of the
-    moment at which the first TOP pictures of the feed were whole.
+    moment at which the first TOP pictures of the feed were whole. With `comes_back` it has been here before.
     """
     seen, whole, top, gate = [], [], [], asyncio.Semaphore(flight)
+    tickets = []
+    if comes_back:
+        async with connect(**connection, tickets=tickets) as client:
+            (await client.get(feed)).raise_for_status()
 
     async def load(image: dict, begin: int, end: int) -> None:
         """Loads bytes of a picture, `end` excluded."""
@@ -104,7 +113,7 @@ async def screen(connection: dict, feed: str, looks: bool, flight: int) -> dict:
             if begin < image["bytes"]:
                 await load(image, begin, image["bytes"])
 
-    async with connect(**connection) as client:
+    async with connect(**connection, tickets=tickets) as client:
         await warm_up()
         clock = Clock()
         items = (await client.get(feed)).raise_for_status().json()["items"]

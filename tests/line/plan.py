@@ -21,6 +21,7 @@ WAYS = {
     f"{BEST}, HTTP/1.1": {**OURS, "protocol": "h1"},
     f"{BEST}, HTTP/1.1, a new connection each": {**OURS, "protocol": "h1", "keep": False},
     f"{BEST}, HTTP/3": {**OURS, "protocol": "h3"},
+    f"{BEST}, HTTP/3, comes back": {**OURS, "protocol": "h3", "comes_back": True},
     "first looks, then all ten at once": {**OURS, "flight": PICTURES},
     "two at a time": {**OURS, "looks": False},
     "all ten at once": {**OURS, **AT_ONCE},

@@ -14,18 +14,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+HTTP = {
+    "1.1": f"{BEST}, HTTP/1.1",
+    "2": BEST,
+    "3": f"{BEST}, HTTP/3",
+    "3, early data": f"{BEST}, HTTP/3, comes back",
+}
 EVENTS = {"feed": "feed", "first look of all ten": "seen", "first three whole": "top", "all ten whole": "whole"}
 
 
 def protocols(found: Found) -> str:
     rows = []
     for profile in MEASURED:
-        for name, way in (("1.1", f"{BEST}, HTTP/1.1"), ("2", BEST), ("3", f"{BEST}, HTTP/3")):
+        for name, way in HTTP.items():
             for congestion in CONTROLS:
                 if runs := found.get(("read", profile, congestion, way)):
                     cells = [middle(runs, kind) for kind in EVENTS.values()]
                     words = [f"{seconds:.1f} s, {size / 1000:.0f} kB" for seconds, size in cells]
-                    rows.append([profile, name, congestion if name != "3" else "nginx's", *words])
+                    rows.append([profile, name, "nginx's" if name.startswith("3") else congestion, *words])
     return table(["line", "HTTP", "congestion control", *EVENTS], rows)
 
 
