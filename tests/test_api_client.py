@@ -320,17 +320,22 @@ def test_a_picture_comes_as_a_first_look_and_later_only_the_rest(traveller, line
     before = line.down
     assert traveller.run("picture", post["id"], "served.jpg")[0] == f"served.jpg  {len(whole)} of {len(whole)} bytes\n"
     assert served.read_bytes() == whole and len(whole) - looks[0] < line.down - before < len(whole), "only the rest"
+    line.before[b"GET /v1/images/"] = lambda: line.lose(after=len(whole) // 2)
+    with traveller.start("picture", post["id"], "served.jpg") as process:
+        assert line.lost.wait(60)
+        assert served.read_bytes() == whole, "no first look replaces it"
+        assert process.wait(60) == 0
     assert sorted(path.name for path in traveller.home.iterdir() if not path.name.startswith(".")) == [
         "photo.jpg",
         "served.jpg",
     ]
 
 
-def test_a_picture_that_was_made_again_is_not_joined_with_the_first_look_of_the_old_one(traveller):
+@pytest.mark.parametrize("other", [photograph(), jpeg()], ids=["longer", "shorter"])
+def test_a_picture_that_was_made_again_is_not_joined_with_the_first_look_of_the_old_one(traveller, other):
     (traveller.home / "photo.jpg").write_bytes(photograph())
     post = traveller.json("upload", "photo.jpg")
     traveller.run("picture", post["id"], "--look", "2")
-    other = photograph()
     (traveller.site.folder / "store" / "images" / f"{post['id']}.jpg").write_bytes(other)  # as after a restore
     traveller.run("picture", post["id"])
     assert (traveller.home / f"{post['id']}.jpg").read_bytes() == other
