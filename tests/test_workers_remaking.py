@@ -13,7 +13,7 @@ from drills.images import working
 from making import jpeg, make_processing, png
 
 from storage import check, keys, outbox, posts, settings, sweep
-from storage.objects import open_store
+from storage.objects import Unavailable, open_store
 from storage.settings import LEASE_MS
 from workers import remaking, scans
 
@@ -145,6 +145,18 @@ async def test_no_jpeg_is_made_again_while_a_user_waits_for_an_image(server, db,
     assert not await posts.has_image(store, old, 2)
     await outbox.publish(db, waiting, "thumbhash", (1420,))
     assert await running == (1, 0)
+
+
+async def test_a_store_that_disappears_ends_the_command(server, db, store, tmp_path):
+    old, waiting = await make_old(db, store), await make_processing(db, "bob")
+    server.client.zincrby(keys.making(0, "bob"), -LEASE_MS, waiting)
+    running = asyncio.create_task(remaking.remake(settings.load()))
+    await asyncio.wait([running], timeout=3 * remaking.PAUSE)  # it has opened the store, and waits for bob
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    await outbox.publish(db, waiting, "thumbhash", (1420,))
+    with pytest.raises(Unavailable):
+        await running
+    assert (await posts.read(db, old)).image == posts.Image("thumbhash")
 
 
 def test_kills_lose_nothing_and_the_same_command_continues():

@@ -51,7 +51,7 @@ def main(chosen: Settings) -> None:
     os.nice(NICE)  # before the fork server of decoders is started, which inherits it
     try:
         made, kept = asyncio.run(remake(chosen))
-    except (Refusal, Unavailable) as error:
+    except (Refusal, Unavailable, OSError) as error:  # OSError: the folder for temporary files is full
         sys.exit(f"{type(error).__name__.lower()}: {error}; the same command again continues")
     except KeyboardInterrupt:
         sys.exit("stopped before the command was complete; the same command again continues")
@@ -72,6 +72,8 @@ async def remake(chosen: Settings) -> tuple[int, int]:
                 try:
                     made += await remake_one(chosen, db, objects, post)
                 except (Unusable, ChildProcessError, NotFound) as fault:
+                    if isinstance(fault, NotFound):
+                        await objects.ping()  # raises Unavailable where the whole store is missing
                     kept += 1
                     log.warning("%s keeps its old JPEG: %s", post, fault)
                 progress.show("JPEGs", made + kept, total)
