@@ -87,7 +87,7 @@ def encode_head(status: int, headers: dict[str, str]) -> bytes:
 class Answer:
     """A body, by default JSON, its headers, and its compressed forms, made when the first client wants them."""
 
-    __slots__ = ("body", "awaited", "content_type", "digest", "_weak", "_headers", "_compressed", "_heads")
+    __slots__ = ("body", "awaited", "content_type", "digest", "_weak", "headers", "_compressed", "_heads")
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Answer:
         self.body = body
         self.awaited = awaited  # what a client that prefers to wait waits for: see `api.waiting`
         self.content_type = content_type
-        self._headers = headers or {}
+        self.headers = headers or {}
         self.digest = blake2b(body if meaning is None else meaning, digest_size=12).hexdigest()
         self._weak = "" if meaning is None else "W/"
         self._compressed: dict[str, bytes | asyncio.Task] = {}
@@ -124,7 +124,7 @@ class Answer:
     def _head(self, status: int, coding: str, tag: str) -> bytes:
         head = self._heads.get((status, coding))
         if head is None:
-            headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **self._headers}
+            headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache", **self.headers}
             headers["ETag"] = self._weak + tag
             if status == 200:
                 headers["Content-Type"] = self.content_type

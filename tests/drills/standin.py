@@ -17,7 +17,8 @@ def wait(path, chosen) -> Picture:
     with open(os.environ["STANDIN_COUNTED"], "a") as counted:
         counted.write(f"{os.getpid()}\n")
     time.sleep(float(os.environ["STANDIN_SECONDS"]))
-    return Picture(jpeg(), bytes(24), 640, 480, "JPEG")
+    served = jpeg()
+    return Picture(served, (len(served),), bytes(24), 640, 480, "JPEG")
 
 
 jobs.convert = wait
