@@ -80,9 +80,11 @@ def free_port() -> int:
 class RedisServer:
     """A Valkey or Redis process with the project's configuration, in a temporary folder of its own."""
 
+    place: str | None = None  # of the folder; None: where temporary files are
+
     def __init__(self, kind: str, *options: str):
         self.kind = kind
-        self.folder = tempfile.TemporaryDirectory(prefix="ig-")  # short: the path of a socket has at most 107 bytes
+        self.folder = tempfile.TemporaryDirectory(prefix="ig-", dir=self.place)  # short: a socket's path has 107 bytes
         self.socket = f"{self.folder.name}/redis.sock"
         self.url = f"unix://{self.socket}"
         self.options = options
@@ -192,6 +194,15 @@ def start_server(kind: str):
 
         return ClusterServer(kind.removeprefix("cluster-"))
     return FakeServer() if kind == "fake" else RedisServer(kind)
+
+
+def pytest_configure() -> None:
+    """The tests' servers have their files in memory: a disk that stalls for a second would be an outage to them.
+
+    Benchmarks have them on the disk.
+    """
+    if os.access("/dev/shm", os.W_OK):
+        RedisServer.place = "/dev/shm"
 
 
 # CLUSTER=valkey or CLUSTER=redis: the tests run on a Cluster, instead of on each of the servers.
