@@ -35,9 +35,9 @@ lint:
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
-# Three processes also on two cores: many tests wait for a timer or for a process to start.
+# Four processes also on two cores: many tests wait for a timer or for a process to start.
 unit:
-	$(python) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(python) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-pillow: ## the image tests with Pillow itself, which is used where pillow-simd cannot be compiled
 	@.ci/setup test

@@ -84,6 +84,7 @@ def test_the_detail_of_a_fault_is_the_sentence_of_its_code(name, detail, tmp_pat
 
 def test_mutated_images_end_with_a_picture_or_a_known_fault(tmp_path):
     """A decoder that crashes or fails in another way raises ChildProcessError, which fails this test."""
+    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of child processes that other tests had
     chance = random.Random(4)  # seeded: the same images each time
     seeds = [golden.data for golden in GOLDENS.values() if len(golden.data) < 400_000]
     counted = Counter(result_of(tmp_path, mutated(chance.choice(seeds), chance)) for _ in range(600))
@@ -92,7 +93,7 @@ def test_mutated_images_end_with_a_picture_or_a_known_fault(tmp_path):
     print(f"600 mutated images: {dict(counted)}; the largest child process of this run used {used:.0f} MiB")
     assert counted["picture"] > 100 and counted["undecodable"] > 100
     assert counted.keys() <= {"picture", "undecodable", "truncated", "too_many_pixels", "wrong_format", "unsupported"}
-    assert used < 1100
+    assert used < max(1100, others + 1)
 
 
 def test_a_decoder_returns_the_picture_that_the_pipeline_returns(tmp_path):
