@@ -29,8 +29,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Content-Disposition": "inline",
-    # Also a page with `Cross-Origin-Embedder-Policy: require-corp` may show images by a plain <img>, as any other page.
-    # Also a redirect needs it.
+    # Lets pages with `Cross-Origin-Embedder-Policy: require-corp` show images by a plain <img>, as all other pages may.
+    # A redirect needs it as well.
     CROSS_ORIGIN: "cross-origin",
 }
 # By what is between the id and `.jpg` in the address.
@@ -56,10 +56,10 @@ async def image(request, name: str):
     # version of the encoder. The length tells the two apart.
     etag = f'"{name[:-4]}-{len(jpeg):x}"'
     headers = {**HEADERS, "ETag": etag}
-    if matches_etag(list_header(request, "if-none-match"), headers["ETag"]):
+    if matches_etag(list_header(request, "if-none-match"), etag):
         return empty(304, headers)
     bounds = RANGE.fullmatch(request.headers.get("range", ""))
-    if bounds and request.method == "GET" and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
+    if bounds and request.method == "GET" and request.headers.get("if-range", etag) == etag:
         return part(jpeg, bounds[1], bounds[2], headers)
     response = FastResponse(HEAD, 200, jpeg)
     response.headers["ETag"] = etag

@@ -22,7 +22,7 @@ class Connection(QuicConnectionProtocol):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         self.http = H3Connection(self._quic)
-        self.answers: dict[int, asyncio.Queue] = {}  # by stream: what came of its answer; None: nothing more will come
+        self.answers: dict[int, asyncio.Queue] = {}  # by stream: the parts of its answer; None is the end
 
     def quic_event_received(self, event) -> None:
         if isinstance(event, ConnectionTerminated):
