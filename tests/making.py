@@ -1,6 +1,8 @@
 """Creates uploads, posts and images that tests start from, by the same calls that the API and the worker make."""
 
+import asyncio
 import io
+import time
 
 from PIL import BmpImagePlugin, Image, PngImagePlugin  # noqa: F401  the pipeline loads neither
 
@@ -22,9 +24,11 @@ async def make_upload(db: Redis, owner: str, partitions: int = 1, size: int = 10
 
 
 async def make_processing(db: Redis, author: str, partitions: int = 1, caption: str = "") -> str:
-    """Creates a post that is processing. Returns its id."""
+    """Creates a post that is processing. Returns its id, which is less than the id of a post that is made after it."""
     upload = await make_upload(db, author, partitions)
     post, _ = await posts.create(db, author, upload, caption)
+    while keys.created_ms(post) >= time.time_ns() // 1_000_000:  # ids of one millisecond are in no order
+        await asyncio.sleep(0)
     return post
 
 
